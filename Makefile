@@ -1,0 +1,77 @@
+# One file for people and for CI. `make demo` and `make test` work from a fresh clone.
+#   PYTHON=...          the interpreter the virtual environment is made with
+#   FXPRUNE_PYTHON=...  an interpreter that already has the packages: no environment is made, nothing is downloaded
+PYTHON ?= python3
+FXPRUNE_FUZZ ?= 5000
+
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+PACKAGES := "setuptools>=77" wheel numpy sympy "pytest>=8" "hypothesis>=6.100" pytest-cov expecttest scikit-learn \
+            transformers tqdm pyyaml huggingface_hub safetensors pillow "ruff>=0.15" "mypy>=1.15" "clang-format>=18"
+
+ifdef FXPRUNE_PYTHON
+PY := $(FXPRUNE_PYTHON)
+READY := build/.ready
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+PY := .venv/bin/python
+READY := .venv/.ready
+endif
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test check bench asan fuzz docs clean help
+
+help:
+	@echo "make demo    prune, compile, verify and time three models beside stock torch.compile"
+	@echo "make test    the tests"
+	@echo "make check   formatting, lint, types, file sizes"
+	@echo "make bench   whole-model benchmarks into benchmarks/results/, and the table of README.md"
+	@echo "make asan    kernels under the address and undefined-behaviour sanitizers"
+	@echo "make fuzz    property tests with FXPRUNE_FUZZ=$(FXPRUNE_FUZZ) examples each"
+	@echo "make docs    docs/options.md and docs/errors.md from the sources"
+	@echo "make clean   remove what was built"
+
+demo: $(READY)
+	$(PY) examples/demo.py
+
+test: $(READY)
+	$(PY) -m pytest tests
+
+check: $(READY)
+	$(PY) tools/check.py
+
+bench: $(READY)
+	$(PY) benchmarks/bench_models.py
+	$(PY) benchmarks/render.py
+
+asan: $(READY)
+	PYTHON="$(abspath $(PY))" bash tests/csrc/asan.sh
+
+fuzz: $(READY)
+	FXPRUNE_FUZZ=$(FXPRUNE_FUZZ) $(PY) -m pytest tests -m fuzz
+
+docs: $(READY)
+	$(PY) tools/docs.py
+
+# The packages come first and once; a change in the sources only rebuilds, without a network.
+.venv/.packages: Makefile
+	@echo "fxprune: making .venv and installing packages"
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@.venv/bin/python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)" \
+	  || $(PIP) torch==2.13.0
+	@$(PIP) $(PACKAGES)
+	@$(PIP) --no-deps timm
+	@touch $@
+
+.venv/.ready: .venv/.packages $(SOURCES)
+	@echo "fxprune: building the kernels"
+	@$(PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+
+build/.ready: $(SOURCES)
+	@echo "fxprune: building the kernels"
+	@$(PY) setup.py --quiet build_ext --inplace egg_info
+	@mkdir -p build && touch $@
+
+clean:
+	rm -rf build dist *.egg-info .venv/.ready .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage fxprune/*.so
+	find fxprune passes lowering tests benchmarks examples tools -name __pycache__ -prune -exec rm -rf {} +

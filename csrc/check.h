@@ -1,0 +1,136 @@
+// What every operator demands of its arguments, checked before any memory is touched.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "fxprune/kernels.h"
+
+namespace fxprune {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// A string argument that owns its characters: torch's own conversion to std::string leaks one string a call.
+struct Text {
+  std::string value;
+};
+
+inline std::string shape_of(const Tensor& t) {
+  std::string text = "(";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + ")";
+}
+
+inline void check_tensor(const Tensor& t, const char* name, ScalarType type, const char* type_name) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(t.scalar_type() == type, name, " must be ", type_name);
+}
+
+inline void check_shape(const Tensor& t, const char* name, const std::vector<int64_t>& expected) {
+  bool same = t.dim() == static_cast<int64_t>(expected.size());
+  for (size_t i = 0; same && i < expected.size(); ++i) same = t.size(i) == expected[i];
+  if (same) return;
+  std::string text;
+  for (int64_t size : expected) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  STD_TORCH_CHECK(false, name, " must have shape (", text, "), got ", shape_of(t));
+}
+
+// A float32 argument, made contiguous. Absent optionals stay absent.
+inline Tensor float_input(const Tensor& t, const char* name) {
+  check_tensor(t, name, ScalarType::Float, "float32");
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline OptionalTensor float_input(const OptionalTensor& t, const char* name, const std::vector<int64_t>& shape) {
+  if (!t.has_value()) return t;
+  check_shape(*t, name, shape);
+  return float_input(*t, name);
+}
+
+inline const float* data_or_null(const OptionalTensor& t) { return t.has_value() ? t->const_data_ptr<float>() : nullptr; }
+
+inline Activation check_activation(const Text& name) {
+  Activation activation;
+  if (parse_activation(name.value.c_str(), &activation)) return activation;
+  std::string legal;
+  for (const char* word : kActivationNames) legal += (legal.empty() ? "" : ", ") + std::string(word);
+  STD_TORCH_CHECK(false, "unknown activation '", name.value, "'; legal: ", legal);
+}
+
+// The index lists of a tile-packed weight, contiguous and checked.
+struct TileStructure {
+  Tensor index, tile_ptr, columns;
+  int64_t values = 0;  // number of packed weights
+
+  // Fills the structure's part of `a`.
+  TileStructure(const Tensor& index_in, const Tensor& tile_ptr_in, const Tensor& columns_in, int64_t granularity,
+                int64_t out_features, int64_t in_features, TileGemm* a)
+      : index(int_list(index_in, "index")),
+        tile_ptr(int_list(tile_ptr_in, "tile_ptr")),
+        columns(int_list(columns_in, "columns")) {
+    STD_TORCH_CHECK(granularity >= 1, "granularity must be at least 1, got ", granularity);
+    STD_TORCH_CHECK(out_features >= 0, "out_features must not be negative, got ", out_features);
+    STD_TORCH_CHECK(in_features >= 0, "in_features must not be negative, got ", in_features);
+    const int64_t kept = columns.size(0), nnz = index.size(0);
+    granularity = std::min(granularity, std::max<int64_t>(kept, 1));  // no product below can overflow
+    const int64_t tiles = (kept + granularity - 1) / granularity;
+    const int32_t* ptr = tile_ptr.const_data_ptr<int32_t>();
+    STD_TORCH_CHECK(tile_ptr.size(0) == tiles + 1, "tile_ptr must have ", tiles + 1, " entries for ", kept,
+                    " columns in tiles of ", granularity, ", got ", tile_ptr.size(0));
+    STD_TORCH_CHECK(ptr[0] == 0, "tile_ptr must begin with 0, got ", ptr[0]);
+    STD_TORCH_CHECK(ptr[tiles] == nnz, "tile_ptr must end with the length of index, ", nnz, ", got ", ptr[tiles]);
+    for (int64_t t = 0; t < tiles; ++t) {
+      STD_TORCH_CHECK(ptr[t] <= ptr[t + 1], "tile_ptr must not decrease, got ", ptr[t], " before ", ptr[t + 1],
+                      " at entry ", t + 1);
+    }
+    const Kernels& k = kernels();
+    a->index = index.const_data_ptr<int32_t>();
+    a->columns = columns.const_data_ptr<int32_t>();
+    STD_TORCH_CHECK(k.all_below(a->index, nnz, in_features), "index must lie in [0, ", in_features,
+                    "), the input features");
+    STD_TORCH_CHECK(k.all_below(a->columns, kept, out_features), "columns must lie in [0, ", out_features,
+                    "), the output features");
+    STD_TORCH_CHECK(k.increasing(a->columns, kept), "columns must increase strictly");
+    a->tile_ptr = ptr;
+    a->kept = kept;
+    a->granularity = granularity;
+    a->tiles = tiles;
+    a->n = out_features;
+    a->k = in_features;
+    for (int64_t t = 0; t < tiles; ++t) values += int64_t{ptr[t + 1] - ptr[t]} * a->width(t);
+  }
+
+ private:
+  static Tensor int_list(const Tensor& t, const char* name) {
+    check_tensor(t, name, ScalarType::Int, "int32");
+    STD_TORCH_CHECK(t.dim() == 1, name, " must have one dimension, got shape ", shape_of(t));
+    return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  }
+};
+
+}  // namespace fxprune
+
+namespace torch::stable::detail {
+
+template <>
+struct ToImpl<fxprune::Text> {
+  static fxprune::Text call(StableIValue value, uint64_t, bool) {
+    const StringHandle handle = to<StringHandle>(value);
+    size_t length = 0;
+    const char* characters = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &characters));
+    fxprune::Text text{std::string(characters, length)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};
+
+}  // namespace torch::stable::detail

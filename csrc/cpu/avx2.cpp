@@ -1,0 +1,46 @@
+// The kernels compiled for avx2. Everything that is not a kernel is included ahead of the pragma, so that no inline
+// function shared with other translation units is compiled for this ISA.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <utility>
+
+#include "fxprune/kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+#include "fxprune/depthwise_planes.h"
+#include "fxprune/tile_gemm_feature_major.h"
+#include "fxprune/tile_gemm_row_major.h"
+#include "fxprune/tile_pack.h"
+#include "fxprune/vec_avx2.h"
+
+namespace fxprune {
+
+const Kernels kAvx2Kernels = {
+    "avx2",
+    Avx2::kWidth,
+    Avx2::kTileVecs,
+#define FXPRUNE_KERNEL(name, signature) &name<Avx2>,
+#include "cpu/kernels.inc"
+#undef FXPRUNE_KERNEL
+};
+
+}  // namespace fxprune
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__

@@ -1,0 +1,21 @@
+// The kernels in portable C++, for machines without a faster ISA and as the others' yardstick.
+#include "fxprune/depthwise_planes.h"
+#include "fxprune/kernels.h"
+#include "fxprune/math_scalar.h"
+#include "fxprune/tile_gemm_feature_major.h"
+#include "fxprune/tile_gemm_row_major.h"
+#include "fxprune/tile_pack.h"
+#include "fxprune/vec_scalar.h"
+
+namespace fxprune {
+
+const Kernels kScalarKernels = {
+    "scalar",
+    Scalar::kWidth,
+    Scalar::kTileVecs,
+#define FXPRUNE_KERNEL(name, signature) &name<Scalar>,
+#include "cpu/kernels.inc"
+#undef FXPRUNE_KERNEL
+};
+
+}  // namespace fxprune

@@ -1,0 +1,33 @@
+// The kernels of one ISA, and the choice among the ISAs of this machine.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <type_traits>
+
+#include "fxprune/depthwise_taps.h"
+#include "fxprune/tile_gemm.h"
+
+namespace fxprune {
+
+struct Kernels {
+  const char* isa;
+  int64_t width;       // floats per vector
+  int64_t tile_vecs;   // pixel vectors of a feature-major register tile
+#define FXPRUNE_KERNEL(name, signature) std::add_pointer_t<signature> name;
+#include "cpu/kernels.inc"
+#undef FXPRUNE_KERNEL
+};
+
+extern const Kernels kScalarKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels, kAvx512Kernels;
+#endif
+
+// The best kernels this machine can run, at most those set_isa or the environment's FXPRUNE_ISA allow.
+const Kernels& kernels();
+
+// Caps the ISA; false when the name is unknown or the machine lacks it. For tests and debugging.
+bool set_isa(const std::string& name);
+
+}  // namespace fxprune

@@ -1,0 +1,108 @@
+// exp, and the activations built on it, over vectors and over buffers.
+//
+// exp: relative error below 2e-7; math_scalar.h has the scalar variant, by the standard library. Every smooth activation here is
+// x * sigmoid(u(x)) or sigmoid(x); for the erf form of GELU, u is the logit of the normal distribution function,
+// odd in x, fitted so that |sigmoid(u(x)) - Phi(x)| < 1e-7.
+#pragma once
+
+#include <cstdint>
+
+#include "fxprune/activation.h"
+
+namespace fxprune {
+
+template <class V>
+struct Math {
+  using Reg = typename V::Reg;
+
+  // Flushes to 1e-38 instead of 0.
+  static Reg exp(Reg x) {
+    // Above, the result is infinity. Below, it stays the smallest normal number: every caller adds it to 1, and a
+    // denormal one would cost a hundred cycles.
+    x = V::min(V::set1(89.0f), V::max(V::set1(-87.3f), x));
+    const Reg n = V::round(V::mul(x, V::set1(1.44269504f)));
+    // ln 2 in two parts, the first with trailing zeros, so that n * high is exact.
+    Reg r = V::fma(n, V::set1(-0.693359375f), x);
+    r = V::fma(n, V::set1(2.12194440e-4f), r);
+    Reg p = V::set1(0.00138145965f);
+    p = V::fma(p, r, V::set1(0.00836871751f));
+    p = V::fma(p, r, V::set1(0.041668389f));
+    p = V::fma(p, r, V::set1(0.166665211f));
+    p = V::fma(p, r, V::set1(0.5f));
+    p = V::fma(V::mul(r, r), p, r);
+    return V::scale(V::add(p, V::set1(1.0f)), n);
+  }
+
+  // x / (1 + exp(-u))
+  static Reg gated(Reg x, Reg u) { return V::div(x, V::add(V::set1(1.0f), exp(V::sub(V::zero(), u)))); }
+
+  static Reg sigmoid(Reg x) { return gated(V::set1(1.0f), x); }
+  static Reg silu(Reg x) { return gated(x, x); }
+
+  static Reg gelu(Reg x) {
+    // The fit holds up to |x| = 6; beyond it u continues along a straight line, far into saturation.
+    const Reg z = V::min(V::set1(36.0f), V::mul(x, x));
+    Reg p = V::set1(2.77682337e-13f);
+    p = V::fma(p, z, V::set1(-2.79604638e-11f));
+    p = V::fma(p, z, V::set1(1.06883569e-09f));
+    p = V::fma(p, z, V::set1(-1.66017866e-08f));
+    p = V::fma(p, z, V::set1(-6.24953884e-08f));
+    p = V::fma(p, z, V::set1(6.83449616e-06f));
+    p = V::fma(p, z, V::set1(-0.000107541338f));
+    p = V::fma(p, z, V::set1(-6.91702662e-05f));
+    p = V::fma(p, z, V::set1(0.0726679713f));
+    p = V::fma(p, z, V::set1(1.59576976f));
+    return gated(x, V::mul(x, p));
+  }
+
+  static Reg gelu_tanh(Reg x) {
+    // 1 + tanh(t) = 2 sigmoid(2t), t = sqrt(2/pi) (x + 0.044715 x^3)
+    const Reg cubic = V::fma(V::mul(x, x), V::set1(0.0713548163f), V::set1(1.59576912f));
+    return gated(x, V::mul(x, cubic));
+  }
+};
+
+template <class V>
+typename V::Reg hardsigmoid(typename V::Reg x) {
+  const auto shifted = V::max(V::zero(), V::add(x, V::set1(3.0f)));
+  return V::div(V::min(V::set1(6.0f), shifted), V::set1(6.0f));
+}
+
+template <class V>
+typename V::Reg hardswish(typename V::Reg x) {
+  const auto shifted = V::max(V::zero(), V::add(x, V::set1(3.0f)));
+  return V::div(V::mul(x, V::min(V::set1(6.0f), shifted)), V::set1(6.0f));
+}
+
+template <class V, typename V::Reg (*F)(typename V::Reg)>
+void transform(float* p, int64_t n) {
+  int64_t i = 0;
+  for (; i + V::kWidth <= n; i += V::kWidth) V::store(p + i, F(V::load(p + i)));
+  if (i < n) {
+    const auto mask = V::first(n - i);
+    V::store(p + i, mask, F(V::load(p + i, mask)));
+  }
+}
+
+// Applies an activation that is no clamp to p[0 .. n). Clamps are the kernels' own.
+template <class V>
+void activate(Activation activation, float* p, int64_t n) {
+  switch (activation) {
+    case Activation::kSilu:
+      return transform<V, Math<V>::silu>(p, n);
+    case Activation::kSigmoid:
+      return transform<V, Math<V>::sigmoid>(p, n);
+    case Activation::kGelu:
+      return transform<V, Math<V>::gelu>(p, n);
+    case Activation::kGeluTanh:
+      return transform<V, Math<V>::gelu_tanh>(p, n);
+    case Activation::kHardswish:
+      return transform<V, hardswish<V>>(p, n);
+    case Activation::kHardsigmoid:
+      return transform<V, hardsigmoid<V>>(p, n);
+    default:
+      return;
+  }
+}
+
+}  // namespace fxprune

@@ -1,0 +1,79 @@
+// Arguments of the tile-wise GEMM and how its work is cut into units.
+//
+//   out[n] = act(sum over kept k of values[k, n] * gate[k] * x[k] + bias[n] + residual[n])
+//
+// Tile t covers columns[t*G .. min((t+1)*G, kept)) and the input features index[tile_ptr[t] .. tile_ptr[t+1]).
+// Its weights are the row-major block values + tile_ptr[t]*G of shape [k_t][width]: every tile before the last one
+// is G wide, so offsets need no table.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "fxprune/activation.h"
+
+namespace fxprune {
+
+struct TileGemm {
+  const float* x;           // feature-major (batch, k, m), row-major (m, k)
+  const float* values;      // see above
+  const int32_t* index;     // every entry in [0, k)
+  const int32_t* tile_ptr;  // tiles + 1, monotone from 0
+  const int32_t* columns;   // kept output features, strictly increasing, in [0, n)
+  const float* bias;        // (n) or null
+  const float* residual;    // shape of out, or null
+  const float* gate;        // (batch, k) or null; feature-major only
+  float* out;               // feature-major (batch, n, m), row-major (m, n)
+  int64_t batch, m, k, n, kept, granularity, tiles;
+  Activation activation;
+
+  int64_t first_column(int64_t tile) const { return std::min(tile * granularity, kept); }
+  int64_t width(int64_t tile) const { return first_column(tile + 1) - first_column(tile); }
+  // A unit of tiles [t0, t1) owns the output features [features_from(t0), features_to(t1)), gaps included.
+  int64_t features_from(int64_t tile) const {
+    return tile == 0 ? 0 : tile >= tiles ? n : columns[first_column(tile)];
+  }
+  int64_t features_to(int64_t tile) const {
+    return tile >= tiles ? n : tile == 0 ? 0 : columns[first_column(tile)];
+  }
+};
+
+// One unit of work: vectors [begin, end) of the pixels of one image (feature-major) or rows [begin, end) of x
+// (row-major), for tiles [tile_begin, tile_end).
+struct TileSpan {
+  int64_t image, begin, end, tile_begin, tile_end;
+};
+
+// A grid of units: pixels (or rows) cut every `step`, tiles cut in `tile_parts` of equal weight.
+struct TileGrid {
+  int64_t images, length, step, length_parts, tile_parts;
+  int64_t units() const { return images * length_parts * tile_parts; }
+};
+
+// First tile of part `part` of `parts`, each with about the same number of kept weights. A tile also costs its
+// epilogue, worth about eight input features.
+inline int64_t tile_cut(const TileGemm& a, int64_t part, int64_t parts) {
+  if (part <= 0) return 0;
+  if (part >= parts) return a.tiles;
+  const auto cost = [&a](int64_t t) { return int64_t{a.tile_ptr[t]} + 8 * t; };
+  const int64_t target = cost(a.tiles) * part / parts;
+  int64_t low = 0, high = a.tiles;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (cost(middle) < target) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+inline TileSpan tile_unit(const TileGemm& a, const TileGrid& g, int64_t unit) {
+  const int64_t part = unit % g.tile_parts, rest = unit / g.tile_parts;
+  const int64_t begin = rest % g.length_parts * g.step;
+  return {rest / g.length_parts, begin, std::min(begin + g.step, g.length),
+          tile_cut(a, part, g.tile_parts), tile_cut(a, part + 1, g.tile_parts)};
+}
+
+}  // namespace fxprune

@@ -1,0 +1,62 @@
+// AVX2 + FMA vectors of 8 floats. Include only under a target pragma that enables avx2 and fma.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace fxprune {
+
+struct Avx2 {
+  static constexpr int kWidth = 8;
+  static constexpr int kAccumulators = 12;  // of 16 registers
+  static constexpr int kTileRows = 4;
+  static constexpr int kTileVecs = 3;
+  static constexpr int kRowVecs = 2;
+
+  using Reg = __m256;
+  using Mask = __m256i;
+
+  static Reg zero() { return _mm256_setzero_ps(); }
+  static Reg set1(float a) { return _mm256_set1_ps(a); }
+  static Reg load(const float* p) { return _mm256_loadu_ps(p); }
+  static Reg load(const float* p, Mask m) { return _mm256_maskload_ps(p, m); }
+  static void store(float* p, Reg a) { _mm256_storeu_ps(p, a); }
+  static void store(float* p, Mask m, Reg a) { _mm256_maskstore_ps(p, m, a); }
+  static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+  static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }  // NaN in b is returned
+  static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
+  static Reg round(Reg a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // a * 2^n for integral n in [-252, 254]. Two factors, because 2^n itself may not be representable.
+  static Reg scale(Reg a, Reg n) {
+    const __m256i whole = _mm256_cvtps_epi32(n);
+    const __m256i half = _mm256_srai_epi32(whole, 1);
+    return _mm256_mul_ps(_mm256_mul_ps(a, power_of_two(half)), power_of_two(_mm256_sub_epi32(whole, half)));
+  }
+
+  static Mask bits(uint32_t b) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(b)), lane), lane);
+  }
+  static Mask first(int64_t n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n < 8 ? n : 8)), lane);
+  }
+  static Reg load_even(const float* p, uint32_t b) {
+    const Reg low = _mm256_maskload_ps(p, bits(b));
+    const Reg high = _mm256_maskload_ps(p + 8, bits(b >> 8));
+    const __m256d mixed = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0x88));
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(mixed, 0xD8));
+  }
+
+ private:
+  static Reg power_of_two(__m256i n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+  }
+};
+
+}  // namespace fxprune

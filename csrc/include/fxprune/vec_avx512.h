@@ -1,0 +1,48 @@
+// AVX-512 vectors of 16 floats. Include only under a target pragma that enables avx512f, bw, vl and dq.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace fxprune {
+
+struct Avx512 {
+  static constexpr int kWidth = 16;
+  // 24 of 32 registers hold sums; the rest hold one row of the other operands.
+  static constexpr int kAccumulators = 24;
+  static constexpr int kTileRows = 8;  // output features of a feature-major register tile
+  static constexpr int kTileVecs = 3;  // pixel vectors of a feature-major register tile
+  static constexpr int kRowVecs = 4;   // output-feature vectors of a row-major register tile
+
+  using Reg = __m512;
+  using Mask = __mmask16;
+
+  static Reg zero() { return _mm512_setzero_ps(); }
+  static Reg set1(float a) { return _mm512_set1_ps(a); }
+  static Reg load(const float* p) { return _mm512_loadu_ps(p); }
+  static Reg load(const float* p, Mask m) { return _mm512_maskz_loadu_ps(m, p); }
+  static void store(float* p, Reg a) { _mm512_storeu_ps(p, a); }
+  static void store(float* p, Mask m, Reg a) { _mm512_mask_storeu_ps(p, m, a); }
+  static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+  static Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }  // a * b + c
+  // A NaN in the second operand is returned: clamp(x) = min(high, max(low, x)) keeps NaN.
+  static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
+  static Reg round(Reg a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Reg scale(Reg a, Reg n) { return _mm512_scalef_ps(a, n); }  // a * 2^n, n integral
+
+  static Mask bits(uint32_t b) { return static_cast<Mask>(b); }
+  static Mask first(int64_t n) { return static_cast<Mask>(n >= 16 ? 0xFFFFu : (1u << n) - 1u); }
+  // Lanes p[0], p[2], ..., p[30]; bit i of `b` permits the read of p[i].
+  static Reg load_even(const float* p, uint32_t b) {
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    return _mm512_permutex2var_ps(_mm512_maskz_loadu_ps(static_cast<Mask>(b), p), even,
+                                  _mm512_maskz_loadu_ps(static_cast<Mask>(b >> 16), p + 16));
+  }
+};
+
+}  // namespace fxprune

@@ -1,0 +1,48 @@
+// Portable vectors of 4 floats: plain C++ that any compiler turns into whatever the base ISA has.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+namespace fxprune {
+
+struct Scalar {
+  static constexpr int kWidth = 4;
+  static constexpr int kAccumulators = 8;
+  static constexpr int kTileRows = 4;
+  static constexpr int kTileVecs = 2;
+  static constexpr int kRowVecs = 2;
+
+  typedef float Reg __attribute__((vector_size(16)));
+  using Mask = uint32_t;
+
+  static Reg zero() { return Reg{0, 0, 0, 0}; }
+  static Reg set1(float a) { return Reg{a, a, a, a}; }
+  static Reg load(const float* p) { return Reg{p[0], p[1], p[2], p[3]}; }
+  static Reg load(const float* p, Mask m) {
+    return Reg{m & 1 ? p[0] : 0, m & 2 ? p[1] : 0, m & 4 ? p[2] : 0, m & 8 ? p[3] : 0};
+  }
+  static void store(float* p, Reg a) {
+    for (int i = 0; i < 4; ++i) p[i] = a[i];
+  }
+  static void store(float* p, Mask m, Reg a) {
+    for (int i = 0; i < 4; ++i) {
+      if (m >> i & 1) p[i] = a[i];
+    }
+  }
+  static Reg add(Reg a, Reg b) { return a + b; }
+  static Reg sub(Reg a, Reg b) { return a - b; }
+  static Reg mul(Reg a, Reg b) { return a * b; }
+  static Reg div(Reg a, Reg b) { return a / b; }
+  static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
+  static Reg max(Reg a, Reg b) { return a > b ? a : b; }  // NaN in b is returned
+  static Reg min(Reg a, Reg b) { return a < b ? a : b; }
+
+  static Mask bits(uint32_t b) { return b & 15u; }
+  static Mask first(int64_t n) { return n >= 4 ? 15u : (1u << n) - 1u; }
+  static Reg load_even(const float* p, uint32_t b) {
+    return Reg{b & 1 ? p[0] : 0, b & 4 ? p[2] : 0, b & 16 ? p[4] : 0, b & 64 ? p[6] : 0};
+  }
+};
+
+}  // namespace fxprune

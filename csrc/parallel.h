@@ -1,0 +1,53 @@
+// Runs units of work on torch's thread pool.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+namespace fxprune {
+
+// Calls f(unit) for every unit in [0, count), on `threads` threads. Each thread owns a contiguous range, so that
+// consecutive operators find their data in the same core's cache; one that is done early takes from the others.
+template <class F>
+void for_each_unit(int64_t count, int64_t threads, const F& f) {
+  threads = std::min(threads, count);
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) f(i);
+    return;
+  }
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Range> ranges(threads);
+  for (int64_t t = 0; t < threads; ++t) {
+    ranges[t].next.store(count * t / threads, std::memory_order_relaxed);
+    ranges[t].end = count * (t + 1) / threads;
+  }
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t self = begin; self < end; ++self) {
+      for (int64_t step = 0; step < threads; ++step) {
+        Range& range = ranges[(self + step) % threads];
+        for (;;) {
+          const int64_t unit = range.next.fetch_add(1, std::memory_order_relaxed);
+          if (unit >= range.end) break;
+          f(unit);
+        }
+      }
+    }
+  });
+}
+
+// This thread's buffer of at least `count` floats, aligned to cache lines. Its contents are arbitrary.
+inline float* scratch(int64_t count) {
+  static thread_local std::vector<float> buffer;
+  if (static_cast<int64_t>(buffer.size()) < count + 16) buffer.resize(count + 16);
+  const uintptr_t address = reinterpret_cast<uintptr_t>(buffer.data());
+  return reinterpret_cast<float*>((address + 63) & ~uintptr_t{63});
+}
+
+}  // namespace fxprune

@@ -1,0 +1,36 @@
+"""fxprune: prune PyTorch models in patterns the hardware runs fast, and run them fast.
+
+result = fxprune.prune(model, example_inputs, sparsity=0.6)
+fast = torch.compile(result.model, backend="hwprune")
+"""
+
+from pathlib import Path as _Path
+
+# In a checkout `passes/` and `lowering/` lie beside this package; installed, they are inside it.
+_root = _Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file() and str(_root) not in __path__:
+    __path__.append(str(_root))
+
+from fxprune.backend import hwprune, register  # noqa: E402
+from fxprune.benchmark import benchmark  # noqa: E402
+from fxprune.compiled import refresh  # noqa: E402
+from fxprune.config import Config  # noqa: E402
+from fxprune.explain import explain  # noqa: E402
+from fxprune.lowering.registration import register as _register_operators  # noqa: E402
+from fxprune.prune import PruneResult, prune  # noqa: E402
+from fxprune.verify import verify  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "PruneResult",
+    "benchmark",
+    "explain",
+    "hwprune",
+    "prune",
+    "refresh",
+    "register",
+    "verify",
+]
+
+_register_operators()

@@ -1,0 +1,196 @@
+"""``torch.compile(model, backend="hwprune")``: detect, decide, rewrite, and hand the rest to Inductor.
+
+Everything that changes the graph happens on a clone, before autograd and before Inductor's caches; packed weights are
+appended as graph inputs. A graph with nothing to gain goes to Inductor untouched.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxprune import dump
+from fxprune.compiled import CompiledGraph
+from fxprune.config import Config
+from fxprune.context import Context, Decision
+from fxprune.errors import FxPruneError, RequireSparse, VerificationError
+from fxprune.lowering import codegen
+from fxprune.lowering.kernels import KernelTables
+from fxprune.lowering.lower import lower
+from fxprune.lowering.measure import Measure
+from fxprune.passes import FORWARD
+from fxprune.plan import lookup
+from fxprune.weights import Weights
+
+log = logging.getLogger(__name__)
+
+
+def hwprune(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph. ``options`` are the fields of :class:`fxprune.Config`."""
+    config = Config.from_options(options, mode)
+    try:
+        return _compile(gm, example_inputs, config)
+    except FxPruneError:
+        raise
+    except Exception:
+        if config.require_sparse or config.verify:
+            raise
+        log.warning("the sparse rewrite failed; the graph runs dense", exc_info=True)
+        return codegen.stock(gm, example_inputs, config)
+
+
+def register() -> None:
+    """Make the backend known to ``torch.compile`` in a checkout that is not installed."""
+    from torch._dynamo.backends import registry
+
+    if "hwprune" not in registry.list_backends(exclude_tags=()):
+        registry.register_backend(hwprune, name="hwprune")  # type: ignore[arg-type]
+
+
+def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+    if not _worth_a_look(example_inputs, config):
+        log.info("no zeros and no plan in this graph: stock %s", config.fallback)
+        return codegen.stock(gm, example_inputs, config)
+
+    def build() -> tuple[Callable[..., Any], list[Tensor], Context] | None:
+        start = time.perf_counter()
+        clone, ctx, changed = rewrite(gm, example_inputs, config)
+        _report(ctx, time.perf_counter() - start)
+        if not changed:
+            return None
+        packs = ctx.weights.appended()
+        clone.recompile()
+        if config.verify:
+            _verify_numerically("rewrite", gm, clone, example_inputs, packs, config, ctx)
+        before = time.perf_counter()
+        compiled = codegen.compile_rest(clone, [*example_inputs, *packs], config)
+        ctx.seconds["codegen"] = time.perf_counter() - before
+        return compiled, packs, ctx
+
+    first = build()
+    if first is None:
+        return codegen.stock(gm, example_inputs, config)
+    return CompiledGraph(gm, build, first, freeze=config.freeze)
+
+
+def rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> tuple[GraphModule, Context, bool]:
+    """Run the forward pipeline on a clone of ``gm``; returns (clone, context, whether a kernel was placed)."""
+    clone = GraphModule(gm, copy.deepcopy(gm.graph))
+    tables = KernelTables()
+    training = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs)
+    measure = Measure(config, tables.unit)
+    ctx = Context(config, Weights(clone, example_inputs), not training, tables, measure)
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") or _enters_autocast(gm):
+        ctx.extra["dense_reason"] = "autocast is on and the kernels are float32"
+    for number, rewrite_pass in enumerate(FORWARD):
+        start = time.perf_counter()
+        before = dump.text(clone) if config.dump else ""
+        changed = rewrite_pass(clone, ctx)
+        ctx.counts[rewrite_pass.__name__] = changed
+        ctx.seconds[rewrite_pass.__name__] = time.perf_counter() - start
+        if changed:
+            _lint(clone, rewrite_pass.__name__)
+        if config.dump:
+            dump.write(config.dump, number, rewrite_pass.__name__, before, clone)
+    ctx.seconds["measure"] = measure.seconds
+    ctx.counts.update(lower(clone, tables))
+    _require(ctx)
+    return clone, ctx, any(d.chosen for d in ctx.decisions)
+
+
+def _lint(gm: GraphModule, stage: str) -> None:
+    try:
+        gm.graph.lint()
+    except RuntimeError as error:
+        given = str(error).partition("\n")[0]
+        raise VerificationError(stage=stage, what="malformed graph", given=given, expected="a legal graph") from error
+
+
+def _worth_a_look(example_inputs: Sequence[Any], config: Config) -> bool:
+    """True when pruning is asked for, or a weight has a plan or a fair share of zeros."""
+    if config.sparsity is not None or config.dump:
+        return True
+    for value in example_inputs:
+        if isinstance(value, torch.nn.Parameter) and value.dim() > 1:
+            if lookup(value) is not None:
+                return True
+            if value.numel() and torch.count_nonzero(value.detach()).item() < 0.95 * value.numel():
+                return True
+    return False
+
+
+def _enters_autocast(gm: GraphModule) -> bool:
+    return any("_enter_autocast" in str(n.target) for n in gm.graph.nodes if n.op == "call_function")
+
+
+def _require(ctx: Context) -> None:
+    dense = [d for d in ctx.decisions if d.mask is not None and not d.chosen]
+    if ctx.config.require_sparse and dense:
+        names = "; ".join(f"{d.match.name} ({d.reason})" for d in dense[:5])
+        raise RequireSparse(count=len(dense), layers=names)
+
+
+def _verify_numerically(
+    stage: str,
+    gm: GraphModule,
+    clone: GraphModule,
+    inputs: Sequence[Any],
+    packs: Sequence[Tensor],
+    config: Config,
+    ctx: Context,
+) -> None:
+    """Compare the rewritten graph with the original on the example inputs, run eagerly on copies."""
+    if config.sparsity is not None:  # the function was meant to change
+        return
+    copies = [[t.detach().clone() if isinstance(t, Tensor) else t for t in inputs] for _ in range(2)]
+    with torch.no_grad():
+        expected, given = gm(*copies[0]), clone(*copies[1], *packs)
+    flat_expected = [t for t in torch.utils._pytree.tree_leaves(expected) if isinstance(t, Tensor)]
+    flat_given = [t for t in torch.utils._pytree.tree_leaves(given) if isinstance(t, Tensor)]
+    for a, b in zip(flat_expected, flat_given, strict=True):
+        scale = a.abs().max().clamp_min(1e-12) if a.numel() else 1.0
+        error = ((a - b).abs().max() / scale).item() if a.numel() else 0.0
+        if not error <= config.tolerance and a.is_floating_point():
+            expected_text = f"at most {config.tolerance:g} relative to the largest value"
+            raise VerificationError(stage=stage, what="output differs", given=f"{error:.3g}", expected=expected_text)
+
+
+def _report(ctx: Context, seconds: float) -> None:
+    chosen = [d for d in ctx.decisions if d.chosen]
+    masked = [d for d in ctx.decisions if d.mask is not None]
+    log.info(
+        "%d of %d matches run sparse kernels (%d hold zeros), %.2f s planning, packing and measuring",
+        len(chosen),
+        len(ctx.decisions),
+        len(masked),
+        seconds,
+    )
+    for decision in ctx.decisions:
+        log.debug("%s", describe(decision))
+    LAST_REPORTS.append(ctx)
+    del LAST_REPORTS[:-16]
+
+
+def describe(decision: Decision) -> str:
+    """Return one line about one match."""
+    match = decision.match
+    return (
+        f"{match.name} [{match.kind} {match.geometry}] {decision.sparsity:.1%} zeros -> {decision.kernel}: {decision.reason}"
+    )
+
+
+# the contexts of the latest compiles, for tests and benchmarks to read what was decided
+LAST_REPORTS: list[Context] = []

@@ -1,0 +1,104 @@
+"""Run a model once under Dynamo and detect its prunable layers, without changing the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxprune.config import Config
+from fxprune.context import Context
+from fxprune.errors import CaptureError
+from fxprune.lowering.kernels import KernelTables
+from fxprune.lowering.measure import Measure
+from fxprune.match import Block, Match
+from fxprune.passes import DETECT
+from fxprune.weights import STATE_NAME, Weights
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One graph Dynamo saw, with the real tensors it was called with."""
+
+    gm: GraphModule
+    inputs: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Detected:
+    """The matches and blocks of all graphs of a model, names as in ``model.named_parameters()``."""
+
+    matches: tuple[Match, ...]
+    blocks: tuple[Block, ...]
+
+
+def capture(model: nn.Module, example_inputs: Any) -> list[Captured]:
+    """Return the graphs of one inference call of ``model`` in evaluation mode.
+
+    example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+    Raises :class:`~fxprune.errors.CaptureError` with the model's own error as the cause.
+    """
+    graphs: list[Captured] = []
+    state = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    names = {id(tensor): name for name, tensor in reversed(state)}
+
+    def keep(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        for node, value in zip(placeholders, inputs, strict=True):
+            if id(value) in names:  # Dynamo forgets its own sources when the compile ends
+                node.meta[STATE_NAME] = names[id(value)]
+        graphs.append(Captured(gm, tuple(inputs)))
+        return gm.forward
+
+    args, kwargs = arguments(example_inputs)
+    try:
+        with evaluating(model), torch.no_grad():
+            torch.compile(model, backend=keep, dynamic=False)(*args, **kwargs)
+    except Exception as error:
+        shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (*args, *kwargs.values())]
+        remedy = "Check that model(*example_inputs) runs; a tuple is positional arguments, a dict keyword arguments."
+        cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        raise CaptureError(inputs=shapes, cause=cause, remedy=remedy) from error
+    return graphs
+
+
+def detect(graph: Captured, config: Config, inference: bool = True) -> Context:
+    """Run the detection passes on a clone of one graph."""
+    clone = GraphModule(graph.gm, copy.deepcopy(graph.gm.graph))
+    tables = KernelTables()
+    ctx = Context(config, Weights(clone, graph.inputs), inference, tables, Measure(config, tables.unit))
+    for detection in DETECT:
+        detection(clone, ctx)
+    return ctx
+
+
+def detect_exported(program: torch.export.ExportedProgram, config: Config | None = None) -> Context:
+    """Detect on an exported program: the same passes over the same vocabulary."""
+    return detect(Captured(program.module(), ()), config or Config())
+
+
+def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Split example inputs into positional and keyword arguments."""
+    if isinstance(example_inputs, dict):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every submodule in evaluation mode and restore each one's own flag afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag

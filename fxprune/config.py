@@ -1,0 +1,142 @@
+"""The one frozen configuration of a prune or a compile; option names are its field names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fxprune.errors import ConfigError, UnknownOption, nearest
+
+KINDS = ("depthwise", "pointwise", "linear")
+
+_CHOICES = {
+    "importance": ("magnitude",),
+    "scope": ("layer", "global"),
+    "ranking": ("corrected", "published"),
+    "recalibrate": ("auto", "deterministic", "off"),
+    "autotune": ("fast", "full", "off"),
+    "fallback": ("inductor", "eager"),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of :func:`fxprune.prune` and of ``torch.compile(backend="hwprune", options=...)``.
+
+    sparsity: fraction of zeros, a float or a dict by kind ("depthwise", "pointwise", "linear") or by
+        layer-name glob; later, more specific keys win. ``None`` prunes nothing.
+    pattern: "auto" (dcp for depthwise, tile for the rest), a pattern name, or a dict by kind.
+    importance: "magnitude", or a callable ``(name, weight) -> element scores`` of the weight's shape.
+    ignored_layers: layer names or globs that stay as they are.
+    group: channels per DR group (DEPrune, Sec. 4.1). balance: equal counts per group (BWT).
+    recalibrate: "auto" measures the gain of each rounding (HSR), "deterministic" needs no timing, "off".
+    granularity: output features per tile, an int or a dict by kind; ``None`` takes the kernel's own.
+    columns: let `tile` remove whole output features (2-D). ``None``: only for linear layers, because the
+        outputs of a 1x1 convolution may feed a depthwise one (DEPrune, Sec. 4.2).
+    scope: rank tiles per "layer" or over all layers ("global"). ranking: "corrected" or "published".
+    min_speedup: a match must be at least this much faster than dense to leave dense.
+    autotune: "fast" measures with few rounds, "full" with many, "off" trusts the cost model.
+    cache_dir: where measured times are kept; ``None`` is the user's cache folder.
+    freeze: weights will not change after compile: no checks per call, remaining constants folded.
+    require_sparse: raise when a pruned layer stays dense.
+    fallback: what compiles the rest of the graph, and what a failed rewrite falls back to.
+    verify: check every pass numerically on the example inputs (slow).
+    dump: folder for the numbered graphs before and after each pass.
+    tolerance: bound of ``verify`` against an fp64 run, relative.
+    mode / inductor: Inductor's mode and options for the rest of the graph.
+    """
+
+    sparsity: float | Mapping[str, float] | None = None
+    pattern: str | Mapping[str, str] = "auto"
+    importance: str | Callable[..., Any] = "magnitude"
+    ignored_layers: tuple[str, ...] = ()
+    group: int = 32
+    balance: bool = True
+    recalibrate: str = "deterministic"
+    granularity: int | Mapping[str, int] | None = None
+    columns: bool | Mapping[str, bool] | None = None
+    scope: str = "layer"
+    ranking: str = "corrected"
+    min_speedup: float = 1.02
+    autotune: str = "fast"
+    cache_dir: str | None = None
+    freeze: bool = False
+    require_sparse: bool = False
+    fallback: str = "inductor"
+    verify: bool = False
+    dump: str | None = None
+    tolerance: float = 1e-3
+    mode: str | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, legal in _CHOICES.items():
+            value = getattr(self, name)
+            if name == "importance" and callable(value):
+                continue
+            if value not in legal:
+                raise ConfigError(name=name, given=value, expected="one of " + ", ".join(map(repr, legal)))
+        _check_sparsity(self.sparsity)
+        _check_number("min_speedup", self.min_speedup, 0.0, 100.0)
+        _check_number("tolerance", self.tolerance, 0.0, 1.0)
+        _check_positive("group", self.group)
+        sizes = self.granularity.values() if isinstance(self.granularity, Mapping) else (self.granularity,)
+        for size in sizes:
+            if size is not None:
+                _check_positive("granularity", size)
+        for name in ("pattern", "granularity", "columns"):
+            _check_kinds(name, getattr(self, name))
+        if isinstance(self.ignored_layers, str):
+            expected = "a sequence of layer names, not one string"
+            raise ConfigError(name="ignored_layers", given=self.ignored_layers, expected=expected)
+        object.__setattr__(self, "ignored_layers", tuple(self.ignored_layers))
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Config:
+        """Build from the ``options`` dict of ``torch.compile``.
+
+        Raises :class:`~fxprune.errors.UnknownOption` with the nearest legal name.
+        """
+        given = dict(options or {})
+        legal = [f.name for f in dataclasses.fields(cls)]
+        for name in given:
+            if name not in legal:
+                raise UnknownOption(name=name, nearest=nearest(name, legal), legal=", ".join(legal))
+        if mode is not None:
+            given.setdefault("mode", mode)
+        return cls(**given)
+
+    def by_kind(self, name: str, kind: str) -> Any:
+        """Return an option that may be a dict by kind; ``None`` when the dict has no such kind."""
+        value = getattr(self, name)
+        return value.get(kind) if isinstance(value, Mapping) else value
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    if not ok:
+        raise ConfigError(name=name, given=value, expected=f"a number from {low:g} to {high:g}")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(name=name, given=value, expected="a positive integer")
+
+
+def _check_kinds(name: str, value: Any) -> None:
+    for kind in value if isinstance(value, Mapping) else ():
+        if kind not in KINDS:
+            raise ConfigError(name=name, given=kind, expected="keys among " + ", ".join(KINDS))
+
+
+def _check_sparsity(sparsity: Any) -> None:
+    values = sparsity.items() if isinstance(sparsity, Mapping) else [("sparsity", sparsity)]
+    for key, value in values:
+        if value is None and not isinstance(sparsity, Mapping):
+            continue
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
+        if not ok:
+            name = "sparsity" if key == "sparsity" else f"sparsity[{key!r}]"
+            raise ConfigError(name=name, given=value, expected="a fraction of zeros, 0 <= sparsity < 1")

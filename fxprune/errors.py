@@ -1,0 +1,115 @@
+"""Every mistake a user can make, one class each; the message template lives on the class.
+
+A message says what was given, what was expected and what to do. Templates are filled by keyword,
+so tests and the documentation can rely on them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FxPruneWarning(UserWarning):
+    """Base of every warning fxprune emits, so that tests can turn them into errors."""
+
+
+class FxPruneError(Exception):
+    """Base of every error fxprune raises. ``where`` is appended in brackets when given."""
+
+    template = "{message}"
+
+    def __init__(self, *, where: str | None = None, **fields: object) -> None:
+        self.fields = fields
+        text = f"{type(self).__name__}: {self.template.format(**fields)}"
+        super().__init__(f"{text} [{where}]" if where else text)
+
+
+class ConfigError(FxPruneError, ValueError):
+    """An option has an illegal value."""
+
+    template = "option {name!r} got {given!r}; expected {expected}."
+
+
+class UnknownOption(FxPruneError, TypeError):
+    """An option does not exist."""
+
+    template = "unknown option {name!r}; did you mean {nearest!r}? Legal options: {legal}."
+
+
+class UnknownPattern(FxPruneError, ValueError):
+    """A sparsity pattern does not exist or does not apply to the kind of layer."""
+
+    template = "unknown pattern {name!r}{context}; did you mean {nearest!r}? Legal patterns: {legal}."
+
+
+class UnknownLayer(FxPruneError, ValueError):
+    """A layer name or glob matches nothing in the model."""
+
+    template = (
+        "{name!r} in {option} matches no kind and no prunable layer; did you mean {nearest!r}? "
+        "Kinds: {kinds}. Run fxprune.explain(model, example_inputs) for the layers."
+    )
+
+
+class TileMismatch(FxPruneError, ValueError):
+    """A weight cannot be cut into the requested tiles."""
+
+    template = "weight {shape} cannot be tiled by granularity {granularity}: {reason}. {remedy}"
+
+
+class PackedFormatError(FxPruneError, ValueError):
+    """A packed weight breaks the format; it never reaches a kernel."""
+
+    template = "{what}: got {given}, expected {expected} (the packed weight is corrupt or not ours)."
+
+
+class NothingToPrune(FxPruneError, ValueError):
+    """The captured graphs hold no layer that the request applies to."""
+
+    template = "no layer to prune: {reason}. {remedy}"
+
+
+class CaptureError(FxPruneError, RuntimeError):
+    """The model could not be run on the example inputs while it was captured."""
+
+    template = "the model could not be captured on example_inputs {inputs}: {cause}. {remedy}"
+
+
+class NonFiniteWeight(FxPruneError, ValueError):
+    """A weight to be pruned holds NaN or Inf, so magnitudes do not rank it."""
+
+    template = (
+        "weight {name!r} holds {count} non-finite values, so it cannot be ranked. Repair the "
+        "weight or exclude the layer with ignored_layers=({name!r},)."
+    )
+
+
+class NotLowered(FxPruneError, RuntimeError):
+    """A semantic operator has no implementation that supports it."""
+
+    template = "{op}: no implementation supports it: {reasons}."
+
+
+class RequireSparse(FxPruneError, RuntimeError):
+    """``require_sparse=True`` and a pruned layer stays dense."""
+
+    template = "require_sparse=True, but {count} pruned layer(s) stay dense: {layers}."
+
+
+class VerificationError(FxPruneError, AssertionError):
+    """A compiled or rewritten graph does not compute what it should."""
+
+    template = "{stage}: {what}: got {given}, expected {expected}."
+
+
+class PlanMismatch(FxPruneError, ValueError):
+    """A plan does not describe the model it is applied to."""
+
+    template = "plan and model disagree on {name!r}: the plan says {given}, the model has {expected}."
+
+
+def nearest(name: str, legal: Iterable[str]) -> str:
+    """Return the legal word closest to ``name`` (the first one when nothing is close)."""
+    words = list(legal)
+    return (difflib.get_close_matches(name, words, n=1, cutoff=0.0) or words or ["?"])[0]

@@ -1,0 +1,70 @@
+"""``fxprune.explain``: what is prunable, what each match gains, and why something stays dense."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxprune.backend import rewrite
+from fxprune.capture import capture
+from fxprune.config import Config
+from fxprune.context import Decision
+from fxprune.report import Table
+
+_HEAD = ("layer", "kind", "shape", "pattern", "sparsity", "kernel", "kernel us", "dense us", "decision")
+
+
+def explain(model: nn.Module, example_inputs: Any, **options: Any) -> Table:
+    """Return one row per match: layer, kind, shape, pattern, sparsity, kernel, times, and the decision with its reason.
+
+    Works before anything is pruned: with ``sparsity=`` the masks are chosen and timed, and the model is not touched.
+    Without zeros and without ``sparsity=`` every row says so.
+    options: fields of :class:`fxprune.Config`.
+    """
+    config = dataclasses.replace(Config.from_options(options), require_sparse=False, dump=None, verify=False)
+    decisions: list[Decision] = []
+    blocks = 0
+    for graph in capture(model, example_inputs):
+        with torch.no_grad():
+            _, ctx, _ = rewrite(graph.gm, graph.inputs, config)
+        decisions += ctx.decisions
+        blocks += len(ctx.blocks)
+    rows = [_row(d) for d in decisions]
+    return Table("matches", _HEAD, rows, _summary(decisions, blocks))
+
+
+def _row(decision: Decision) -> tuple[str, ...]:
+    match, timing = decision.match, decision.timing
+    sparse = f"{timing.sparse:.1f}" if timing else "-"
+    dense = f"{timing.dense:.1f}" if timing else "-"
+    verdict = f"chosen: {decision.reason}" if decision.chosen else decision.reason
+    pattern = decision.pattern or "-"
+    return (
+        match.name,
+        match.kind,
+        str(match.geometry),
+        pattern,
+        f"{decision.sparsity:.1%}",
+        decision.kernel,
+        sparse,
+        dense,
+        verdict,
+    )
+
+
+def _summary(decisions: list[Decision], blocks: int) -> dict[str, Any]:
+    kinds: dict[str, int] = {}
+    for decision in decisions:
+        kinds[decision.match.kind] = kinds.get(decision.match.kind, 0) + 1
+    timed = [d for d in decisions if d.timing is not None]
+    dense = sum(d.timing.dense for d in timed if d.timing)
+    ours = sum(min(d.timing.sparse, d.timing.dense) if d.chosen else d.timing.dense for d in timed if d.timing)
+    summary: dict[str, Any] = {"matches": ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none"}
+    summary["depthwise-separable blocks"] = blocks
+    summary["chosen"] = f"{sum(d.chosen for d in decisions)} of {len(decisions)}"
+    if timed:
+        summary["time in timed matches"] = f"{ours:.0f} us, dense {dense:.0f} us ({dense / max(ours, 1e-9):.2f}x)"
+    return summary

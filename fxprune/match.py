@@ -1,0 +1,101 @@
+"""What detection finds: one :class:`Match` per convolution or linear layer, one :class:`Block` per DSConv."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shapes of one call. ``x`` and ``y`` may hold SymInts; windows are (height, width)."""
+
+    x: tuple[Any, ...]
+    y: tuple[Any, ...]
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    def __str__(self) -> str:
+        text = "x".join(str(s) for s in self.x) + "->" + "x".join(str(s) for s in self.y[1:])
+        if self.kernel != (1, 1):
+            text += f" k{self.kernel[0]}" + ("" if self.kernel[0] == self.kernel[1] else f"x{self.kernel[1]}")
+        if self.stride != (1, 1):
+            text += f" s{self.stride[0]}"
+        return text
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """One prunable call.
+
+    kind: "depthwise", "pointwise" (1x1 convolution) or "linear".
+    node: the ATen call; ``x`` and ``bias`` are read from its arguments ``operands`` (x, bias), because an earlier
+        rewrite may have replaced them. weight: the placeholder or attribute behind the weight operand.
+    name: the layer's qualified name ("blocks.1.0.conv_dw"); ``parameter``: the weight's.
+    value: the real weight. ``transposed``: the operand is stored (K, N) instead of (N, K).
+    """
+
+    kind: str
+    node: Node
+    operands: tuple[int, int | None]
+    weight: Node
+    name: str
+    parameter: str
+    value: Tensor
+    geometry: Geometry
+    transposed: bool = False
+
+    @property
+    def x(self) -> Node:
+        """The activation operand."""
+        return self.node.args[self.operands[0]]  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Node | None:
+        """The bias operand, if any."""
+        position = self.operands[1]
+        given = position is not None and position < len(self.node.args)
+        return self.node.args[position] if given else None  # type: ignore[return-value, index]
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(C, KH*KW) of a depthwise weight, (N, K) of a GEMM weight."""
+        n, k = self.value.shape[0], self.value.numel() // max(self.value.shape[0], 1)
+        return (k, n) if self.transposed else (n, k)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """View a tensor of the weight's shape as :attr:`matrix_shape`."""
+        return weight.t() if self.transposed else weight.reshape(self.matrix_shape)
+
+    def restore(self, matrix: Tensor) -> Tensor:
+        """Inverse of :meth:`matrix`."""
+        return matrix.t() if self.transposed else matrix.reshape(self.value.shape)
+
+    def where(self) -> str:
+        """The layer and the user's own source line."""
+        lines = [s for s in (self.node.meta.get("stack_trace") or "").splitlines() if "File" in s]
+        return f"{self.name}, {lines[-1].strip()}" if lines else self.name
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A depthwise-separable block around one depthwise match.
+
+    expand: the 1x1 convolution that feeds it (PW1), if any. project: the one it feeds (PW2).
+    squeeze_excite: the depthwise output is gated per channel before PW2. residual: PW2's output is added to a skip.
+    """
+
+    depthwise: Match
+    project: Match
+    expand: Match | None = None
+    squeeze_excite: bool = False
+    residual: bool = False
+
+    @property
+    def kind(self) -> str:
+        return "inverted_residual" if self.expand is not None else "depthwise_separable"

@@ -1,0 +1,11 @@
+"""The semantic operators. Adding one is a file here and its name in ``OPS``."""
+
+from fxprune.ops import depthwise_taps, tile_gemm, tile_pack
+from fxprune.ops.operator import Operator
+
+OPS: tuple[Operator, ...] = (
+    depthwise_taps.OPERATOR,
+    tile_gemm.OPERATOR,
+    tile_pack.PACK,
+    tile_pack.UNPACK,
+)

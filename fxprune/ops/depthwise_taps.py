@@ -1,0 +1,137 @@
+"""``fxprune::depthwise_taps``: a depthwise convolution that reads only its kept taps.
+
+    y[b, c] = act(sum over kept (dy, dx) of weight[c, dy*KW + dx] * x[b, c, oy*s + dy*d - p, ox*s + dx*d - p] + bias[c])
+
+The DR-form of DEPrune (Sec. 4.1) gives every (channel, dy, dx) its own K index; the operator keeps that
+index as one bit per tap and never materialises the DR matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.ops import activation as act
+from fxprune.ops.operator import Args, Operator
+
+aten = torch.ops.aten
+
+
+def tap_mask(taps: Tensor, count: int) -> Tensor:
+    """Return the bool mask (C, count) of bit words ``taps`` int64 (C, ceil(count/64))."""
+    tap = torch.arange(count, device=taps.device)
+    return ((taps[:, tap // 64] >> (tap % 64)) & 1).bool()
+
+
+def _window(weight: Tensor, taps: Tensor, kernel_size: list[int]) -> Tensor:
+    kept = tap_mask(taps, weight.shape[1])
+    return torch.where(kept, weight, weight.new_zeros(())).reshape(-1, 1, *kernel_size)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    activation: str = "none",
+) -> Tensor:
+    """x: (B, C, H, W); weight: (C, KH*KW); taps: int64 bit words; returns (B, C, OH, OW) contiguous."""
+    window = _window(weight, taps, kernel_size)
+    y = aten.conv2d.default(x.contiguous(), window, bias, stride, padding, dilation, x.shape[1])
+    return act.FORWARD[activation](y).contiguous()
+
+
+def fake(
+    x: Tensor,
+    weight: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    activation: str = "none",
+) -> Tensor:
+    size = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+    return x.new_empty((x.shape[0], x.shape[1], *size))
+
+
+def setup_context(ctx: Any, inputs: Args, output: Tensor) -> None:
+    x, weight, taps, bias, ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation, ctx.activation = inputs
+    ctx.save_for_backward(x, weight, taps, bias)
+
+
+def backward(ctx: Any, grad: Tensor) -> Args:
+    x, weight, taps, bias = ctx.saved_tensors
+    if ctx.activation != "none":
+        geometry = (ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation)
+        pre = torch.ops.fxprune.depthwise_taps(x, weight, taps, bias, *geometry, "none")
+        grad = act.BACKWARD[ctx.activation](grad, pre)
+    need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    grad_x, grad_window, _ = aten.convolution_backward.default(
+        grad,
+        x,
+        _window(weight, taps, ctx.kernel_size),
+        None,
+        ctx.stride,
+        ctx.padding,
+        ctx.dilation,
+        False,
+        [0, 0],
+        x.shape[1],
+        [need_x, need_weight, False],
+    )
+    grad_weight = None
+    if need_weight:
+        kept = tap_mask(taps, weight.shape[1])
+        grad_weight = torch.where(kept, grad_window.reshape(weight.shape), grad_window.new_zeros(()))
+    grad_bias = grad.sum((0, 2, 3)) if bias is not None and ctx.needs_input_grad[3] else None
+    return grad_x if need_x else None, grad_weight, None, grad_bias, None, None, None, None, None
+
+
+def _sample(b: int, c: int, h: int, w: int, kernel: tuple[int, int], s: int, p: int, d: int, name: str, bias: bool) -> Args:
+    gen = torch.Generator().manual_seed(b * 31 + c * 7 + kernel[0] * 3 + s)
+    count = kernel[0] * kernel[1]
+    kept = torch.rand(c, count, generator=gen) < 0.6
+    words = torch.zeros(c, -(-count // 64), dtype=torch.int64)
+    for t in range(count):
+        words[:, t // 64] |= kept[:, t].long() << (t % 64)
+    weight = torch.randn(c, count, generator=gen) * kept
+    x = torch.randn(b, c, h, w, generator=gen)
+    shift = torch.randn(c, generator=gen) if bias else None
+    return x, weight, words, shift, list(kernel), [s, s], [p, p], [d, d], name
+
+
+def samples() -> Iterator[Args]:
+    yield _sample(1, 4, 7, 7, (3, 3), 1, 1, 1, "none", True)
+    yield _sample(2, 3, 9, 5, (3, 3), 2, 1, 1, "relu6", True)
+    yield _sample(1, 5, 8, 8, (5, 5), 1, 2, 1, "silu", False)
+    yield _sample(2, 2, 11, 13, (3, 5), 1, 1, 2, "gelu", True)
+    yield _sample(1, 3, 18, 18, (7, 7), 2, 3, 1, "hardswish", True)
+    yield _sample(1, 2, 12, 12, (9, 9), 1, 4, 1, "none", False)
+
+
+def bad_samples() -> Iterator[tuple[Args, str]]:
+    good = list(_sample(1, 4, 7, 7, (3, 3), 1, 1, 1, "none", True))
+
+    def broken(position: int, value: Any) -> Args:
+        return tuple(value if i == position else a for i, a in enumerate(good))
+
+    yield broken(0, good[0][0]), r"x"
+    yield broken(0, good[0].double()), r"float32"
+    yield broken(1, good[1][:, :8]), r"weight"
+    yield broken(2, good[2].int()), r"taps"
+    yield broken(3, good[3][:3]), r"bias"
+    yield broken(4, [3]), r"kernel_size"
+    yield broken(5, [0, 1]), r"stride"
+    yield broken(8, "swish"), r"activation"
+
+
+OPERATOR = Operator("depthwise_taps", reference, fake, setup_context, backward, samples, bad_samples)

@@ -1,0 +1,162 @@
+"""``fxprune::tile_gemm``: a GEMM whose weight is cut in tiles of output features, each with its own K rows.
+
+    out[n] = act(sum over kept k of w[n, k] * gate[k] * x[k] + bias[n] + residual[n])
+
+``feature_dim=1`` is feature-major, x: (B, K, *spatial) -> (B, N, *spatial); ``feature_dim=-1`` is row-major,
+x: (..., K) -> (..., N). Output features outside ``columns`` hold act(bias + residual). The packed weight
+(values, index, tile_ptr, columns) is tile-wise sparsity's (SC'20): dense blocks addressed through kept-index lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.ops import activation as act
+from fxprune.ops import tile_pack
+from fxprune.ops.operator import Args, Operator
+
+
+def reference(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    tile_ptr: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    out_features: int,
+    granularity: int,
+    feature_dim: int,
+    activation: str = "none",
+) -> Tensor:
+    """Unpack and multiply densely; returns a contiguous tensor."""
+    k = x.shape[feature_dim]
+    weight = tile_pack.unpack_reference(values, index, tile_ptr, columns, granularity, out_features, k)
+    if feature_dim == 1:
+        flat = x.reshape(x.shape[0], k, -1)
+        if gate is not None:
+            flat = flat * gate.unsqueeze(-1)
+        y = torch.matmul(weight, flat).reshape(x.shape[0], out_features, *x.shape[2:])
+        if bias is not None:
+            y = y + bias.reshape(-1, *[1] * (x.dim() - 2))
+    else:
+        y = torch.matmul(x, weight.t())
+        if bias is not None:
+            y = y + bias
+    if residual is not None:
+        y = y + residual
+    return act.FORWARD[activation](y).contiguous()
+
+
+def fake(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    tile_ptr: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    out_features: int,
+    granularity: int,
+    feature_dim: int,
+    activation: str = "none",
+) -> Tensor:
+    if feature_dim == 1:
+        return x.new_empty((x.shape[0], out_features, *x.shape[2:]))
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def setup_context(ctx: Any, inputs: Args, output: Tensor) -> None:
+    *tensors, ctx.out_features, ctx.granularity, ctx.feature_dim, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def backward(ctx: Any, grad: Tensor) -> Args:
+    x, values, index, tile_ptr, columns, bias, residual, gate = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    if ctx.activation != "none":
+        shape = (ctx.out_features, ctx.granularity, ctx.feature_dim)
+        packed = (values, index, tile_ptr, columns)
+        pre = torch.ops.fxprune.tile_gemm(x, *packed, bias, residual, gate, *shape, "none")
+        grad = act.BACKWARD[ctx.activation](grad, pre)
+    k = x.shape[ctx.feature_dim]
+    structure = (index, tile_ptr, columns, ctx.granularity)
+    weight = torch.ops.fxprune.tile_unpack(values, *structure, ctx.out_features, k)
+    grad_x = grad_gate = grad_weight = grad_bias = None
+    if ctx.feature_dim == 1:
+        g = grad.reshape(grad.shape[0], ctx.out_features, -1)
+        flat = x.reshape(x.shape[0], k, -1)
+        back = torch.matmul(weight.t(), g) if need[0] or need[7] else None
+        if need[0]:
+            grad_x = (back if gate is None else back * gate.unsqueeze(-1)).reshape(x.shape)
+        if need[7]:
+            grad_gate = (back * flat).sum(-1)
+        if need[1]:
+            seen = flat if gate is None else flat * gate.unsqueeze(-1)
+            grad_weight = torch.matmul(g, seen.transpose(1, 2)).sum(0)
+        if bias is not None and need[5]:
+            grad_bias = g.sum((0, 2))
+    else:
+        g = grad.reshape(-1, ctx.out_features)
+        if need[0]:
+            grad_x = torch.matmul(grad, weight)
+        if need[1]:
+            grad_weight = torch.matmul(g.t(), x.reshape(-1, k))
+        if bias is not None and need[5]:
+            grad_bias = g.sum(0)
+    grad_values = None
+    if grad_weight is not None:
+        grad_values = torch.ops.fxprune.tile_pack(grad_weight, *structure, values.shape[0])
+    grad_residual = grad if residual is not None and need[6] else None
+    return grad_x, grad_values, None, None, None, grad_bias, grad_residual, grad_gate, None, None, None, None
+
+
+def _sample(x_shape: tuple[int, ...], n: int, g: int, feature_dim: int, name: str, extras: str = "") -> Args:
+    gen = torch.Generator().manual_seed(sum(x_shape) * 13 + n * 5 + g)
+    k = x_shape[feature_dim]
+    values, index, tile_ptr, columns = tile_pack.random_structure(n, k, g, gen)
+    x = torch.randn(*x_shape, generator=gen)
+    out = (x_shape[0], n, *x_shape[2:]) if feature_dim == 1 else (*x_shape[:-1], n)
+    bias = torch.randn(n, generator=gen) if "b" in extras else None
+    residual = torch.randn(*out, generator=gen) if "r" in extras else None
+    gate = torch.rand(x_shape[0], k, generator=gen) if "g" in extras else None
+    return x, values, index, tile_ptr, columns, bias, residual, gate, n, g, feature_dim, name
+
+
+def samples() -> Iterator[Args]:
+    yield _sample((1, 6, 5, 5), 8, 4, 1, "none", "b")
+    yield _sample((2, 9, 7, 3), 10, 4, 1, "relu6", "br")
+    yield _sample((2, 5, 4, 4), 7, 8, 1, "silu", "bg")
+    yield _sample((3, 8, 17), 5, 2, 1, "none", "brg")
+    yield _sample((1, 12), 20, 16, -1, "none", "b")
+    yield _sample((2, 3, 10), 9, 4, -1, "gelu", "br")
+    yield _sample((7,), 6, 64, -1, "gelu_tanh")
+
+
+def bad_samples() -> Iterator[tuple[Args, str]]:
+    good = list(_sample((1, 6, 5, 5), 8, 4, 1, "none", "b"))
+
+    def broken(position: int, value: Any) -> Args:
+        return tuple(value if i == position else a for i, a in enumerate(good))
+
+    yield broken(0, good[0].double()), r"float32"
+    yield broken(1, good[1][:-1]), r"values"
+    yield broken(2, good[2] + 100), r"index"
+    yield broken(2, good[2].long()), r"index"
+    yield broken(3, good[3] + 1), r"tile_ptr"
+    yield broken(4, good[4] + 100), r"columns"
+    yield broken(5, good[5][:3]), r"bias"
+    yield broken(6, good[0][:, :2]), r"residual"
+    yield broken(7, good[0][:, :2, 0, 0]), r"gate"
+    yield broken(9, 0), r"granularity"
+    yield broken(10, 2), r"feature_dim"
+    yield broken(11, "swish"), r"activation"
+
+
+OPERATOR = Operator("tile_gemm", reference, fake, setup_context, backward, samples, bad_samples)

@@ -1,0 +1,115 @@
+"""What was pruned and how: the plan is metadata, the zeros in the weights are the truth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fxprune.errors import NothingToPrune
+from fxprune.sparsity.pattern import LayerMask
+
+# parameter -> PrunedWeight; a weak side table, so that the model stays a plain module
+_REGISTRY: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_GENERATION = [0]  # rises with every registration, so that a graph trained under a mask notices a new one
+
+
+@dataclass(frozen=True)
+class PrunedWeight:
+    """What the backend needs about one pruned parameter; the mask has the parameter's shape."""
+
+    pattern: str
+    layer: LayerMask
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One pruned layer. counts: kept units per tile; columns: kept output features (``None`` = all)."""
+
+    name: str
+    parameter: str
+    kind: str
+    pattern: str
+    shape: tuple[int, ...]
+    target: float
+    sparsity: float
+    granularity: int
+    counts: tuple[int, ...]
+    columns: tuple[int, ...] | None
+    note: str = ""
+
+
+@dataclass
+class Plan:
+    """The layers one call of :func:`fxprune.prune` pruned."""
+
+    layers: list[LayerPlan] = field(default_factory=list)
+    version: int = 1
+
+    def __iter__(self) -> Iterator[LayerPlan]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"version": self.version, "layers": [asdict(layer) for layer in self.layers]}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
+
+    def hold(self, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
+        """Keep pruned weights, and the optimizer's moments for them, at zero after every step.
+
+        Returns the handle that stops it. Raises :class:`~fxprune.errors.NothingToPrune` when the
+        optimizer updates none of the pruned parameters.
+        """
+        held = [p for group in optimizer.param_groups for p in group["params"] if lookup(p) is not None]
+        if not held:
+            raise NothingToPrune(
+                reason="the optimizer holds no parameter of the pruned model",
+                remedy="Create it from result.model.parameters().",
+            )
+
+        def project(opt: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+            project_zeros(opt)
+
+        project_zeros(optimizer)
+        return optimizer.register_step_post_hook(project)
+
+
+def register(parameter: Tensor, pruned: PrunedWeight) -> None:
+    """Attach a mask to a live parameter."""
+    _REGISTRY[parameter] = pruned
+    _GENERATION[0] += 1
+
+
+def generation() -> int:
+    """Return a number that rises whenever a mask is attached."""
+    return _GENERATION[0]
+
+
+def lookup(parameter: Tensor) -> PrunedWeight | None:
+    """Return what was pruned of a live parameter, ``None`` when nothing was."""
+    return _REGISTRY.get(parameter)
+
+
+@torch.no_grad()
+def project_zeros(optimizer: torch.optim.Optimizer) -> None:
+    """Zero the pruned elements of every parameter of ``optimizer`` and of its state."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            pruned = lookup(parameter)
+            if pruned is None:
+                continue
+            drop = ~pruned.mask.to(parameter.device)
+            parameter.masked_fill_(drop, 0)
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value.masked_fill_(drop, 0)

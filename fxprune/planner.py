@@ -1,0 +1,147 @@
+"""Choose masks: what each layer is asked to lose, scored and selected by its pattern."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.config import KINDS, Config
+from fxprune.errors import NonFiniteWeight, UnknownLayer, UnknownPattern, nearest
+from fxprune.match import Match
+from fxprune.sparsity import PATTERNS, dcp, tile
+from fxprune.sparsity.pattern import LayerMask
+
+Gain = Callable[[str, int, int], float]
+
+
+def pattern_of(match: Match, config: Config) -> str:
+    """Return the pattern name for a match; raises when it does not apply to the kind."""
+    name = config.by_kind("pattern", match.kind) or "auto"
+    legal = [p.name for p in PATTERNS if match.kind in p.kinds]
+    if name == "auto":
+        return legal[0]
+    if name not in [p.name for p in PATTERNS]:
+        raise UnknownPattern(name=name, context="", nearest=nearest(name, legal), legal=", ".join(legal))
+    if name not in legal and not isinstance(config.pattern, str):
+        context = f" for {match.kind} layers"
+        raise UnknownPattern(name=name, context=context, nearest=legal[0], legal=", ".join(legal))
+    return name if name in legal else ""
+
+
+def targets(matches: Sequence[Match], config: Config) -> dict[str, float]:
+    """Return the sparsity asked of each layer, by parameter name; layers that stay dense are absent.
+
+    Globs beat kinds, and a later glob beats an earlier one. Raises :class:`~fxprune.errors.UnknownLayer`.
+    """
+    wanted = config.sparsity
+    names = sorted({m.name for m in matches})
+    if isinstance(wanted, dict):
+        for key in wanted:
+            _known(key, names, "sparsity")
+    for key in config.ignored_layers:
+        _known(key, names, "ignored_layers")
+    result: dict[str, float] = {}
+    for match in matches:
+        value = wanted if not isinstance(wanted, dict) else wanted.get(match.kind, 0.0)
+        for key in wanted if isinstance(wanted, dict) else ():
+            if key not in KINDS and _hits(key, match):
+                value = wanted[key]
+        if any(_hits(key, match) for key in config.ignored_layers):
+            continue
+        if value and pattern_of(match, config):
+            result[match.parameter] = float(value)
+    return result
+
+
+def choose_masks(
+    matches: Sequence[Match], config: Config, unit: Callable[[str], Any], gain: Gain | None = None
+) -> dict[str, tuple[Match, str, LayerMask]]:
+    """Return (match, pattern name, mask of the matrix view) by parameter name.
+
+    ``unit(kind)`` is the kernel row's granularity and steps, ``gain(parameter, kept, rounded)`` the measured time
+    between two kept counts (HSR's alpha). A parameter used twice is planned once.
+    """
+    asked = targets(matches, config)
+    by_pattern: dict[str, dict[str, Match]] = {}
+    for match in matches:
+        if match.parameter in asked:
+            by_pattern.setdefault(pattern_of(match, config), {}).setdefault(match.parameter, match)
+    chosen: dict[str, tuple[Match, str, LayerMask]] = {}
+    for pattern, layers in by_pattern.items():
+        importances = {name: _importance(m, config) for name, m in layers.items()}
+        share = {name: asked[name] for name in layers}
+        if pattern == "dcp":
+            masks = dcp.plan_layers(
+                importances,
+                share,
+                group=config.group,
+                balance=config.balance,
+                recalibrate=config.recalibrate,
+                gain=gain if config.recalibrate == "auto" else None,
+            )
+        else:
+            masks = _tile_masks(layers, importances, share, config, unit)
+        chosen.update({name: (layers[name], pattern, mask) for name, mask in masks.items()})
+    return chosen
+
+
+def _tile_masks(
+    layers: dict[str, Match],
+    importances: dict[str, Tensor],
+    share: dict[str, float],
+    config: Config,
+    unit: Callable[[str], Any],
+) -> dict[str, LayerMask]:
+    masks: dict[str, LayerMask] = {}
+    for kind in ("pointwise", "linear"):
+        names = [n for n, m in layers.items() if m.kind == kind]
+        if not names:
+            continue
+        row = unit(kind)
+        columns = config.by_kind("columns", kind)
+        recalibrate = config.recalibrate != "off"
+        masks.update(
+            tile.plan_layers(
+                {n: importances[n] for n in names},
+                {n: share[n] for n in names},
+                granularity=config.by_kind("granularity", kind) or row.granularity,
+                columns=kind == "linear" if columns is None else columns,
+                scope=config.scope,
+                ranking=config.ranking,
+                step=row.k_step if recalibrate else 1,
+                column_step=row.column_step if recalibrate else None,
+            )
+        )
+    return masks
+
+
+def _importance(match: Match, config: Config) -> Tensor:
+    weight = match.value.detach()
+    finite = torch.isfinite(weight)
+    if not finite.all():
+        raise NonFiniteWeight(name=match.name, count=int((~finite).sum()))
+    if callable(config.importance):
+        scores = config.importance(match.name, weight)
+        if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+            from fxprune.errors import ConfigError
+
+            given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ConfigError(name="importance", given=given, expected=f"a tensor of shape {tuple(weight.shape)}")
+    else:
+        scores = weight.abs()
+    return match.matrix(scores).float().contiguous()
+
+
+def _hits(key: str, match: Match) -> bool:
+    return fnmatch.fnmatchcase(match.name, key) or fnmatch.fnmatchcase(match.parameter, key)
+
+
+def _known(key: str, names: list[str], option: str) -> None:
+    if key in KINDS or any(fnmatch.fnmatchcase(n, key) or fnmatch.fnmatchcase(n + ".weight", key) for n in names):
+        return
+    close = nearest(key, [*KINDS, *names])
+    raise UnknownLayer(name=key, option=option, nearest=close, kinds=", ".join(KINDS))

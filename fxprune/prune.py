@@ -1,0 +1,208 @@
+"""``fxprune.prune``: write zeros into ordinary dense weights, in patterns that the compiler runs fast."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxprune.capture import capture, detect
+from fxprune.config import KINDS, Config
+from fxprune.errors import ConfigError, NothingToPrune
+from fxprune.lowering.kernels import KernelTables
+from fxprune.lowering.measure import Measure
+from fxprune.match import Match
+from fxprune.plan import LayerPlan, Plan, PrunedWeight, register
+from fxprune.planner import choose_masks
+from fxprune.report import Table
+from fxprune.sparsity.pattern import LayerMask
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """model: a plain module with zeros. plan: pattern, tiles and counts. sparsity: achieved, by the keys asked for."""
+
+    model: nn.Module
+    plan: Plan
+    sparsity: dict[str, float]
+    report: Table
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    sparsity: float | dict[str, float],
+    inplace: bool = False,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    **options: Any,
+) -> PruneResult:
+    """Prune ``model`` and return a copy (the model itself with ``inplace=True``).
+
+    example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; the model is run on
+        them once, in evaluation mode, to find its layers.
+    sparsity: fraction of zeros; a float, or a dict by kind ("depthwise", "pointwise", "linear") or layer glob.
+    filter_fn: ``(module, fqn) -> bool``; layers it refuses stay as they are.
+    options: fields of :class:`fxprune.Config`.
+
+    Raises an error of :mod:`fxprune.errors` and changes nothing when the request makes no sense.
+    Sources: DEPrune (NeurIPS 2024) Sec. 4-5 for ``dcp``, tile-wise sparsity (SC'20) for ``tile``.
+    """
+    config = Config.from_options({"sparsity": sparsity, **options})
+    matches = prunable(model, example_inputs, config, filter_fn)
+    chosen = choose_masks(matches, config, KernelTables().unit, _gain(matches, config))
+    if not chosen:
+        raise NothingToPrune(
+            reason=f"sparsity={sparsity!r} asks nothing of the {len(matches)} prunable layer(s) found",
+            remedy="Run fxprune.explain(model, example_inputs) for the layers and their kinds.",
+        )
+    target = model if inplace else copy.deepcopy(model)
+    parameters = dict(target.named_parameters(remove_duplicate=False))
+    layers = [_apply(match, pattern, mask, parameters, config) for match, pattern, mask in chosen.values()]
+    return PruneResult(target, Plan(layers), _achieved(layers, sparsity), _table(layers))
+
+
+def prunable(
+    model: nn.Module, example_inputs: Any, config: Config, filter_fn: Callable[[nn.Module, str], bool] | None = None
+) -> list[Match]:
+    """Return the matches whose weight may be zeroed: a float parameter that nothing unmatched shares."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(name="model", given=type(model).__name__, expected="a torch.nn.Module")
+    graphs = capture(model, example_inputs)
+    modules = dict(model.named_modules())
+    found: list[Match] = []
+    for graph in graphs:
+        ctx = detect(graph, config)
+        matched = {m.node for m in ctx.matches}
+        for match in ctx.matches:
+            if match.name not in modules or not isinstance(match.value, nn.Parameter) or _shared(match, matched):
+                continue
+            if filter_fn is None or filter_fn(modules[match.name], match.name):
+                found.append(match)
+    if not found:
+        raise NothingToPrune(
+            reason=f"no depthwise, 1x1 or linear layer among the {len(graphs)} captured graph(s)",
+            remedy="Supported kinds: " + ", ".join(KINDS) + ".",
+        )
+    return found
+
+
+def _shared(match: Match, matched: set[Any]) -> bool:
+    """True when something other than matched layers reads the weight (an embedding it is tied to)."""
+    stack, seen = list(match.weight.users), set()
+    while stack:
+        node = stack.pop()
+        if node in matched or node in seen:
+            continue
+        seen.add(node)
+        if "transpose" in str(node.target) or "permute" in str(node.target) or str(node.target) in ("aten.t.default", "t"):
+            stack.extend(node.users)
+        else:
+            return True
+    return False
+
+
+@torch.no_grad()
+def _apply(match: Match, pattern: str, layer: LayerMask, parameters: dict[str, nn.Parameter], config: Config) -> LayerPlan:
+    parameter = parameters[match.parameter]
+    mask = match.restore(layer.mask).reshape(parameter.shape)
+    parameter.masked_fill_(~mask, 0)
+    register(parameter, PrunedWeight(pattern, layer, mask))
+    every = len(layer.tiling.columns) == layer.tiling.shape[0]
+    return LayerPlan(
+        name=match.name,
+        parameter=match.parameter,
+        kind=match.kind,
+        pattern=pattern,
+        shape=tuple(parameter.shape),
+        target=_asked(match, config),
+        sparsity=1.0 - mask.float().mean().item(),
+        granularity=layer.tiling.granularity,
+        counts=tuple(layer.counts),
+        columns=None if every else tuple(layer.tiling.columns.tolist()),
+        note=layer.note,
+    )
+
+
+def _asked(match: Match, config: Config) -> float:
+    from fxprune.planner import targets
+
+    return targets([match], _relaxed(config, match)).get(match.parameter, 0.0)
+
+
+def _relaxed(config: Config, match: Match) -> Config:
+    """The config with only the sparsity keys that name this match, so that globs of others do not raise."""
+    import dataclasses
+    import fnmatch
+
+    wanted = config.sparsity
+    if isinstance(wanted, dict):
+        wanted = {k: v for k, v in wanted.items() if k in KINDS or fnmatch.fnmatchcase(match.name, k)}
+    return dataclasses.replace(config, sparsity=wanted, ignored_layers=())
+
+
+def _gain(matches: list[Match], config: Config) -> Callable[[str, int, int], float] | None:
+    """HSR's alpha: microseconds between two kept counts per DR group of one depthwise layer (Sec. 5.2)."""
+    if config.recalibrate != "auto":
+        return None
+    from fxprune.sparsity import dcp
+
+    by_name = {m.parameter: m for m in matches}
+    measure = Measure(config, KernelTables().unit)
+
+    def gain(parameter: str, kept: int, rounded: int) -> float:
+        match = by_name[parameter]
+        share = {}
+        for count in (kept, rounded):
+            total = min(config.group, match.matrix_shape[0]) * match.matrix_shape[1]
+            plan = dcp.plan_layers(
+                {parameter: match.matrix(match.value.detach()).abs()},
+                {parameter: 1.0 - count / total},
+                group=config.group,
+                recalibrate="off",
+            )
+            share[count] = measure(match, plan[parameter]).sparse
+        return abs(share[kept] - share[rounded])
+
+    return gain
+
+
+def _achieved(layers: list[LayerPlan], asked: float | dict[str, float]) -> dict[str, float]:
+    """Element-weighted sparsity by the keys asked for, and by kind."""
+    import fnmatch
+
+    groups: dict[str, list[LayerPlan]] = {"all": layers}
+    for layer in layers:
+        groups.setdefault(layer.kind, []).append(layer)
+    for key in asked if isinstance(asked, dict) else ():
+        hits = [layer for layer in layers if fnmatch.fnmatchcase(layer.name, key)]
+        if hits:
+            groups[key] = hits
+    return {key: _weighted(members) for key, members in groups.items()}
+
+
+def _weighted(layers: list[LayerPlan]) -> float:
+    sizes = [_numel(layer.shape) for layer in layers]
+    return sum(s * layer.sparsity for s, layer in zip(sizes, layers, strict=True)) / max(sum(sizes), 1)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for s in shape:
+        total *= s
+    return total
+
+
+def _table(layers: list[LayerPlan]) -> Table:
+    head = ("layer", "kind", "pattern", "shape", "target", "sparsity", "kept per tile", "note")
+    rows = []
+    for layer in layers:
+        kept = f"{min(layer.counts)}..{max(layer.counts)}" if layer.counts else "-"
+        shape = "x".join(map(str, layer.shape))
+        numbers = (f"{layer.target:.1%}", f"{layer.sparsity:.1%}")
+        rows.append((layer.name, layer.kind, layer.pattern, shape, *numbers, kept, layer.note))
+    return Table("pruned layers", head, rows)

@@ -1,0 +1,157 @@
+"""The real tensors behind a captured graph, and the tensors derived from them (folded, packed).
+
+Dynamo hands a backend its graph with the weights as placeholders and the real Parameters beside it; an exported
+program holds them as attributes. A derived tensor becomes one more graph input. Each remembers what it was built
+from, so a weight that changes after compile is repacked into the same buffers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+STATE_NAME = "fxprune_state_name"  # node.meta: the qualified name of a captured parameter or buffer
+Build = Callable[..., tuple[Tensor, ...]]
+
+
+class StructureChanged(Exception):
+    """The new weight does not fit the packed structure: the graph must be rebuilt."""
+
+
+@dataclass(frozen=True, eq=False)
+class Derived:
+    """Tensors built from other tensors of the graph: ``buffers = build(*inputs)``."""
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[Tensor, ...]
+    build: Build
+    buffers: tuple[Tensor, ...]
+
+
+class Weights:
+    """Map graph nodes to the tensors behind them, and derive new ones."""
+
+    def __init__(self, gm: GraphModule, example_inputs: Sequence[object] = ()) -> None:
+        self._gm = gm
+        self._real: dict[Node, Tensor] = {}
+        self._origin: dict[Node, Node] = {}
+        self.derived: list[Derived] = []
+        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        for node, value in zip(placeholders, example_inputs, strict=False):
+            if isinstance(value, Tensor) and (isinstance(value, torch.nn.Parameter) or _is_state(node)):
+                self._real[node] = value
+        for node in gm.graph.nodes:
+            if node.op == "get_attr":
+                value = _attribute(gm, node.target)
+                if isinstance(value, Tensor):
+                    self._real[node] = value
+
+    def value(self, node: object) -> Tensor | None:
+        """Return the tensor behind a weight, buffer or derived node; ``None`` for anything computed."""
+        return self._real.get(node) if isinstance(node, Node) else None
+
+    def origin(self, node: Node) -> Node:
+        """Return the parameter node that a derived node stands for."""
+        return self._origin.get(node, node)
+
+    def derive(self, names: Sequence[str], inputs: Sequence[Node], build: Build) -> tuple[Node, ...]:
+        """Add one graph input per tensor of ``build(*tensors of inputs)``; returns their nodes.
+
+        The first input is the parameter that the results stand for; without inputs they are constants.
+        """
+        tensors = tuple(self._real[n] for n in inputs)
+        with torch.inference_mode(False), torch.no_grad():
+            buffers = tuple(t.detach().clone().contiguous() for t in build(*tensors))
+        last = [n for n in self._gm.graph.nodes if n.op == "placeholder"][-1]
+        nodes = []
+        for name, buffer in zip(names, buffers, strict=True):
+            with self._gm.graph.inserting_after(last):
+                last = self._gm.graph.placeholder(name)
+            last.meta["example_value"] = _fake_like(self._gm, buffer)
+            self._real[last] = buffer
+            if inputs:
+                self._origin[last] = self.origin(inputs[0])
+            nodes.append(last)
+        self.derived.append(Derived(tuple(nodes), tensors, build, buffers))
+        return tuple(nodes)
+
+    def appended(self) -> list[Tensor]:
+        """Drop derived inputs nobody uses and return the tensors of the rest, in placeholder order."""
+        mine = {node for entry in self.derived for node in entry.nodes}
+        kept = []
+        for node in [n for n in self._gm.graph.nodes if n.op == "placeholder" and n in mine]:
+            if node.users:
+                kept.append(self._real[node])
+            else:
+                self._gm.graph.erase_node(node)
+        return kept
+
+    def watched(self) -> list[Tensor]:
+        """Return the user's tensors that anything derived depends on."""
+        own = {id(b) for entry in self.derived for b in entry.buffers}
+        seen: dict[int, Tensor] = {}
+        for entry in self.derived:
+            for tensor in entry.inputs:
+                if id(tensor) not in own:
+                    seen[id(tensor)] = tensor
+        return list(seen.values())
+
+    def refresh(self) -> None:
+        """Rebuild every derived tensor into its buffer.
+
+        Raises :class:`StructureChanged` when a result no longer has the shape or the integers it had.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            for entry in self.derived:
+                for buffer, new in zip(entry.buffers, entry.build(*entry.inputs), strict=True):
+                    if new.shape != buffer.shape or new.dtype != buffer.dtype:
+                        raise StructureChanged
+                    if buffer.is_floating_point():
+                        buffer.copy_(new)
+                    elif not torch.equal(buffer, new):
+                        raise StructureChanged
+
+
+def qualified_name(node: Node) -> str:
+    """Return the name of a weight in the user's model, e.g. ``blocks.1.conv_dw.weight``."""
+    if node.op == "get_attr":
+        return str(node.target)
+    if STATE_NAME in node.meta:
+        return str(node.meta[STATE_NAME])
+    source = _source_name(node)
+    if not source:
+        return node.name
+    parts = [a or b or c for a, b, c in re.findall(r"\['([^']+)'\]|\[(\d+)\]|\.([A-Za-z_]\w*)", source)]
+    keep = [p for p in parts if p not in ("_modules", "_parameters", "_buffers")]
+    return ".".join(keep[1:]) or node.name
+
+
+def _source_name(node: Node) -> str:
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    return name() if callable(name) else name
+
+
+def _is_state(node: Node) -> bool:
+    source = _source_name(node)
+    return STATE_NAME in node.meta or "_buffers" in source or "_parameters" in source
+
+
+def _attribute(gm: GraphModule, target: object) -> object:
+    value: object = gm
+    for part in str(target).split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def _fake_like(gm: GraphModule, tensor: Tensor) -> Tensor:
+    for node in gm.graph.nodes:
+        mode = getattr(node.meta.get("example_value"), "fake_mode", None)
+        if mode is not None:
+            return mode.from_tensor(tensor, static_shapes=True)
+    return tensor

@@ -1,0 +1,57 @@
+"""Hand a graph to Inductor, or run it as it is."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule
+
+from ..config import Config
+from . import library
+
+
+def stock(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+    """Compile a graph that holds none of our operators exactly as ``backend="inductor"`` would."""
+    if config.fallback == "eager":
+        return gm.forward
+    return compile_fx(gm, list(example_inputs), config_patches=_patches(config))
+
+
+def compile_rest(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+    """Compile a rewritten graph. Convolutions left in it stay NCHW, the layout of the kernels around them."""
+    if config.fallback == "eager":
+        return gm.forward
+    patches = {"layout_optimization": False, "joint_custom_pre_pass": Salt(), **_patches(config)}
+    return compile_fx(gm, list(example_inputs), config_patches=patches)
+
+
+def _patches(config: Config) -> dict[str, Any]:
+    patches = dict(torch._inductor.list_mode_options(config.mode)) if config.mode else {}
+    patches.update({name.replace("-", "_"): value for name, value in config.inductor.items()})
+    return patches
+
+
+class Salt(CustomGraphPass):
+    """A pass that changes nothing but the cache key: Inductor does not key on a custom operator's code."""
+
+    def __call__(self, graph: Graph) -> None:
+        return None
+
+    def uuid(self) -> str:
+        return "fxprune-" + _salt()
+
+
+@functools.cache
+def _salt() -> str:
+    digest = hashlib.sha256(library.source_hash().encode())
+    root = Path(__file__).resolve().parent.parent
+    for path in sorted(p for folder in ("ops", "fxprune/ops", "lowering") for p in (root / folder).rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,102 @@
+"""Loads the C++ kernels; the only module that does.
+
+With the library, its own schemas and kernels are registered under ``fxprune::``. Without it the same schemas are
+defined from Python, so that references can be attached to them, and one warning says so. Environment, for debugging:
+``FXPRUNE_LIBRARY`` names the shared object to load, ``FXPRUNE_ISA`` caps the instruction set it uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import threading
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from ..errors import FxPruneWarning
+
+_TILES = "Tensor index, Tensor tile_ptr, Tensor columns"
+
+# The schemas csrc/ops.cpp defines, in its order; a test compares the two.
+SCHEMAS = (
+    "depthwise_taps(Tensor x, Tensor weight, Tensor taps, Tensor? bias, int[] kernel_size, int[] stride, "
+    'int[] padding, int[] dilation, str activation="none") -> Tensor',
+    f"tile_gemm(Tensor x, Tensor values, {_TILES}, Tensor? bias, Tensor? residual, Tensor? gate, "
+    'int out_features, int granularity, int feature_dim, str activation="none") -> Tensor',
+    f"tile_pack(Tensor weight, {_TILES}, int granularity, int nnz) -> Tensor",
+    f"tile_unpack(Tensor values, {_TILES}, int granularity, int out_features, int in_features) -> Tensor",
+    "isa() -> str",
+    "set_isa(str name) -> ()",
+)
+
+_lock = threading.Lock()
+_loaded: bool | None = None  # None until the first load()
+_definitions: torch.library.Library | None = None  # schemas live as long as this object
+
+
+def path() -> Path | None:
+    """Return the shared object load() would use, or None when there is none."""
+    if named := os.environ.get("FXPRUNE_LIBRARY"):
+        return Path(named)
+    # An editable install may keep the library beside another copy of the package than the one imported.
+    spec = importlib.util.find_spec("fxprune")
+    places = list(spec.submodule_search_locations or []) if spec is not None else []
+    return next((p for p in (Path(place) / "_C_cpu.so" for place in places) if p.is_file()), None)
+
+
+def load() -> bool:
+    """Register the operators, from the library when there is one, else from SCHEMAS. Return whether it is there."""
+    global _loaded, _definitions
+    with _lock:
+        if _loaded is None:
+            reason = _load_library()
+            _loaded = reason is None
+            if reason is not None:
+                _definitions = torch.library.Library("fxprune", "DEF")
+                for schema in SCHEMAS:
+                    _definitions.define(schema)
+                warnings.warn(
+                    FxPruneWarning(
+                        f"fxprune runs without its C++ kernels, on slow references: {reason}. Build them with "
+                        "`python setup.py build_ext --inplace` or reinstall where a C++ compiler is found."
+                    ),
+                    stacklevel=2,
+                )
+        return _loaded
+
+
+def available() -> bool:
+    """Return whether the C++ kernels are registered, loading them at the first call."""
+    return load()
+
+
+def isa() -> str:
+    """Return the instruction set the kernels use: "avx512", "avx2" or "scalar"; "none" without the library."""
+    return str(torch.ops.fxprune.isa()) if load() else "none"
+
+
+@lru_cache(maxsize=1)
+def source_hash() -> str:
+    """Return a hash of the library's bytes, the kernels' version in every cache key; "none" without the library."""
+    found = path()
+    if not load() or found is None:
+        return "none"
+    return hashlib.sha256(found.read_bytes()).hexdigest()[:16]
+
+
+def _load_library() -> str | None:
+    """Load the shared object; return None, or the reason why it could not be loaded."""
+    found = path()
+    if found is None:
+        return "fxprune/_C_cpu.so has not been built"
+    if not found.is_file():
+        return f"FXPRUNE_LIBRARY={found} does not exist"
+    try:
+        torch.ops.load_library(found)
+    except (OSError, RuntimeError) as error:
+        return f"{found} cannot be loaded: {error}"
+    return None

@@ -1,0 +1,200 @@
+"""Time one match sparse and dense at the user's shapes, and remember it on disk.
+
+Interleaved bursts, the fastest round of each: the question is which kernel is faster on an undisturbed machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import Config
+from ..context import Timing, Unit
+from ..match import Match
+from ..sparsity import dcp, tile
+from ..sparsity.pattern import LayerMask
+from . import library
+
+_ROUNDS = {"fast": 5, "full": 25}
+_BURST_SECONDS = 3e-4
+
+
+class Measure:
+    """Callable ``(match, mask) -> Timing``; ``mask=None`` times the kernel with everything kept."""
+
+    def __init__(self, config: Config, units: Callable[[str], Unit]) -> None:
+        self._config = config
+        self._units = units
+        self._cache = TimingCache(config.cache_dir) if config.autotune != "off" else None
+        self.seconds = 0.0
+
+    def __call__(self, match: Match, mask: LayerMask | None) -> Timing:
+        if self._cache is None or not library.available():
+            return self._predict(match, mask)
+        start = time.perf_counter()
+        try:
+            key = self._key(match, mask)
+            micros = self._cache.get(key)
+            if micros is None:
+                micros = self._time(match, mask)
+                self._cache.put(key, micros)
+            return Timing(*micros, measured=True)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def _key(self, match: Match, mask: LayerMask | None) -> str:
+        g = match.geometry
+        kept = 1.0 if mask is None else mask.mask.float().mean().item()
+        tiling = None if mask is None else mask.tiling
+        unit = (0, 0) if tiling is None else (tiling.granularity, len(tiling.columns))
+        shape = [_concrete(s) for s in match.geometry.x]
+        window = (g.kernel, g.stride, g.padding, g.dilation)
+        return repr((match.kind, shape, match.matrix_shape, *window, unit, round(kept * 20)))
+
+    def _time(self, match: Match, mask: LayerMask | None) -> list[float]:
+        x = torch.randn([_concrete(s) for s in match.geometry.x])
+        with torch.inference_mode():
+            runs = [sparse_call(match, mask, self._units(match.kind), x), *dense_calls(match, x)]
+            micros = interleave(runs, _ROUNDS[self._config.autotune])
+        dense = min(micros[1:])
+        return [micros[0], dense, micros[1]]
+
+    def _predict(self, match: Match, mask: LayerMask | None) -> Timing:
+        from .. import cost  # sympy is slow to import
+
+        return cost.predict(match, mask, library.isa() if library.available() else "scalar")
+
+
+def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> Callable[[], Tensor]:
+    """Return a call of our operator on ``x`` with the weight of ``match`` under ``mask``."""
+    g = match.geometry
+    matrix = match.matrix(match.value.detach()).contiguous()
+    if match.kind == "depthwise":
+        kept = torch.ones_like(matrix, dtype=torch.bool) if mask is None else mask.mask
+        windows = [list(g.kernel), list(g.stride), list(g.padding), list(g.dilation)]
+        weight, taps = matrix * kept, dcp.tap_words(kept)
+        return lambda: torch.ops.fxprune.depthwise_taps(x, weight, taps, None, *windows, "none")
+    layer = mask or tile.keep_all(match.matrix_shape, unit.granularity)
+    packed = tile.Tile().pack(matrix, layer.mask, layer.tiling).tensors
+    operands = [packed[n] for n in ("values", "index", "tile_ptr", "columns")]
+    n, dim = match.matrix_shape[0], 1 if match.kind == "pointwise" else -1
+    step = g.stride
+    x = x.flatten(1) if one_pixel(match) else x
+    return lambda: torch.ops.fxprune.tile_gemm(
+        x[:, :, :: step[0], :: step[1]] if step != (1, 1) else x,
+        *operands,
+        None,
+        None,
+        None,
+        n,
+        layer.tiling.granularity,
+        dim,
+        "none",
+    )
+
+
+def dense_calls(match: Match, x: Tensor) -> list[Callable[[], Tensor]]:
+    """Return dense calls: first in the layout our kernels use, then the other layouts."""
+    g, weight = match.geometry, match.value.detach()
+    if match.kind == "linear" and not one_pixel(match):
+        matrix = match.matrix(weight).contiguous()
+        return [lambda: F.linear(x, matrix)]
+    groups = weight.shape[0] if match.kind == "depthwise" else 1
+    window = (None, g.stride, g.padding, g.dilation, groups)
+    last = {"memory_format": torch.channels_last}
+    x_last, weight_last = x.contiguous(**last), weight.contiguous(**last)
+    first = weight.contiguous()
+    return [lambda: F.conv2d(x, first, *window), lambda: F.conv2d(x_last, weight_last, *window)]
+
+
+def one_pixel(match: Match) -> bool:
+    """True for a 1x1 convolution of a 1x1 map, which runs as a linear layer."""
+    return match.kind == "linear" and match.value.dim() == 4
+
+
+def interleave(runs: list[Callable[[], Any]], rounds: int) -> list[float]:
+    """Return the fastest microseconds per call of each, over interleaved bursts."""
+    repeats = []
+    for run in runs:
+        run()
+        start = time.perf_counter()
+        run()
+        repeats.append(max(1, min(50, math.ceil(_BURST_SECONDS / max(time.perf_counter() - start, 1e-7)))))
+    samples: list[list[float]] = [[] for _ in runs]
+    while len(samples[0]) < rounds or (len(samples[0]) < 8 * rounds and not all(map(_settled, samples))):
+        for i, run in enumerate(runs):
+            start = time.perf_counter()
+            for _ in range(repeats[i]):
+                run()
+            samples[i].append((time.perf_counter() - start) / repeats[i] * 1e6)
+    return [min(taken) for taken in samples]
+
+
+def _settled(samples: list[float]) -> bool:
+    """True when three rounds agree with the fastest: other work on the machine makes rounds slower, never faster."""
+    return sorted(samples)[2] <= 1.1 * min(samples)
+
+
+class TimingCache:
+    """Measured times in one JSON file per machine, library, torch and thread count."""
+
+    def __init__(self, folder: str | None) -> None:
+        root = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxprune"
+        label = f"{platform.machine()}-{_cpu_name()}-{library.isa()}-{library.source_hash()[:16]}"
+        label += f"-torch{torch.__version__}-{torch.get_num_threads()}t-float32"
+        self._path = root / ("timings-" + "".join(c if c.isalnum() or c in "-._" else "_" for c in label) + ".json")
+        self._times: dict[str, list[float]] = self._read()
+
+    def get(self, key: str) -> list[float] | None:
+        return self._times.get(key)
+
+    def put(self, key: str, micros: list[float]) -> None:
+        self._times[key] = micros
+        self._write()
+
+    def _read(self) -> dict[str, list[float]]:
+        try:
+            data = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return {}
+        valid = isinstance(data, dict)
+        return {k: v for k, v in data.items() if _is_timing(v)} if valid else {}
+
+    def _write(self) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            merged = {**self._read(), **self._times}
+            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, suffix=".tmp", delete=False) as handle:
+                json.dump(merged, handle)
+            Path(handle.name).replace(self._path)
+        except OSError:  # a read-only home only costs the next process its measurements
+            return
+
+
+def _is_timing(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(v, (int, float)) and v > 0 for v in value)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "cpu"
+
+
+def _concrete(size: Any) -> int:
+    """Return a size, or the hint of a symbolic one without adding a guard."""
+    hint = getattr(getattr(size, "node", None), "hint", None)
+    return int(size if hint is None else hint)

@@ -1,0 +1,60 @@
+"""Fold inference BatchNorm into the convolution in front of it.
+
+    batch_norm(conv2d(x, w, b), ...)  =>  conv2d(x, w * s, (b - mean) * s + beta),   s = gamma / sqrt(var + eps)
+
+Fires for constant weights and statistics outside training; the convolution must have no other user.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ..context import Context
+from .graph import argument, aten, call, is_call, mutation_between, replace, sole_user
+
+
+def fold_batchnorm(gm: GraphModule, ctx: Context) -> int:
+    """Return the number of BatchNorms folded."""
+    if not ctx.inference:
+        return 0
+    folded = 0
+    for node in list(gm.graph.nodes):
+        conv = node.args[0] if is_call(node, aten.batch_norm.default) else None
+        if is_call(conv, aten.conv2d.default) and sole_user(conv) is node and _constant(conv, node, ctx):
+            if mutation_between(conv, node):
+                continue
+            _fold(conv, node, ctx)
+            folded += 1
+    return folded
+
+
+def _operands(conv: Node, norm: Node) -> tuple[list[Node], list[bool]]:
+    names = ("weight", "bias", "running_mean", "running_var")
+    every = [argument(conv, "weight"), argument(conv, "bias"), *[argument(norm, n) for n in names]]
+    return [n for n in every if n is not None], [n is not None for n in every]
+
+
+def _constant(conv: Node, norm: Node, ctx: Context) -> bool:
+    tensors = [ctx.weights.value(n) for n in _operands(conv, norm)[0]]
+    return all(t is not None and t.dtype == torch.float32 for t in tensors)
+
+
+def _fold(conv: Node, norm: Node, ctx: Context) -> None:
+    present, given = _operands(conv, norm)
+    eps = argument(norm, "eps")
+
+    def build(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        rest = iter(tensors)
+        w, b, gamma, beta, mean, var = [next(rest) if has else None for has in given]
+        scale = torch.rsqrt(var + eps) if gamma is None else gamma * torch.rsqrt(var + eps)
+        shift = (0.0 if b is None else b) - mean
+        shift = shift * scale if beta is None else shift * scale + beta
+        return w * scale.reshape(-1, *[1] * (w.dim() - 1)), shift
+
+    weight, bias = ctx.weights.derive((f"{conv.name}_folded", f"{conv.name}_shift"), present, build)
+    new = call(norm, aten.conv2d.default, conv.args[0], weight, bias, *conv.args[3:])
+    new.meta["nn_module_stack"] = conv.meta.get("nn_module_stack")
+    replace(norm, new)
+    norm.graph.erase_node(conv)

@@ -1,0 +1,97 @@
+"""Run a channels-last chain feature-major, so that the transposes around it cancel.
+
+    permute(x, NHWC) -> layer_norm(C) -> tile_gemm(-1) -> gelu -> tile_gemm(-1) -> permute(NCHW)
+        =>  channel norm(x) -> tile_gemm(1) -> gelu -> tile_gemm(1)
+
+A region starts at a permute to channels-last and may hold LayerNorm over the channels, our GEMMs and pointwise calls of
+one operand. It is rewritten only when every exit is the inverse permute; one other user and it stays as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..context import Context
+from .fuse_epilogue import activation_name
+from .graph import aten, call, is_call, replace, shape
+
+_TO_LAST, _TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
+_FEATURE_DIM = 10
+
+
+def fuse_transpose(gm: GraphModule, ctx: Context) -> int:
+    """Return the number of permutes removed."""
+    removed = 0
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function" and _is_permute(node, _TO_LAST) and node.users:
+            region = _region(node)
+            if region is not None:
+                removed += _rewrite(node, *region)
+    return removed
+
+
+def _is_permute(node: Node, order: list[int]) -> bool:
+    return is_call(node, aten.permute.default) and [d % 4 for d in node.args[1]] == order and len(node.args[1]) == 4
+
+
+def _region(start: Node) -> tuple[list[Node], list[Node]] | None:
+    """Return (inner nodes in graph order, exit permutes); ``None`` when something else reads the region."""
+    inner: list[Node] = []
+    exits: list[Node] = []
+    stack = list(start.users)
+    while stack:
+        node = stack.pop()
+        if node in inner or node in exits:
+            continue
+        if _is_permute(node, _TO_FIRST):
+            exits.append(node)
+        elif _convertible(node):
+            inner.append(node)
+            stack.extend(node.users)
+        else:
+            return None
+    order = {n: i for i, n in enumerate(start.graph.nodes)}
+    return (sorted(inner, key=order.__getitem__), exits) if exits else None
+
+
+def _convertible(node: Node) -> bool:
+    if is_call(node, aten.layer_norm.default):
+        return len(node.args[1]) == 1
+    if is_call(node, torch.ops.fxprune.tile_gemm.default):
+        return node.args[_FEATURE_DIM] == -1 and node.args[6] is None
+    return activation_name(node) is not None
+
+
+def _rewrite(start: Node, inner: list[Node], exits: list[Node]) -> int:
+    moved: dict[Node, Node] = {start: start.args[0]}
+    for node in inner:
+        x = moved[node.args[0]]
+        if is_call(node, aten.layer_norm.default):
+            moved[node] = _channel_norm(node, x)
+        elif is_call(node, torch.ops.fxprune.tile_gemm.default):
+            operands = [x, *node.args[1:]]
+            operands[_FEATURE_DIM] = 1
+            moved[node] = call(node, node.target, *operands)
+        else:
+            moved[node] = call(node, node.target, x, *node.args[1:])
+    for node in exits:
+        replace(node, moved[node.args[0]])
+    for node in [*reversed(inner), start]:
+        start.graph.erase_node(node)
+    return 1 + len(exits)
+
+
+def _channel_norm(node: Node, x: Node) -> Node:
+    """LayerNorm over dimension 1 of (B, C, H, W), in the operations Inductor fuses into one loop."""
+    operands = [*node.args[2:], *[None] * 3][:2]
+    eps = node.args[4] if len(node.args) > 4 else 1e-5
+    mean = call(node, aten.mean.dim, x, [1], True)
+    centred = call(node, aten.sub.Tensor, x, mean)
+    variance = call(node, aten.mean.dim, call(node, aten.mul.Tensor, centred, centred), [1], True)
+    y = call(node, aten.mul.Tensor, centred, call(node, aten.rsqrt.default, call(node, aten.add.Scalar, variance, eps)))
+    for operand, target in zip(operands, (aten.mul.Tensor, aten.add.Tensor), strict=True):
+        if operand is not None:
+            channels = shape(operand)[0]
+            y = call(node, target, y, call(node, aten.reshape.default, operand, [channels, 1, 1]))
+    return y

@@ -1,0 +1,203 @@
+"""Normalise Dynamo's torch-level calls to the ATen vocabulary that ``torch.export`` gives before decomposition.
+
+    torch.conv2d(x, w, b, ...), F.batch_norm(...), F.relu6(x, True)  =>  aten.conv2d, aten.batch_norm, aten.hardtanh
+
+Only calls the later passes read are touched. An in-place activation or add becomes functional when its operand was
+freshly allocated and has no other user; with another user the mutation is visible and the node stays as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import GraphModule, Node
+
+from ..context import Context
+from .graph import aten, fake
+
+Call = tuple[Any, tuple[Any, ...]]
+Rule = Callable[..., "Call | None"]
+
+
+def _conv2d(x: Any, w: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Call:
+    overload = aten.conv2d.padding if isinstance(padding, str) else aten.conv2d.default
+    as_list = [list(v) if isinstance(v, (tuple, list)) else [v] for v in (stride, dilation)]
+    pad = padding if isinstance(padding, str) else list(padding) if isinstance(padding, (tuple, list)) else [padding]
+    return overload, (x, w, bias, as_list[0], pad, as_list[1], groups)
+
+
+def _batch_norm(
+    x: Any,
+    mean: Any,
+    var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: Any = False,
+    momentum: Any = 0.1,
+    eps: Any = 1e-5,
+) -> Call | None:
+    if training is not False or mean is None or var is None:
+        return None
+    return aten.batch_norm.default, (x, weight, bias, mean, var, False, momentum, eps, False)
+
+
+def _unary(overload: Any, *extra: Any) -> Rule:
+    return lambda x, inplace=False: (overload, (x, *extra))
+
+
+def _hardtanh(x: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Call:
+    return aten.hardtanh.default, (x, min_val, max_val)
+
+
+def _gelu(x: Any, approximate: str = "none") -> Call:
+    return aten.gelu.default, (x,) if approximate == "none" else (x, approximate)
+
+
+def _binary(overload: Any) -> Rule:
+    def rule(a: Any, b: Any) -> Call | None:
+        both = fake(a) is not None and fake(b) is not None
+        return (overload, (a, b)) if both else None
+
+    return rule
+
+
+def _permute(x: Any, *dims: Any) -> Call:
+    order = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+    return aten.permute.default, (x, list(order))
+
+
+def _transpose(x: Any, dim0: int, dim1: int) -> Call:
+    return aten.transpose.int, (x, dim0, dim1)
+
+
+def _layer_norm(x: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Call:
+    return aten.layer_norm.default, (x, list(normalized_shape), weight, bias, eps)
+
+
+def _addmm(bias: Any, x: Any, w: Any) -> Call:
+    return aten.addmm.default, (bias, x, w)
+
+
+def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Call | None:
+    return (None, (x,)) if training is False or p == 0 else None
+
+
+def _linear(x: Any, w: Any, bias: Any = None) -> Call:
+    return aten.linear.default, (x, w, bias)
+
+
+RULES: dict[Any, Rule] = {
+    torch.conv2d: _conv2d,
+    F.conv2d: _conv2d,
+    F.batch_norm: _batch_norm,
+    torch._C._nn.linear: _linear,
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    torch.mm: lambda x, w: (aten.mm.default, (x, w)),
+    torch.matmul: lambda x, w: (aten.matmul.default, (x, w)),
+    operator.matmul: lambda x, w: (aten.matmul.default, (x, w)),
+    "matmul": lambda x, w: (aten.matmul.default, (x, w)),
+    "mm": lambda x, w: (aten.mm.default, (x, w)),
+    torch.t: lambda x: (aten.t.default, (x,)),
+    "t": lambda x: (aten.t.default, (x,)),
+    torch.transpose: _transpose,
+    "transpose": _transpose,
+    F.relu: _unary(aten.relu.default),
+    torch.relu: _unary(aten.relu.default),
+    torch.relu_: _unary(aten.relu.default),
+    "relu": _unary(aten.relu.default),
+    "relu_": _unary(aten.relu.default),
+    F.relu6: _unary(aten.hardtanh.default, 0.0, 6.0),
+    F.hardtanh: _hardtanh,
+    F.silu: _unary(aten.silu.default),
+    F.hardswish: _unary(aten.hardswish.default),
+    F.hardsigmoid: _unary(aten.hardsigmoid.default),
+    torch.sigmoid: _unary(aten.sigmoid.default),
+    F.sigmoid: _unary(aten.sigmoid.default),
+    "sigmoid": _unary(aten.sigmoid.default),
+    F.gelu: _gelu,
+    torch._C._nn.gelu: _gelu,
+    operator.add: _binary(aten.add.Tensor),
+    operator.iadd: _binary(aten.add.Tensor),
+    torch.add: _binary(aten.add.Tensor),
+    "add": _binary(aten.add.Tensor),
+    "add_": _binary(aten.add.Tensor),
+    operator.mul: _binary(aten.mul.Tensor),
+    operator.imul: _binary(aten.mul.Tensor),
+    torch.mul: _binary(aten.mul.Tensor),
+    "mul": _binary(aten.mul.Tensor),
+    torch.permute: _permute,
+    "permute": _permute,
+    F.layer_norm: _layer_norm,
+    F.dropout: _dropout,
+}
+
+_MUTATES = {torch.relu_, "relu_", operator.iadd, operator.imul, "add_"}
+
+# results that never alias an operand
+_FRESH = {
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.batch_norm.default,
+    aten.linear.default,
+    aten.addmm.default,
+    aten.mm.default,
+    aten.add.Tensor,
+    aten.mul.Tensor,
+    aten.relu.default,
+    aten.hardtanh.default,
+    aten.silu.default,
+    aten.hardswish.default,
+    aten.hardsigmoid.default,
+    aten.sigmoid.default,
+    aten.gelu.default,
+    aten.layer_norm.default,
+}
+
+
+def normalize(gm: GraphModule, ctx: Context) -> int:
+    """Return the number of calls rewritten."""
+    changed = 0
+    for node in list(gm.graph.nodes):
+        changed += _rewrite(node)
+    return changed
+
+
+def _rewrite(node: Node) -> bool:
+    rule = RULES.get(node.target) if node.op in ("call_function", "call_method") else None
+    if rule is None or (_mutates(node) and not _private(node.args[0])):
+        return False
+    try:
+        result = rule(*node.args, **node.kwargs)
+    except TypeError:  # a form of the call that the rules do not know, such as out= or alpha=
+        return False
+    if result is None:
+        return False
+    target, args = result
+    if target is None:
+        new = args[0]
+    else:
+        with node.graph.inserting_before(node):
+            new = node.graph.call_function(target, args)
+        new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+    return True
+
+
+def _mutates(node: Node) -> bool:
+    if node.target in _MUTATES or node.kwargs.get("inplace"):
+        return True
+    position = {F.hardtanh: 3, F.dropout: 3}.get(node.target, 1)
+    flags = (F.relu, F.relu6, F.silu, F.hardswish, F.hardsigmoid, F.hardtanh, F.dropout)
+    return node.target in flags and len(node.args) > position and bool(node.args[position])
+
+
+def _private(operand: Any) -> bool:
+    """True when nobody but the one user can see the operand's memory."""
+    fresh = isinstance(operand, Node) and operand.op == "call_function" and operand.target in _FRESH
+    return fresh and len(operand.users) == 1

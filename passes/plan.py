@@ -1,0 +1,185 @@
+"""Decide, match by match: the mask, and sparse or dense. The only pass that reads weight values.
+
+The mask is the attached plan's where the weight still obeys it; otherwise, in inference, the zeros that are
+there. In training a plan's mask is part of the function; zeros without a plan are left alone, because they may be a
+zero-initialised layer that must train. Convolutions are decided by region: our kernels run feature-major (NCHW) and
+every border to a channels-last kernel is a copy, so one 1x1 layer does not leave the region alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..context import Context, Decision, Timing
+from ..match import Match
+from ..plan import lookup
+from ..planner import choose_masks
+from ..sparsity import dcp, tile
+from ..sparsity.pattern import LayerMask
+from .graph import fake
+
+# below this fraction of zeros a weight counts as dense: timing noise is larger than the gain
+_MIN_SPARSITY = 0.05
+_OPERATOR = {"depthwise": "depthwise_taps", "pointwise": "tile_gemm", "linear": "tile_gemm"}
+
+
+def plan(gm: GraphModule, ctx: Context) -> int:
+    """Append one decision per match; returns 0, the graph is unchanged."""
+    wanted = _masks_from_options(ctx)
+    found = {m.node: _mask(m, ctx, wanted) for m in ctx.matches}
+    convs = [m for m in ctx.matches if m.kind != "linear"]
+    for region in _regions(convs):
+        _decide_region(region, found, ctx)
+    for match in ctx.matches:
+        if match.kind == "linear":
+            _decide_alone(match, *found[match.node], ctx)
+    order = {m.node: i for i, m in enumerate(ctx.matches)}
+    ctx.decisions.sort(key=lambda d: order[d.match.node])
+    return 0
+
+
+def _masks_from_options(ctx: Context) -> dict[str, tuple[str, LayerMask]]:
+    if ctx.config.sparsity is None:
+        return {}
+    chosen = choose_masks(ctx.matches, ctx.config, ctx.kernels.unit)
+    return {name: (pattern, mask) for name, (_, pattern, mask) in chosen.items()}
+
+
+def _mask(match: Match, ctx: Context, wanted: dict[str, tuple[str, LayerMask]]) -> tuple[str, LayerMask | None]:
+    """Return (pattern name, mask); the mask is ``None`` for a weight that stays dense."""
+    if match.parameter in wanted:
+        return wanted[match.parameter]
+    parameter = ctx.weights.value(ctx.weights.origin(match.weight))
+    planned = None if parameter is None else lookup(parameter)
+    matrix = match.matrix(match.value.detach())
+    if planned is not None:
+        obeyed = not torch.count_nonzero(matrix[~planned.layer.mask]).item()
+        if obeyed or not ctx.inference:
+            return planned.pattern, planned.layer
+    if not ctx.inference:
+        return "", None
+    zeros = 1.0 - torch.count_nonzero(matrix).item() / max(matrix.numel(), 1)
+    if zeros < _MIN_SPARSITY:
+        return "", None
+    return _infer(match, matrix, ctx)
+
+
+def _infer(match: Match, matrix: torch.Tensor, ctx: Context) -> tuple[str, LayerMask | None]:
+    """Find a tiling in the zeros: exact for taps, rows of a tile rounded up to "any of them is non-zero"."""
+    if match.kind == "depthwise":
+        return "found", dcp.infer(matrix)
+    best: LayerMask | None = None
+    native = ctx.kernels.unit(match.kind).granularity
+    for granularity in sorted({native, 2 * native, 4 * native, 128}, reverse=True):
+        layer = tile.infer(matrix, granularity, drop_columns=True)
+        if best is None or layer.mask.sum() < 0.97 * best.mask.sum():
+            best = layer
+    kept = best.mask.float().mean().item() if best is not None else 1.0
+    return ("found", best) if kept <= 1.0 - _MIN_SPARSITY else ("", None)
+
+
+def _regions(convs: list[Match]) -> Iterable[list[Match]]:
+    """Group convolutions that exchange activations directly (through anything but another GEMM)."""
+    nodes = {m.node: i for i, m in enumerate(convs)}
+    parent = list(range(len(convs)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    for i, match in enumerate(convs):
+        for source in _sources(match.node, nodes):
+            parent[root(nodes[source])] = root(i)
+    groups: dict[int, list[Match]] = {}
+    for i, match in enumerate(convs):
+        groups.setdefault(root(i), []).append(match)
+    return groups.values()
+
+
+def _sources(node: Node, nodes: dict[Node, int]) -> list[Node]:
+    """Return the matched convolutions whose results reach ``node`` without passing another one."""
+    found, stack, seen = [], list(node.all_input_nodes), set()
+    while stack:
+        current = stack.pop()
+        if current in seen or current.op == "placeholder":
+            continue
+        seen.add(current)
+        if current in nodes:
+            found.append(current)
+        else:
+            stack.extend(current.all_input_nodes)
+    return found
+
+
+def _refusal(match: Match, mask: LayerMask | None, ctx: Context) -> str | None:
+    """Return why a match cannot run sparse at all, ``None`` when it can."""
+    reason = ctx.extra.get("dense_reason") or ctx.kernels.supports(_OPERATOR[match.kind], match)
+    if reason is None and mask is not None and not _live(match, ctx):
+        reason = "the weight is not a float32 constant of this graph"
+    return reason
+
+
+def _live(match: Match, ctx: Context) -> bool:
+    value = ctx.weights.value(match.weight)
+    meta = fake(match.x)
+    return value is not None and value.dtype == torch.float32 and meta is not None and meta.dtype == torch.float32
+
+
+def _decide_alone(match: Match, pattern: str, mask: LayerMask | None, ctx: Context) -> None:
+    refusal = _refusal(match, mask, ctx)
+    if mask is None or refusal:
+        ctx.decisions.append(Decision(match, mask, False, refusal or "no zeros", pattern=pattern))
+        return
+    timing = ctx.measure(match, mask)
+    chosen = timing.sparse * ctx.config.min_speedup <= timing.dense
+    ctx.decisions.append(_decision(match, mask, chosen, timing, pattern))
+
+
+def _decision(match: Match, mask: LayerMask | None, chosen: bool, timing: Timing, pattern: str, why: str = "") -> Decision:
+    gain = timing.dense / max(timing.sparse, 1e-9)
+    if not why:
+        why = f"{gain:.2f}x of dense" + ("" if timing.measured else " (predicted)")
+        why = why if chosen else f"kept dense: {why}"
+    kernel = f"{_OPERATOR[match.kind]}" if chosen else "dense"
+    return Decision(match, mask, chosen, why, timing, pattern, kernel)
+
+
+def _decide_region(region: list[Match], found: dict[Node, tuple[str, LayerMask | None]], ctx: Context) -> None:
+    refusals = {m.node: _refusal(m, found[m.node][1], ctx) for m in region}
+    if all(found[m.node][1] is None for m in region):
+        for match in region:
+            ctx.decisions.append(Decision(match, None, False, refusals[match.node] or "no zeros"))
+        return
+    timings = {m.node: ctx.measure(m, found[m.node][1]) for m in region if refusals[m.node] is None}
+    ours = dense = 0.0
+    for match in region:
+        timing = timings.get(match.node)
+        if timing is None:
+            continue
+        ours += min(timing.sparse, timing.dense_feature_major)
+        dense += timing.dense
+    wins = bool(timings) and ours * ctx.config.min_speedup <= dense
+    gain = dense / max(ours, 1e-9)
+    for match in region:
+        pattern, mask = found[match.node]
+        timing = timings.get(match.node)
+        if timing is None:
+            ctx.decisions.append(Decision(match, mask, False, refusals[match.node] or "", pattern=pattern))
+            continue
+        if not wins:
+            why = f"kept dense: its region of {len(region)} convolutions reaches {gain:.2f}x of dense"
+            ctx.decisions.append(_decision(match, mask, False, timing, pattern, why))
+            continue
+        chosen = timing.sparse <= timing.dense_feature_major or math.isinf(timing.dense_feature_major)
+        why = f"{timing.dense / max(timing.sparse, 1e-9):.2f}x of dense"
+        why += "" if timing.measured else " (predicted)"
+        if mask is None:
+            why = f"no zeros, joins its feature-major region: {why}"
+        elif not chosen:
+            why = f"kept dense in its feature-major region: {why}"
+        ctx.decisions.append(_decision(match, mask, chosen, timing, pattern, why))

@@ -1,0 +1,77 @@
+"""Rewrite a chosen GEMM into ``fxprune::tile_gemm``.
+
+    linear(x, w, b)              =>  tile_gemm(x, values, index, tile_ptr, columns, b, feature_dim=-1)
+    conv2d 1x1 (x, w, b, stride) =>  tile_gemm(x[:, :, ::s, ::s], ..., feature_dim=1)
+
+In training the live weight is packed in the graph by ``fxprune::tile_pack``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ..context import Context, Decision
+from ..match import Match
+from ..sparsity import tile
+from ..sparsity.pattern import LayerMask
+from .graph import aten, call, replace
+from .rewrite_depthwise import exact
+
+
+def rewrite_gemm(gm: GraphModule, ctx: Context) -> int:
+    """Return the number of GEMMs rewritten."""
+    chosen = [d for d in ctx.decisions if d.chosen and d.match.kind in ("pointwise", "linear")]
+    for decision in chosen:
+        _rewrite(decision, ctx)
+    return len(chosen)
+
+
+def _rewrite(decision: Decision, ctx: Context) -> None:
+    match = decision.match
+    layer = decision.mask or tile.keep_all(match.matrix_shape, ctx.kernels.unit(match.kind).granularity)
+    values, *structure = _packed(match, layer, ctx)
+    n, _ = match.matrix_shape
+    feature_dim = 1 if match.kind == "pointwise" else -1
+    one_pixel = match.kind == "linear" and len(match.geometry.x) == 4 and match.value.dim() == 4
+    x = call(match.node, aten.reshape.default, match.x, list(match.geometry.x[:2])) if one_pixel else _strided(match)
+    operands = (x, values, *structure, match.bias, None, None, n, layer.tiling.granularity, feature_dim, "none")
+    new = call(match.node, torch.ops.fxprune.tile_gemm.default, *operands)
+    if one_pixel:
+        new = call(match.node, aten.reshape.default, new, [match.geometry.x[0], n, 1, 1])
+    replace(match.node, new)
+
+
+def _packed(match: Match, layer: LayerMask, ctx: Context) -> tuple[Node, ...]:
+    pattern = tile.Tile()
+    names = ("values", "index", "tile_ptr", "columns")
+
+    def build(weight: Tensor) -> tuple[Tensor, ...]:
+        packed = pattern.pack(match.matrix(weight), layer.mask, layer.tiling)
+        return tuple(packed.tensors[name] for name in names)
+
+    prefix = match.node.name
+    if ctx.inference:
+        labels = [f"{prefix}_{name}" for name in names]
+        return ctx.weights.derive(labels, (match.weight,), exact(build, match, layer.mask, ctx))
+    with torch.no_grad():
+        fixed = build(match.value.detach())
+    structure = ctx.weights.derive([f"{prefix}_{name}" for name in names[1:]], (), lambda: fixed[1:])
+    n, k = match.matrix_shape
+    if match.transposed:
+        matrix = call(match.node, aten.t.default, match.weight)
+    else:
+        matrix = call(match.node, aten.reshape.default, match.weight, [n, k])
+    arguments = (matrix, *structure, layer.tiling.granularity, fixed[0].shape[0])
+    values = call(match.node, torch.ops.fxprune.tile_pack.default, *arguments)
+    return (values, *structure)
+
+
+def _strided(match: Match) -> Node:
+    """A strided 1x1 convolution reads every s-th pixel."""
+    x = match.x
+    for dim, step in enumerate(match.geometry.stride, start=2):
+        if step != 1:
+            x = call(match.node, aten.slice.Tensor, x, dim, 0, 2**63 - 1, step)
+    return x

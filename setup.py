@@ -1,0 +1,133 @@
+"""Builds fxprune/_C_cpu.so: a plain shared library on torch's stable ABI, without libpython.
+
+Only torch's headers are needed, and torch is located without importing it, so that ``pip install .`` never downloads
+one. Without a compiler or without the headers the package is built Python-only and runs on its references.
+Environment: CXX, FXPRUNE_TORCH_DIR (a torch package directory), FXPRUNE_SANITIZE=1 (address and undefined-behaviour
+sanitizers, plus an operator that trips them).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:
+    from wheel.bdist_wheel import bdist_wheel
+
+ROOT = Path(__file__).resolve().parent
+# The lowest torch whose stable ABI the library may use: 2.11.
+TARGET_VERSION = "0x020b000000000000"
+SANITIZE = os.environ.get("FXPRUNE_SANITIZE") == "1"
+FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"]
+# GCC's AVX-512 headers form "undefined" operands by self-initialisation.
+FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+FLAGS += [f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
+if SANITIZE:
+    FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-DFXPRUNE_SANITIZE"]
+else:
+    FLAGS += ["-O3", "-g0"]
+
+
+def torch_directory() -> Path | None:
+    """Return the torch package whose headers to build against, or None."""
+    candidates = []
+    if named := os.environ.get("FXPRUNE_TORCH_DIR"):
+        candidates.append(Path(named))
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.origin:
+        candidates.append(Path(spec.origin).parent)
+    # Inside pip's isolated build the outer environment is invisible to imports, but the interpreter is its own.
+    candidates.append(Path(sysconfig.get_paths()["purelib"]) / "torch")
+    return next((c for c in candidates if (c / "include/torch/csrc/stable/library.h").is_file()), None)
+
+
+class BuildExt(build_ext):
+    """Compiles csrc/ with the system compiler, two files at a time, and only what changed."""
+
+    def get_ext_filename(self, ext_name: str) -> str:
+        return f"{ext_name.replace('.', '/')}.so"
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler = shlex.split(os.environ.get("CXX", "g++"))
+        torch_dir = torch_directory()
+        if shutil.which(compiler[0]) is None:
+            return self.python_only(f"no C++ compiler ({compiler[0]!r}); set CXX to one")
+        if torch_dir is None:
+            return self.python_only("no torch headers; install torch >= 2.11 or set FXPRUNE_TORCH_DIR")
+        flags = [*FLAGS, f"-isystem{torch_dir / 'include'}", f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / 'csrc'}"]
+        key = hashlib.sha256(" ".join([*compiler, *flags]).encode()).hexdigest()[:12]
+        objects = ROOT / "build" / f"obj-{key}"
+        objects.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            built = list(pool.map(lambda source: self.compile(compiler, flags, Path(source), objects), ext.sources))
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target.with_suffix(".tmp")
+        link = ["-shared", f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-o", str(scratch)]
+        link += ["-fsanitize=address,undefined"] if SANITIZE else ["-Wl,-s"]
+        self.run_compiler([*compiler, *map(str, built), *link])
+        scratch.replace(target)  # a process that has the old library mapped keeps it intact
+        return None
+
+    def compile(self, compiler: list[str], flags: list[str], source: Path, objects: Path) -> Path:
+        target = objects / f"{source.stem}.o"
+        if not is_current(target):
+            self.run_compiler([*compiler, *flags, "-MMD", "-c", str(ROOT / source), "-o", str(target)])
+        return target
+
+    def run_compiler(self, command: list[str]) -> None:
+        if self.verbose:
+            print(shlex.join(command), flush=True)
+        subprocess.run(command, check=True)
+
+    def python_only(self, reason: str) -> None:
+        print(f"warning: fxprune is built without its C++ kernels: {reason}.", file=sys.stderr)
+        self.extensions = []
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if Path(path).is_file()]
+
+
+def is_current(target: Path) -> bool:
+    """True when an object file is newer than every file it was compiled from."""
+    listing = target.with_suffix(".d")
+    if not target.is_file() or not listing.is_file():
+        return False
+    inputs = listing.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+    built = target.stat().st_mtime
+    return all(Path(path).is_file() and Path(path).stat().st_mtime <= built for path in inputs)
+
+
+class PlatformWheel(bdist_wheel):
+    """One wheel serves every Python: the library has no Python symbols."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+SOURCES = ["csrc/ops.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))]
+# The slowest files first, so that two jobs end together.
+SOURCES.sort(key=lambda path: "avx" not in path)
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("fxprune._C_cpu", sources=SOURCES)],
+        cmdclass={"build_ext": BuildExt, "bdist_wheel": PlatformWheel},
+    )

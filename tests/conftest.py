@@ -1,0 +1,59 @@
+"""Shared set-up: private caches, two threads, hypothesis profiles, and imports of the benchmark modules.
+
+Profiles: ``dev`` by default, ``ci`` when CI is set, ``nightly`` with FXPRUNE_FUZZ=<examples per property>.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHES = Path(tempfile.mkdtemp(prefix="fxprune-tests-"))
+
+# before torch and fxprune are imported: both read these once
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHES / "inductor")
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+os.environ["XDG_CACHE_HOME"] = str(CACHES / "xdg")
+
+# `from zoo import build` and `from tests.oracle import ...`, whatever folder pytest was started in
+for folder in (ROOT, ROOT / "benchmarks"):
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+_SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+_REPEATABLE = {"derandomize": True, "database": None, "print_blob": True}
+
+settings.register_profile("dev", max_examples=50, **_SLOW_IS_FINE, **_REPEATABLE)
+settings.register_profile("ci", max_examples=100, **_SLOW_IS_FINE, **_REPEATABLE)
+settings.register_profile(
+    "nightly", max_examples=int(os.environ.get("FXPRUNE_FUZZ", "5000")), print_blob=True, **_SLOW_IS_FINE
+)
+if "FXPRUNE_FUZZ" in os.environ:
+    settings.load_profile("nightly")
+else:
+    settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+torch.set_num_threads(2)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than ten seconds")
+    config.addinivalue_line("markers", "fuzz: a property worth thousands of examples (make fuzz)")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(CACHES, ignore_errors=True)
+
+
+@pytest.fixture
+def root() -> Path:
+    """The checkout."""
+    return ROOT
