@@ -95,7 +95,7 @@ class BuildExt(build_ext):
 
     def python_only(self, reason: str) -> None:
         print(f"warning: fxprune is built without its C++ kernels: {reason}.", file=sys.stderr)
-        self.extensions = []
+        self.extensions: list[Extension] = []
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).is_file()]

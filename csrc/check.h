@@ -13,11 +13,11 @@
 
 namespace fxprune {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// A string argument that owns its characters: torch's own conversion to std::string leaks one string a call.
+// A string argument that owns its characters: torch's own conversion to std::string leaks one
+// string a call.
 struct Text {
   std::string value;
 };
@@ -28,9 +28,39 @@ inline std::string shape_of(const Tensor& t) {
   return text + ")";
 }
 
-inline void check_tensor(const Tensor& t, const char* name, ScalarType type, const char* type_name) {
+// Element types as torch's C interface numbers them; asked for once, since every call compares
+// them.
+struct ElementTypes {
+  int32_t float32 = aoti_torch_dtype_float32(), int32 = aoti_torch_dtype_int32(),
+          int64 = aoti_torch_dtype_int64();
+};
+
+inline const ElementTypes& element_types() {
+  static const ElementTypes types;
+  return types;
+}
+
+inline void check_tensor(const Tensor& t, const char* name, int32_t type, const char* type_name) {
+  int32_t given;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &given));
+  STD_TORCH_CHECK(given == type, name, " must be ", type_name);
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
-  STD_TORCH_CHECK(t.scalar_type() == type, name, " must be ", type_name);
+}
+
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+// An uninitialised float32 tensor. Directly by the C interface: torch::stable::new_empty looks the
+// operator up by name and boxes its arguments, which takes as long as a small kernel.
+inline Tensor empty_output(const Tensor& like, const std::vector<int64_t>& shape) {
+  int32_t type = element_types().float32;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.data(),
+                                                          static_cast<int64_t>(shape.size()), &type,
+                                                          nullptr, nullptr, 0, nullptr, &handle));
+  return Tensor(handle);
 }
 
 inline void check_shape(const Tensor& t, const char* name, const std::vector<int64_t>& expected) {
@@ -44,23 +74,27 @@ inline void check_shape(const Tensor& t, const char* name, const std::vector<int
 
 // A float32 argument, made contiguous. Absent optionals stay absent.
 inline Tensor float_input(const Tensor& t, const char* name) {
-  check_tensor(t, name, ScalarType::Float, "float32");
+  check_tensor(t, name, element_types().float32, "float32");
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
-inline OptionalTensor float_input(const OptionalTensor& t, const char* name, const std::vector<int64_t>& shape) {
+inline OptionalTensor float_input(const OptionalTensor& t, const char* name,
+                                  const std::vector<int64_t>& shape) {
   if (!t.has_value()) return t;
   check_shape(*t, name, shape);
   return float_input(*t, name);
 }
 
-inline const float* data_or_null(const OptionalTensor& t) { return t.has_value() ? t->const_data_ptr<float>() : nullptr; }
+inline const float* data_or_null(const OptionalTensor& t) {
+  return t.has_value() ? data<float>(*t) : nullptr;
+}
 
 inline Activation check_activation(const Text& name) {
   Activation activation;
   if (parse_activation(name.value.c_str(), &activation)) return activation;
   std::string legal;
-  for (const char* word : kActivationNames) legal += (legal.empty() ? "" : ", ") + std::string(word);
+  for (const char* word : kActivationNames)
+    legal += (legal.empty() ? "" : ", ") + std::string(word);
   STD_TORCH_CHECK(false, "unknown activation '", name.value, "'; legal: ", legal);
 }
 
@@ -70,8 +104,8 @@ struct TileStructure {
   int64_t values = 0;  // number of packed weights
 
   // Fills the structure's part of `a`.
-  TileStructure(const Tensor& index_in, const Tensor& tile_ptr_in, const Tensor& columns_in, int64_t granularity,
-                int64_t out_features, int64_t in_features, TileGemm* a)
+  TileStructure(const Tensor& index_in, const Tensor& tile_ptr_in, const Tensor& columns_in,
+                int64_t granularity, int64_t out_features, int64_t in_features, TileGemm* a)
       : index(int_list(index_in, "index")),
         tile_ptr(int_list(tile_ptr_in, "tile_ptr")),
         columns(int_list(columns_in, "columns")) {
@@ -79,24 +113,27 @@ struct TileStructure {
     STD_TORCH_CHECK(out_features >= 0, "out_features must not be negative, got ", out_features);
     STD_TORCH_CHECK(in_features >= 0, "in_features must not be negative, got ", in_features);
     const int64_t kept = columns.size(0), nnz = index.size(0);
-    granularity = std::min(granularity, std::max<int64_t>(kept, 1));  // no product below can overflow
+    granularity =
+        std::min(granularity, std::max<int64_t>(kept, 1));  // no product below can overflow
     const int64_t tiles = (kept + granularity - 1) / granularity;
-    const int32_t* ptr = tile_ptr.const_data_ptr<int32_t>();
-    STD_TORCH_CHECK(tile_ptr.size(0) == tiles + 1, "tile_ptr must have ", tiles + 1, " entries for ", kept,
-                    " columns in tiles of ", granularity, ", got ", tile_ptr.size(0));
+    const int32_t* ptr = data<int32_t>(tile_ptr);
+    STD_TORCH_CHECK(tile_ptr.size(0) == tiles + 1, "tile_ptr must have ", tiles + 1,
+                    " entries for ", kept, " columns in tiles of ", granularity, ", got ",
+                    tile_ptr.size(0));
     STD_TORCH_CHECK(ptr[0] == 0, "tile_ptr must begin with 0, got ", ptr[0]);
-    STD_TORCH_CHECK(ptr[tiles] == nnz, "tile_ptr must end with the length of index, ", nnz, ", got ", ptr[tiles]);
+    STD_TORCH_CHECK(ptr[tiles] == nnz, "tile_ptr must end with the length of index, ", nnz,
+                    ", got ", ptr[tiles]);
     for (int64_t t = 0; t < tiles; ++t) {
-      STD_TORCH_CHECK(ptr[t] <= ptr[t + 1], "tile_ptr must not decrease, got ", ptr[t], " before ", ptr[t + 1],
-                      " at entry ", t + 1);
+      STD_TORCH_CHECK(ptr[t] <= ptr[t + 1], "tile_ptr must not decrease, got ", ptr[t], " before ",
+                      ptr[t + 1], " at entry ", t + 1);
     }
     const Kernels& k = kernels();
-    a->index = index.const_data_ptr<int32_t>();
-    a->columns = columns.const_data_ptr<int32_t>();
+    a->index = data<int32_t>(index);
+    a->columns = data<int32_t>(columns);
     STD_TORCH_CHECK(k.all_below(a->index, nnz, in_features), "index must lie in [0, ", in_features,
                     "), the input features");
-    STD_TORCH_CHECK(k.all_below(a->columns, kept, out_features), "columns must lie in [0, ", out_features,
-                    "), the output features");
+    STD_TORCH_CHECK(k.all_below(a->columns, kept, out_features), "columns must lie in [0, ",
+                    out_features, "), the output features");
     STD_TORCH_CHECK(k.increasing(a->columns, kept), "columns must increase strictly");
     a->tile_ptr = ptr;
     a->kept = kept;
@@ -109,7 +146,7 @@ struct TileStructure {
 
  private:
   static Tensor int_list(const Tensor& t, const char* name) {
-    check_tensor(t, name, ScalarType::Int, "int32");
+    check_tensor(t, name, element_types().int32, "int32");
     STD_TORCH_CHECK(t.dim() == 1, name, " must have one dimension, got shape ", shape_of(t));
     return t.is_contiguous() ? t : torch::stable::contiguous(t);
   }

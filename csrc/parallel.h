@@ -10,8 +10,9 @@
 
 namespace fxprune {
 
-// Calls f(unit) for every unit in [0, count), on `threads` threads. Each thread owns a contiguous range, so that
-// consecutive operators find their data in the same core's cache; one that is done early takes from the others.
+// Calls f(unit) for every unit in [0, count), on `threads` threads. Each thread owns a contiguous
+// range, so that consecutive operators find their data in the same core's cache; one that is done
+// early takes from the others.
 template <class F>
 void for_each_unit(int64_t count, int64_t threads, const F& f) {
   threads = std::min(threads, count);
@@ -42,7 +43,8 @@ void for_each_unit(int64_t count, int64_t threads, const F& f) {
   });
 }
 
-// This thread's buffer of at least `count` floats, aligned to cache lines. Its contents are arbitrary.
+// This thread's buffer of at least `count` floats, aligned to cache lines. Its contents are
+// arbitrary.
 inline float* scratch(int64_t count) {
   static thread_local std::vector<float> buffer;
   if (static_cast<int64_t>(buffer.size()) < count + 16) buffer.resize(count + 16);

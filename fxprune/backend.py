@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import RestartAnalysis
 from torch.fx import GraphModule
 
 from fxprune import dump
-from fxprune.compiled import CompiledGraph
+from fxprune.compiled import Built, CompiledGraph
 from fxprune.config import Config
 from fxprune.context import Context, Decision
 from fxprune.errors import FxPruneError, RequireSparse, VerificationError
@@ -27,7 +28,8 @@ from fxprune.lowering.lower import lower
 from fxprune.lowering.measure import Measure
 from fxprune.passes import FORWARD
 from fxprune.plan import lookup
-from fxprune.weights import Weights
+from fxprune.symbols import Symbols
+from fxprune.weights import Weights, is_state, remember_names
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ def hwprune(
     config = Config.from_options(options, mode)
     try:
         return _compile(gm, example_inputs, config)
-    except FxPruneError:
+    except (FxPruneError, RestartAnalysis):
         raise
     except Exception:
         if config.require_sparse or config.verify:
@@ -65,25 +67,42 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         log.info("no zeros and no plan in this graph: stock %s", config.fallback)
         return codegen.stock(gm, example_inputs, config)
 
-    def build() -> tuple[Callable[..., Any], list[Tensor], Context] | None:
+    remember_names(gm)
+    symbols = Symbols(example_inputs)
+
+    def build(inputs: Sequence[Any]) -> Built:
         start = time.perf_counter()
-        clone, ctx, changed = rewrite(gm, example_inputs, config)
+        clone, ctx, changed = rewrite(gm, inputs, config)
         _report(ctx, time.perf_counter() - start)
         if not changed:
-            return None
+            return Built(codegen.stock(GraphModule(gm, copy.deepcopy(gm.graph)), inputs, config))
         packs = ctx.weights.appended()
         clone.recompile()
         if config.verify:
-            _verify_numerically("rewrite", gm, clone, example_inputs, packs, config, ctx)
+            _verify_numerically("rewrite", gm, clone, inputs, packs, config, ctx)
         before = time.perf_counter()
-        compiled = codegen.compile_rest(clone, [*example_inputs, *packs], config)
+        constant = [ctx.weights.value(n) is not None for n in clone.graph.nodes if n.op == "placeholder"]
+        symbols.fix(packs)
+        compiled = codegen.compile_rest(clone, [*inputs, *packs], constant, config)
         ctx.seconds["codegen"] = time.perf_counter() - before
-        return compiled, packs, ctx
+        return Built(compiled, packs, ctx)
 
-    first = build()
-    if first is None:
-        return codegen.stock(gm, example_inputs, config)
-    return CompiledGraph(gm, build, first, freeze=config.freeze)
+    def build_later(args: Sequence[Any]) -> Built:
+        nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        state = [is_state(n) or isinstance(value, torch.nn.Parameter) for n, value in zip(nodes, args, strict=True)]
+        inputs = [new if fixed else old for new, old, fixed in zip(args, example_inputs, state, strict=True)]
+        try:
+            with symbols.restored():
+                symbols.fix([value for value, fixed in zip(inputs, state, strict=True) if fixed])
+                return build(inputs)
+        except Exception:
+            log.warning("rebuilding for changed weights failed; the graph runs dense", exc_info=True)
+            return Built(gm.forward)
+
+    first = build(example_inputs)
+    if first.context is None:
+        return first.run
+    return CompiledGraph(gm, build_later, first, example_inputs, freeze=config.freeze)
 
 
 def rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> tuple[GraphModule, Context, bool]:
@@ -156,8 +175,7 @@ def _verify_numerically(
     if config.sparsity is not None:  # the function was meant to change
         return
     copies = [[t.detach().clone() if isinstance(t, Tensor) else t for t in inputs] for _ in range(2)]
-    with torch.no_grad():
-        expected, given = gm(*copies[0]), clone(*copies[1], *packs)
+    expected, given = _seeded(gm, copies[0]), _seeded(clone, [*copies[1], *packs])
     flat_expected = [t for t in torch.utils._pytree.tree_leaves(expected) if isinstance(t, Tensor)]
     flat_given = [t for t in torch.utils._pytree.tree_leaves(given) if isinstance(t, Tensor)]
     for a, b in zip(flat_expected, flat_given, strict=True):
@@ -166,6 +184,14 @@ def _verify_numerically(
         if not error <= config.tolerance and a.is_floating_point():
             expected_text = f"at most {config.tolerance:g} relative to the largest value"
             raise VerificationError(stage=stage, what="output differs", given=f"{error:.3g}", expected=expected_text)
+
+
+@torch.no_grad()
+def _seeded(run: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """Call with one state of the random generator, so that both sides draw the same dropout."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return run(*args)
 
 
 def _report(ctx: Context, seconds: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from fxprune.config import Config
 from fxprune.context import Context
@@ -20,6 +20,12 @@ from fxprune.lowering.measure import Measure
 from fxprune.match import Block, Match
 from fxprune.passes import DETECT
 from fxprune.weights import STATE_NAME, Weights
+
+# Every capture is a compile of its own: it must not run into the limit of recompiles, nor use up the user's.
+_NO_LIMITS = {"recompile_limit": 2**30, "accumulated_recompile_limit": 2**30}
+_ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,8 @@ def capture(model: nn.Module, example_inputs: Any) -> list[Captured]:
 
     args, kwargs = arguments(example_inputs)
     try:
-        with evaluating(model), torch.no_grad():
-            torch.compile(model, backend=keep, dynamic=False)(*args, **kwargs)
+        with evaluating(model), torch.no_grad(), torch._dynamo.config.patch(_NO_LIMITS):
+            torch.compile(model, backend=keep, dynamic=False, **_ISOLATED)(*args, **kwargs)
     except Exception as error:
         shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (*args, *kwargs.values())]
         remedy = "Check that model(*example_inputs) runs; a tuple is positional arguments, a dict keyword arguments."
@@ -70,7 +76,9 @@ def capture(model: nn.Module, example_inputs: Any) -> list[Captured]:
 
 def detect(graph: Captured, config: Config, inference: bool = True) -> Context:
     """Run the detection passes on a clone of one graph."""
-    clone = GraphModule(graph.gm, copy.deepcopy(graph.gm.graph))
+    copied = Graph()
+    copied.output(copied.graph_copy(graph.gm.graph, val_map={}))
+    clone = GraphModule(graph.gm, copied)
     tables = KernelTables()
     ctx = Context(config, Weights(clone, graph.inputs), inference, tables, Measure(config, tables.unit))
     for detection in DETECT:

@@ -1,5 +1,7 @@
 """A compiled graph and the weights it was packed from: checks them on every call, repacks or rebuilds.
 
+Dynamo guards neither the values nor the identity of a weight: two modules of one class share a graph, and a loaded
+state may bring new Parameters. So a graph keeps one :class:`Variant` per set of weights it is called with.
 ``_version`` rises with in-place operations, ``load_state_dict`` and most optimizers; a step hook catches the fused ones.
 Writing through ``.data`` is invisible to both: :func:`refresh` is for that.
 """
@@ -8,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,56 +28,53 @@ log = logging.getLogger(__name__)
 _LIVE: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
 _STEPS = [0]  # optimizer steps taken in this process
 _HOOKED: list[Any] = []
+_MOST = 64  # variants of one graph: layers of one class that are compiled one by one share it
 
-Built = tuple[Callable[..., Any], list[Tensor], Context]
+
+@dataclass(frozen=True, eq=False)
+class Built:
+    """run: called with the graph's arguments and ``packs``. context: ``None`` when the graph stayed dense."""
+
+    run: Callable[..., Any]
+    packs: Sequence[Tensor] = ()
+    context: Context | None = None
 
 
-class CompiledGraph:
-    """Callable with the original graph's arguments.
+Build = Callable[[Sequence[Any]], Built]
 
-    A change of a weight's values is repacked in place; a change of its support runs the retained dense graph for
-    that call and rebuilds the sparse one.
-    """
 
-    def __init__(self, dense: GraphModule, build: Callable[[], Built | None], first: Built, freeze: bool) -> None:
-        self._dense = dense
-        self._build = build
-        self._freeze = freeze
-        self._adopt(first)
-        _LIVE.add(self)
-        if not _HOOKED:
-            _HOOKED.append(register_optimizer_step_post_hook(_count_step))
+class Variant:
+    """One build and the weights among its arguments that it depends on."""
 
-    def _adopt(self, built: Built | None) -> None:
-        if built is None:
-            self._run, self._packs, self.context = self._dense, [], None
+    def __init__(self, built: Built, args: Sequence[Any], freeze: bool) -> None:
+        self.run, self.packs, self.context = built.run, built.packs, built.context
+        if self.context is None:
+            uses = {id(v) for v in args if isinstance(v, torch.nn.Parameter)}
             self._watched: list[Tensor] = []
             self._masked = False
         else:
-            self._run, self._packs, self.context = built
-            self._watched = [] if self._freeze else self.context.weights.watched()
+            uses = self.context.uses()
+            self._watched = [] if freeze else self.context.weights.watched()
             self._masked = not self.context.inference
+        # nothing is recorded in inference, so the operators' autograd layer would be pure overhead
+        self.inference = self.context is not None and self.context.inference
+        self._bound = [(i, value) for i, value in enumerate(args) if id(value) in uses]
         self._plans = generation()
+        self._stale = False
         self._stamp = self._now()
 
-    def _now(self) -> list[Any]:
-        stamp: list[Any] = [_STEPS[0]] if self._watched else []
-        for tensor in self._watched:
-            stamp.append(tensor.data_ptr())
-            stamp.append(-1 if tensor.is_inference() else tensor._version)
-        return stamp
+    def fits(self, args: Sequence[Any]) -> bool:
+        """True when ``args`` hold the very weights this was built from."""
+        for i, tensor in self._bound:  # noqa: SIM110  (on every call: a loop is twice as fast as all())
+            if args[i] is not tensor:
+                return False
+        return True
 
-    def __call__(self, *args: Any) -> Any:
-        if self._masked and generation() != self._plans:
-            self.rebuild()
-        if self._watched and self._now() != self._stamp and not self.refresh():
-            result = self._dense(*args)
-            self.rebuild()
-            return result
-        return self._run(*args, *self._packs)
-
-    def depends_on(self, tensors: set[int]) -> bool:
-        return any(id(t) in tensors for t in self._watched)
+    def current(self) -> bool:
+        """True when the packed weights are what the weights are now, after repacking if that is enough."""
+        if self._stale or (self._masked and generation() != self._plans):
+            return False
+        return not self._watched or self._now() == self._stamp or self.refresh()
 
     def refresh(self) -> bool:
         """Repack from the current weights; ``False`` when their support no longer fits the packed structure."""
@@ -85,11 +85,62 @@ class CompiledGraph:
             self.context.weights.refresh()
         except StructureChanged:
             log.info("a weight changed its support after compile: rebuilding")
-            return False
-        return True
+            self._stale = True
+        return not self._stale
 
-    def rebuild(self) -> None:
-        self._adopt(self._build())
+    def depends_on(self, tensors: set[int]) -> bool:
+        return any(id(t) in tensors for t in self._watched)
+
+    def _now(self) -> list[Any]:
+        stamp: list[Any] = [_STEPS[0]] if self._watched else []
+        for tensor in self._watched:
+            stamp.append(tensor.data_ptr())
+            stamp.append(-1 if tensor.is_inference() else tensor._version)
+        return stamp
+
+
+class CompiledGraph:
+    """Callable with the original graph's arguments.
+
+    A change of a weight's values is repacked in place; a change of its support, other weights or a new plan in training
+    compile another variant before the call runs.
+    """
+
+    def __init__(self, dense: GraphModule, build: Build, first: Built, args: Sequence[Any], freeze: bool) -> None:
+        self._dense = dense
+        self._build = build
+        self._freeze = freeze
+        self._variants = [Variant(first, args, freeze)]
+        _LIVE.add(self)
+        if not _HOOKED:
+            _HOOKED.append(register_optimizer_step_post_hook(_count_step))
+
+    @property
+    def context(self) -> Context | None:
+        """What the latest build decided; ``None`` when it left the graph dense."""
+        return self._variants[-1].context
+
+    def __call__(self, *args: Any) -> Any:
+        position = next((i for i, v in enumerate(self._variants) if v.fits(args)), None)
+        if position is None:
+            if len(self._variants) == _MOST:
+                return self._dense(*args)
+            position = len(self._variants)
+            self._variants.append(Variant(self._build(args), args, self._freeze))
+        elif not self._variants[position].current():
+            self._variants[position] = Variant(self._build(args), args, self._freeze)
+        variant = self._variants[position]
+        if variant.inference:
+            with torch._C._AutoDispatchBelowAutograd():
+                return variant.run(*args, *variant.packs)
+        return variant.run(*args, *variant.packs)
+
+    def refresh(self, tensors: set[int]) -> bool:
+        """Repack what was built from ``tensors``, by id; returns whether anything was."""
+        mine = [v for v in self._variants if v.depends_on(tensors)]
+        for variant in mine:
+            variant.refresh()
+        return bool(mine)
 
 
 def refresh(model: torch.nn.Module) -> int:
@@ -98,11 +149,7 @@ def refresh(model: torch.nn.Module) -> int:
     Call it after writing to a weight through ``.data``, which PyTorch does not record.
     """
     mine = {id(t) for t in (*model.parameters(), *model.buffers())}
-    graphs = [g for g in _LIVE if g.depends_on(mine)]
-    for graph in graphs:
-        if not graph.refresh():
-            graph.rebuild()
-    return len(graphs)
+    return sum(graph.refresh(mine) for graph in list(_LIVE))
 
 
 def _count_step(*_: Any) -> None:

@@ -21,6 +21,9 @@ _CHOICES = {
 }
 
 
+_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
 @dataclass(frozen=True)
 class Config:
     """Options of :func:`fxprune.prune` and of ``torch.compile(backend="hwprune", options=...)``.
@@ -79,6 +82,19 @@ class Config:
             if value not in legal:
                 raise ConfigError(name=name, given=value, expected="one of " + ", ".join(map(repr, legal)))
         _check_sparsity(self.sparsity)
+        for name in ("balance", "freeze", "require_sparse", "verify"):
+            _check_type(name, getattr(self, name), bool, "True or False")
+        for name in ("cache_dir", "dump"):
+            if getattr(self, name) is not None:
+                _check_type(name, getattr(self, name), str, "the path of a folder, or None")
+        if self.mode is not None and self.mode not in _MODES:
+            raise ConfigError(name="mode", given=self.mode, expected="one of " + ", ".join(map(repr, _MODES)))
+        _check_type("inductor", self.inductor, Mapping, "a dict of Inductor's options")
+        for value in self.pattern.values() if isinstance(self.pattern, Mapping) else (self.pattern,):
+            _check_type("pattern", value, str, "the name of a pattern, or a dict of names by kind")
+        for value in self.columns.values() if isinstance(self.columns, Mapping) else (self.columns,):
+            if value is not None:
+                _check_type("columns", value, bool, "True, False or None, or a dict by kind")
         _check_number("min_speedup", self.min_speedup, 0.0, 100.0)
         _check_number("tolerance", self.tolerance, 0.0, 1.0)
         _check_positive("group", self.group)
@@ -88,7 +104,7 @@ class Config:
                 _check_positive("granularity", size)
         for name in ("pattern", "granularity", "columns"):
             _check_kinds(name, getattr(self, name))
-        if isinstance(self.ignored_layers, str):
+        if isinstance(self.ignored_layers, str) or not all(isinstance(name, str) for name in self.ignored_layers):
             expected = "a sequence of layer names, not one string"
             raise ConfigError(name="ignored_layers", given=self.ignored_layers, expected=expected)
         object.__setattr__(self, "ignored_layers", tuple(self.ignored_layers))
@@ -120,6 +136,11 @@ def _check_number(name: str, value: Any, low: float, high: float) -> None:
         raise ConfigError(name=name, given=value, expected=f"a number from {low:g} to {high:g}")
 
 
+def _check_type(name: str, value: Any, kind: type, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise ConfigError(name=name, given=value, expected=expected)
+
+
 def _check_positive(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(name=name, given=value, expected="a positive integer")
@@ -134,6 +155,8 @@ def _check_kinds(name: str, value: Any) -> None:
 def _check_sparsity(sparsity: Any) -> None:
     values = sparsity.items() if isinstance(sparsity, Mapping) else [("sparsity", sparsity)]
     for key, value in values:
+        if not isinstance(key, str):
+            raise ConfigError(name="sparsity", given=key, expected="keys that are kinds or layer-name globs")
         if value is None and not isinstance(sparsity, Mapping):
             continue
         ok = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1

@@ -83,3 +83,8 @@ class Context:
 
     def decision(self, match: Match) -> Decision | None:
         return next((d for d in self.decisions if d.match is match), None)
+
+    def uses(self) -> set[int]:
+        """Return the ids of the user's tensors that the rewritten graph was built from."""
+        chosen = [self.weights.value(self.weights.origin(d.match.weight)) for d in self.decisions if d.chosen]
+        return {id(t) for t in (*chosen, *self.weights.watched()) if t is not None}

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fxprune.match import Match
     from fxprune.sparsity.pattern import LayerMask
 
-    Size = int | str | sympy.Expr | torch.SymInt
+    Size: TypeAlias = int | str | sympy.Expr | torch.SymInt
 
 _FLOAT = 4  # bytes
 _ROWS = 6  # rows of x in the row-major kernel's register block
@@ -198,7 +198,7 @@ def predict(match: Match, mask: LayerMask | None, isa: str) -> Timing:
     with their hints.
     """
     from fxprune.context import Timing
-    from fxprune.sparsity import dcp, tile
+    from fxprune.sparsity import tile
 
     threads = torch.get_num_threads()
     ours = device(isa if isa in DEVICES else "scalar", threads)
@@ -212,11 +212,11 @@ def predict(match: Match, mask: LayerMask | None, isa: str) -> Timing:
         sparse = _tile_cost(ours, layer, rows, 1, feature_dim=-1)
         dense = first = float(dense_linear_cost(torchs, rows=rows, in_features=k, out_features=n))
         return Timing(float(sparse), dense, first, measured=False)
-    window = {"height": y[2], "width": math.prod(y[3:]), "stride": match.geometry.stride[0]}
+    window: dict[str, Any] = {"height": y[2], "width": math.prod(y[3:]), "stride": match.geometry.stride[0]}
     if match.kind == "depthwise":
         kept = n * k if mask is None else int(mask.mask.sum())
         sparse = depthwise_cost(ours, batch=x[0], channels=n, kept=kept, **window)
-        conv = {"in_channels": n, "out_channels": n, "groups": n, "kernel": match.geometry.kernel}
+        conv: dict[str, Any] = {"in_channels": n, "out_channels": n, "groups": n, "kernel": match.geometry.kernel}
     else:
         layer = mask or tile.keep_all((n, k), tile.GRANULARITY)
         sparse = _tile_cost(ours, layer, x[0], math.prod(y[2:]), feature_dim=1)

@@ -103,12 +103,6 @@ class VerificationError(FxPruneError, AssertionError):
     template = "{stage}: {what}: got {given}, expected {expected}."
 
 
-class PlanMismatch(FxPruneError, ValueError):
-    """A plan does not describe the model it is applied to."""
-
-    template = "plan and model disagree on {name!r}: the plan says {given}, the model has {expected}."
-
-
 def nearest(name: str, legal: Iterable[str]) -> str:
     """Return the legal word closest to ``name`` (the first one when nothing is close)."""
     words = list(legal)

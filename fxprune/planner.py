@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxprune.config import KINDS, Config
-from fxprune.errors import NonFiniteWeight, UnknownLayer, UnknownPattern, nearest
+from fxprune.errors import ConfigError, NonFiniteWeight, UnknownLayer, UnknownPattern, nearest
 from fxprune.match import Match
 from fxprune.sparsity import PATTERNS, dcp, tile
 from fxprune.sparsity.pattern import LayerMask
 
 Gain = Callable[[str, int, int], float]
+
+_TOLERANCE = 0.005  # of the weights: how far the achieved sparsity of a model may be from what was asked
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one parameter loses. layer: the mask of the matrix view; target: the sparsity asked for."""
+
+    match: Match
+    pattern: str
+    layer: LayerMask
+    target: float
 
 
 def pattern_of(match: Match, config: Config) -> str:
@@ -39,15 +52,15 @@ def targets(matches: Sequence[Match], config: Config) -> dict[str, float]:
     """
     wanted = config.sparsity
     names = sorted({m.name for m in matches})
-    if isinstance(wanted, dict):
+    if isinstance(wanted, Mapping):
         for key in wanted:
             _known(key, names, "sparsity")
     for key in config.ignored_layers:
         _known(key, names, "ignored_layers")
     result: dict[str, float] = {}
     for match in matches:
-        value = wanted if not isinstance(wanted, dict) else wanted.get(match.kind, 0.0)
-        for key in wanted if isinstance(wanted, dict) else ():
+        value = wanted if not isinstance(wanted, Mapping) else wanted.get(match.kind, 0.0)
+        for key in wanted if isinstance(wanted, Mapping) else ():
             if key not in KINDS and _hits(key, match):
                 value = wanted[key]
         if any(_hits(key, match) for key in config.ignored_layers):
@@ -59,8 +72,8 @@ def targets(matches: Sequence[Match], config: Config) -> dict[str, float]:
 
 def choose_masks(
     matches: Sequence[Match], config: Config, unit: Callable[[str], Any], gain: Gain | None = None
-) -> dict[str, tuple[Match, str, LayerMask]]:
-    """Return (match, pattern name, mask of the matrix view) by parameter name.
+) -> dict[str, Choice]:
+    """Return what each parameter loses, by parameter name.
 
     ``unit(kind)`` is the kernel row's granularity and steps, ``gain(parameter, kept, rounded)`` the measured time
     between two kept counts (HSR's alpha). A parameter used twice is planned once.
@@ -70,23 +83,43 @@ def choose_masks(
     for match in matches:
         if match.parameter in asked:
             by_pattern.setdefault(pattern_of(match, config), {}).setdefault(match.parameter, match)
-    chosen: dict[str, tuple[Match, str, LayerMask]] = {}
+    chosen: dict[str, Choice] = {}
     for pattern, layers in by_pattern.items():
         importances = {name: _importance(m, config) for name, m in layers.items()}
         share = {name: asked[name] for name in layers}
         if pattern == "dcp":
-            masks = dcp.plan_layers(
-                importances,
-                share,
-                group=config.group,
-                balance=config.balance,
-                recalibrate=config.recalibrate,
-                gain=gain if config.recalibrate == "auto" else None,
-            )
+            masks = _tap_masks(importances, share, config, unit("depthwise").k_step, gain)
         else:
             masks = _tile_masks(layers, importances, share, config, unit)
-        chosen.update({name: (layers[name], pattern, mask) for name, mask in masks.items()})
+        for name, mask in masks.items():
+            chosen[name] = Choice(layers[name], pattern, mask, share[name])
     return chosen
+
+
+def _tap_masks(
+    importances: dict[str, Tensor], share: dict[str, float], config: Config, step: int, gain: Gain | None
+) -> dict[str, LayerMask]:
+    """Recalibrate with the paper's tile, or with the largest half of it that meets the target.
+
+    A whole network meets it at once; one small layer has too few taps for multiples of 32 per group.
+    """
+    tile = dcp.GROUP
+    wanted = sum((1.0 - share[name]) * scores.numel() for name, scores in importances.items())
+    total = max(sum(scores.numel() for scores in importances.values()), 1)
+    while True:
+        masks = dcp.plan_layers(
+            importances,
+            share,
+            group=config.group,
+            balance=config.balance,
+            recalibrate=config.recalibrate,
+            tile=tile,
+            gain=gain if config.recalibrate == "auto" else None,
+        )
+        kept = sum(int(layer.mask.sum()) for layer in masks.values())
+        if abs(kept - wanted) <= _TOLERANCE * total or tile // 2 < step or config.recalibrate == "off":
+            return masks
+        tile //= 2
 
 
 def _tile_masks(
@@ -127,8 +160,6 @@ def _importance(match: Match, config: Config) -> Tensor:
     if callable(config.importance):
         scores = config.importance(match.name, weight)
         if not isinstance(scores, Tensor) or scores.shape != weight.shape:
-            from fxprune.errors import ConfigError
-
             given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ConfigError(name="importance", given=given, expected=f"a tensor of shape {tuple(weight.shape)}")
     else:
@@ -137,7 +168,12 @@ def _importance(match: Match, config: Config) -> Tensor:
 
 
 def _hits(key: str, match: Match) -> bool:
-    return fnmatch.fnmatchcase(match.name, key) or fnmatch.fnmatchcase(match.parameter, key)
+    return hits(key, match.name, match.parameter)
+
+
+def hits(key: str, name: str, parameter: str) -> bool:
+    """True when a glob names a layer or its weight."""
+    return fnmatch.fnmatchcase(name, key) or fnmatch.fnmatchcase(parameter, key)
 
 
 def _known(key: str, names: list[str], option: str) -> None:

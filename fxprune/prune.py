@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,9 @@ from fxprune.lowering.kernels import KernelTables
 from fxprune.lowering.measure import Measure
 from fxprune.match import Match
 from fxprune.plan import LayerPlan, Plan, PrunedWeight, register
-from fxprune.planner import choose_masks
+from fxprune.planner import Choice, choose_masks, hits
 from fxprune.report import Table
-from fxprune.sparsity.pattern import LayerMask
+from fxprune.sparsity import dcp
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def prune(
     model: nn.Module,
     example_inputs: Any,
     *,
-    sparsity: float | dict[str, float],
+    sparsity: float | Mapping[str, float],
     inplace: bool = False,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     **options: Any,
@@ -62,7 +63,7 @@ def prune(
         )
     target = model if inplace else copy.deepcopy(model)
     parameters = dict(target.named_parameters(remove_duplicate=False))
-    layers = [_apply(match, pattern, mask, parameters, config) for match, pattern, mask in chosen.values()]
+    layers = [_apply(choice, parameters) for choice in chosen.values()]
     return PruneResult(target, Plan(layers), _achieved(layers, sparsity), _table(layers))
 
 
@@ -79,9 +80,10 @@ def prunable(
         ctx = detect(graph, config)
         matched = {m.node for m in ctx.matches}
         for match in ctx.matches:
-            if match.name not in modules or not isinstance(match.value, nn.Parameter) or _shared(match, matched):
+            owner = match.parameter.rpartition(".")[0]  # "" when the model itself is the layer
+            if owner not in modules or not isinstance(match.value, nn.Parameter) or _shared(match, matched):
                 continue
-            if filter_fn is None or filter_fn(modules[match.name], match.name):
+            if filter_fn is None or filter_fn(modules[owner], match.name):
                 found.append(match)
     if not found:
         raise NothingToPrune(
@@ -107,19 +109,20 @@ def _shared(match: Match, matched: set[Any]) -> bool:
 
 
 @torch.no_grad()
-def _apply(match: Match, pattern: str, layer: LayerMask, parameters: dict[str, nn.Parameter], config: Config) -> LayerPlan:
+def _apply(choice: Choice, parameters: dict[str, nn.Parameter]) -> LayerPlan:
+    match, layer = choice.match, choice.layer
     parameter = parameters[match.parameter]
     mask = match.restore(layer.mask).reshape(parameter.shape)
     parameter.masked_fill_(~mask, 0)
-    register(parameter, PrunedWeight(pattern, layer, mask))
+    register(parameter, PrunedWeight(choice.pattern, layer, mask))
     every = len(layer.tiling.columns) == layer.tiling.shape[0]
     return LayerPlan(
         name=match.name,
         parameter=match.parameter,
         kind=match.kind,
-        pattern=pattern,
+        pattern=choice.pattern,
         shape=tuple(parameter.shape),
-        target=_asked(match, config),
+        target=choice.target,
         sparsity=1.0 - mask.float().mean().item(),
         granularity=layer.tiling.granularity,
         counts=tuple(layer.counts),
@@ -128,29 +131,10 @@ def _apply(match: Match, pattern: str, layer: LayerMask, parameters: dict[str, n
     )
 
 
-def _asked(match: Match, config: Config) -> float:
-    from fxprune.planner import targets
-
-    return targets([match], _relaxed(config, match)).get(match.parameter, 0.0)
-
-
-def _relaxed(config: Config, match: Match) -> Config:
-    """The config with only the sparsity keys that name this match, so that globs of others do not raise."""
-    import dataclasses
-    import fnmatch
-
-    wanted = config.sparsity
-    if isinstance(wanted, dict):
-        wanted = {k: v for k, v in wanted.items() if k in KINDS or fnmatch.fnmatchcase(match.name, k)}
-    return dataclasses.replace(config, sparsity=wanted, ignored_layers=())
-
-
 def _gain(matches: list[Match], config: Config) -> Callable[[str, int, int], float] | None:
     """HSR's alpha: microseconds between two kept counts per DR group of one depthwise layer (Sec. 5.2)."""
     if config.recalibrate != "auto":
         return None
-    from fxprune.sparsity import dcp
-
     by_name = {m.parameter: m for m in matches}
     measure = Measure(config, KernelTables().unit)
 
@@ -171,30 +155,21 @@ def _gain(matches: list[Match], config: Config) -> Callable[[str, int, int], flo
     return gain
 
 
-def _achieved(layers: list[LayerPlan], asked: float | dict[str, float]) -> dict[str, float]:
+def _achieved(layers: list[LayerPlan], asked: float | Mapping[str, float]) -> dict[str, float]:
     """Element-weighted sparsity by the keys asked for, and by kind."""
-    import fnmatch
-
     groups: dict[str, list[LayerPlan]] = {"all": layers}
     for layer in layers:
         groups.setdefault(layer.kind, []).append(layer)
-    for key in asked if isinstance(asked, dict) else ():
-        hits = [layer for layer in layers if fnmatch.fnmatchcase(layer.name, key)]
-        if hits:
-            groups[key] = hits
+    for key in asked if isinstance(asked, Mapping) else ():
+        named = [layer for layer in layers if hits(key, layer.name, layer.parameter)]
+        if named:
+            groups[key] = named
     return {key: _weighted(members) for key, members in groups.items()}
 
 
 def _weighted(layers: list[LayerPlan]) -> float:
-    sizes = [_numel(layer.shape) for layer in layers]
+    sizes = [math.prod(layer.shape) for layer in layers]
     return sum(s * layer.sparsity for s, layer in zip(sizes, layers, strict=True)) / max(sum(sizes), 1)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for s in shape:
-        total *= s
-    return total
 
 
 def _table(layers: list[LayerPlan]) -> Table:

@@ -30,7 +30,11 @@ def verify(model: nn.Module, example_inputs: Any, *, compiled: Any = None, **opt
         exact = exact_model(*tree_map(_double, args), **tree_map(_double, kwargs))
         eager, given = model(*args, **kwargs), fast(*args, **kwargs)
     rows = []
-    for i, (a, b, c) in enumerate(zip(*map(_tensors, (exact, eager, given)), strict=True)):
+    outputs = [_tensors(output) for output in (exact, eager, given)]
+    if len(outputs[1]) != len(outputs[2]):
+        expected = f"{len(outputs[1])} tensors"
+        raise VerificationError(stage="verify", what="output", given=f"{len(outputs[2])} tensors", expected=expected)
+    for i, (a, b, c) in enumerate(zip(*outputs, strict=True)):
         if b.shape != c.shape or b.dtype != c.dtype:
             expected = f"{b.dtype} {tuple(b.shape)}"
             raise VerificationError(

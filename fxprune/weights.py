@@ -43,7 +43,7 @@ class Weights:
         self.derived: list[Derived] = []
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         for node, value in zip(placeholders, example_inputs, strict=False):
-            if isinstance(value, Tensor) and (isinstance(value, torch.nn.Parameter) or _is_state(node)):
+            if isinstance(value, Tensor) and (isinstance(value, torch.nn.Parameter) or is_state(node)):
                 self._real[node] = value
         for node in gm.graph.nodes:
             if node.op == "get_attr":
@@ -137,7 +137,15 @@ def _source_name(node: Node) -> str:
     return name() if callable(name) else name
 
 
-def _is_state(node: Node) -> bool:
+def remember_names(gm: GraphModule) -> None:
+    """Write the names of parameters and buffers on their placeholders: Dynamo forgets them when its compile ends."""
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and is_state(node):
+            node.meta[STATE_NAME] = qualified_name(node)
+
+
+def is_state(node: Node) -> bool:
+    """True for the placeholder of a module's parameter or buffer."""
     source = _source_name(node)
     return STATE_NAME in node.meta or "_buffers" in source or "_parameters" in source
 

@@ -24,12 +24,43 @@ def stock(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Cal
     return compile_fx(gm, list(example_inputs), config_patches=_patches(config))
 
 
-def compile_rest(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
-    """Compile a rewritten graph. Convolutions left in it stay NCHW, the layout of the kernels around them."""
+def compile_rest(
+    gm: GraphModule, example_inputs: Sequence[Any], constant: Sequence[bool], config: Config
+) -> Callable[..., Any]:
+    """Compile a rewritten graph. Convolutions left in it stay NCHW, the layout of the kernels around them.
+
+    constant: per input, whether it is a weight; with ``freeze`` those are folded into the compiled code.
+    """
     if config.fallback == "eager":
         return gm.forward
     patches = {"layout_optimization": False, "joint_custom_pre_pass": Salt(), **_patches(config)}
-    return compile_fx(gm, list(example_inputs), config_patches=patches)
+    if not config.freeze or torch.is_grad_enabled():
+        return compile_fx(gm, list(example_inputs), config_patches=patches)
+    live = [i for i, fixed in enumerate(constant) if not fixed]
+    _lift_constants(gm, example_inputs, constant)
+    with torch._inductor.config.patch(freezing=True):
+        run = compile_fx(gm, [example_inputs[i] for i in live], config_patches={**patches, "freezing": True})
+    return lambda *args: run(*[args[i] for i in live])
+
+
+def _lift_constants(gm: GraphModule, example_inputs: Sequence[Any], constant: Sequence[bool]) -> None:
+    """Turn weight inputs into attributes, the form in which Inductor's freezing folds and prepacks them."""
+    sources: dict[str, Any] = {}
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    body = next(n for n in gm.graph.nodes if n.op != "placeholder")
+    for node, value, fixed in zip(placeholders, example_inputs, constant, strict=True):
+        if not fixed:
+            continue
+        name = f"frozen_{node.name}"
+        gm.register_buffer(name, value.detach())
+        with gm.graph.inserting_before(body):
+            attribute = gm.graph.get_attr(name)
+        attribute.meta = dict(node.meta)
+        sources[name] = getattr(node, "_dynamo_source", None)
+        node.replace_all_uses_with(attribute)
+        gm.graph.erase_node(node)
+    gm._param_name_to_source = sources  # type: ignore[assignment]
+    gm.recompile()
 
 
 def _patches(config: Config) -> dict[str, Any]:

@@ -38,7 +38,8 @@ def _operands(conv: Node, norm: Node) -> tuple[list[Node], list[bool]]:
 
 def _constant(conv: Node, norm: Node, ctx: Context) -> bool:
     tensors = [ctx.weights.value(n) for n in _operands(conv, norm)[0]]
-    return all(t is not None and t.dtype == torch.float32 for t in tensors)
+    fixed = not isinstance(argument(norm, "eps"), Node)  # with dynamic=True a float may be an input
+    return fixed and all(t is not None and t.dtype == torch.float32 for t in tensors)
 
 
 def _fold(conv: Node, norm: Node, ctx: Context) -> None:

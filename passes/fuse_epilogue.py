@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..context import Context
-from .graph import aten, is_call, mutation_between, same_shape, sole_user
+from .graph import aten, is_call, mutation_between, same_dtype, same_shape, sole_user
 
 _RESIDUAL = 6
 _ACTIVATIONS: dict[Any, str] = {
@@ -54,7 +54,7 @@ def _fuse_residual(node: Node) -> bool:
     if not is_call(add, aten.add.Tensor) or add.kwargs or node.args[_RESIDUAL] is not None or node.args[-1] != "none":
         return False
     skip = add.args[1] if add.args[0] is node else add.args[0]
-    if skip is node or not same_shape(skip, node) or not same_shape(add, node) or mutation_between(node, add):
+    if skip is node or not same_shape(skip, node) or not same_dtype(skip, node) or mutation_between(node, add):
         return False
     _move_to(node, add)
     node.update_arg(_RESIDUAL, skip)

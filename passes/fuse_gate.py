@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..context import Context
-from .graph import aten, call, is_call, mutation_between, same_shape, shape, sole_user
+from .graph import aten, call, is_call, mutation_between, same_dtype, same_shape, shape, sole_user
 
 _X, _GATE, _FEATURE_DIM = 0, 7, 10
 
@@ -35,17 +35,13 @@ def _fuse(node: Node) -> bool:
     if not is_call(product, aten.mul.Tensor) or sole_user(product) is not node or mutation_between(product, node):
         return False
     for x, gate in (product.args, product.args[::-1]):
-        if same_shape(x, product) and _per_channel(gate, product):
-            flat = call(node, aten.reshape.default, gate, [gate_shape(gate)[0], gate_shape(gate)[1]])
+        if same_shape(x, product) and same_dtype(x, gate) and _per_channel(gate, product):
+            flat = call(node, aten.flatten.using_ints, gate, 1)
             node.update_arg(_X, x)
             node.update_arg(_GATE, flat)
             node.graph.erase_node(product)
             return True
     return False
-
-
-def gate_shape(gate: Any) -> tuple[Any, ...]:
-    return shape(gate) or ()
 
 
 def _per_channel(gate: Any, product: Node) -> bool:

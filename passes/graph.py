@@ -51,6 +51,12 @@ def same_shape(a: Any, b: Any) -> bool:
     return all(statically_known_true(x == y) for x, y in zip(left, right, strict=True))
 
 
+def same_dtype(*nodes: Any) -> bool:
+    """True when all are tensors of one known dtype: a kernel takes one where eager would promote."""
+    dtypes = {None if value is None else value.dtype for value in map(fake, nodes)}
+    return len(dtypes) == 1 and None not in dtypes
+
+
 def is_call(node: Any, *targets: Any) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 

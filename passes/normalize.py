@@ -22,72 +22,89 @@ from .graph import aten, fake
 Call = tuple[Any, tuple[Any, ...]]
 Rule = Callable[..., "Call | None"]
 
+# The rules' parameters are named as torch names them, so that keyword calls bind.
 
-def _conv2d(x: Any, w: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Call:
+
+def _conv2d(
+    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Call:
     overload = aten.conv2d.padding if isinstance(padding, str) else aten.conv2d.default
     as_list = [list(v) if isinstance(v, (tuple, list)) else [v] for v in (stride, dilation)]
     pad = padding if isinstance(padding, str) else list(padding) if isinstance(padding, (tuple, list)) else [padding]
-    return overload, (x, w, bias, as_list[0], pad, as_list[1], groups)
+    return overload, (input, weight, bias, as_list[0], pad, as_list[1], groups)
 
 
 def _batch_norm(
-    x: Any,
-    mean: Any,
-    var: Any,
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
     weight: Any = None,
     bias: Any = None,
     training: Any = False,
     momentum: Any = 0.1,
     eps: Any = 1e-5,
 ) -> Call | None:
-    if training is not False or mean is None or var is None:
+    if training is not False or running_mean is None or running_var is None:
         return None
-    return aten.batch_norm.default, (x, weight, bias, mean, var, False, momentum, eps, False)
+    return aten.batch_norm.default, (input, weight, bias, running_mean, running_var, False, momentum, eps, False)
 
 
 def _unary(overload: Any, *extra: Any) -> Rule:
-    return lambda x, inplace=False: (overload, (x, *extra))
+    return lambda input, inplace=False: (overload, (input, *extra))
 
 
-def _hardtanh(x: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Call:
-    return aten.hardtanh.default, (x, min_val, max_val)
+def _hardtanh(input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Call:
+    return aten.hardtanh.default, (input, min_val, max_val)
 
 
-def _gelu(x: Any, approximate: str = "none") -> Call:
-    return aten.gelu.default, (x,) if approximate == "none" else (x, approximate)
+def _gelu(input: Any, approximate: str = "none") -> Call:
+    return aten.gelu.default, (input,) if approximate == "none" else (input, approximate)
 
 
 def _binary(overload: Any) -> Rule:
-    def rule(a: Any, b: Any) -> Call | None:
-        both = fake(a) is not None and fake(b) is not None
-        return (overload, (a, b)) if both else None
+    def rule(input: Any, other: Any) -> Call | None:
+        both = fake(input) is not None and fake(other) is not None
+        return (overload, (input, other)) if both else None
 
     return rule
 
 
-def _permute(x: Any, *dims: Any) -> Call:
+def _permute(input: Any, *dims: Any) -> Call:
     order = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
-    return aten.permute.default, (x, list(order))
+    return aten.permute.default, (input, list(order))
 
 
-def _transpose(x: Any, dim0: int, dim1: int) -> Call:
-    return aten.transpose.int, (x, dim0, dim1)
+def _transpose(input: Any, dim0: int, dim1: int) -> Call:
+    return aten.transpose.int, (input, dim0, dim1)
 
 
-def _layer_norm(x: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Call:
-    return aten.layer_norm.default, (x, list(normalized_shape), weight, bias, eps)
+def _matrix_transpose(input: Any, name: str = "T") -> Call | None:
+    value = fake(input)
+    return (aten.t.default, (input,)) if name in ("T", "mT") and value is not None and value.dim() == 2 else None
 
 
-def _addmm(bias: Any, x: Any, w: Any) -> Call:
-    return aten.addmm.default, (bias, x, w)
+def _layer_norm(input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Call:
+    return aten.layer_norm.default, (input, list(normalized_shape), weight, bias, eps)
 
 
-def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Call | None:
-    return (None, (x,)) if training is False or p == 0 else None
+def _addmm(input: Any, mat1: Any, mat2: Any) -> Call:
+    return aten.addmm.default, (input, mat1, mat2)
 
 
-def _linear(x: Any, w: Any, bias: Any = None) -> Call:
-    return aten.linear.default, (x, w, bias)
+def _mm(input: Any, mat2: Any) -> Call:
+    return aten.mm.default, (input, mat2)
+
+
+def _matmul(input: Any, other: Any) -> Call:
+    return aten.matmul.default, (input, other)
+
+
+def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Call | None:
+    return (None, (input,)) if training is False or p == 0 else None
+
+
+def _linear(input: Any, weight: Any, bias: Any = None) -> Call:
+    return aten.linear.default, (input, weight, bias)
 
 
 RULES: dict[Any, Rule] = {
@@ -97,13 +114,14 @@ RULES: dict[Any, Rule] = {
     torch._C._nn.linear: _linear,
     F.linear: _linear,
     torch.addmm: _addmm,
-    torch.mm: lambda x, w: (aten.mm.default, (x, w)),
-    torch.matmul: lambda x, w: (aten.matmul.default, (x, w)),
-    operator.matmul: lambda x, w: (aten.matmul.default, (x, w)),
-    "matmul": lambda x, w: (aten.matmul.default, (x, w)),
-    "mm": lambda x, w: (aten.mm.default, (x, w)),
-    torch.t: lambda x: (aten.t.default, (x,)),
-    "t": lambda x: (aten.t.default, (x,)),
+    torch.mm: _mm,
+    torch.matmul: _matmul,
+    operator.matmul: _matmul,
+    "matmul": _matmul,
+    "mm": _mm,
+    torch.t: lambda input: (aten.t.default, (input,)),
+    "t": lambda input: (aten.t.default, (input,)),
+    getattr: _matrix_transpose,
     torch.transpose: _transpose,
     "transpose": _transpose,
     F.relu: _unary(aten.relu.default),
@@ -134,9 +152,25 @@ RULES: dict[Any, Rule] = {
     "permute": _permute,
     F.layer_norm: _layer_norm,
     F.dropout: _dropout,
+    # exported programs: the in-place forms, and what export does not spell as above
+    aten.relu6.default: _unary(aten.hardtanh.default, 0.0, 6.0),
+    aten.relu6_.default: _unary(aten.hardtanh.default, 0.0, 6.0),
+    aten.numpy_T.default: _matrix_transpose,
+    aten.mT.default: _matrix_transpose,
+    aten.relu_.default: _unary(aten.relu.default),
+    aten.hardtanh_.default: _hardtanh,
+    aten.silu_.default: _unary(aten.silu.default),
+    aten.hardswish_.default: _unary(aten.hardswish.default),
+    aten.hardsigmoid_.default: _unary(aten.hardsigmoid.default),
+    aten.sigmoid_.default: _unary(aten.sigmoid.default),
+    aten.add_.Tensor: _binary(aten.add.Tensor),
+    aten.mul_.Tensor: _binary(aten.mul.Tensor),
+    aten.dropout.default: _dropout,
+    aten.dropout_.default: _dropout,
 }
 
 _MUTATES = {torch.relu_, "relu_", operator.iadd, operator.imul, "add_"}
+_KEEPS_DTYPE = {operator.iadd, operator.imul, "add_", aten.add_.Tensor, aten.mul_.Tensor}
 
 # results that never alias an operand
 _FRESH = {
@@ -169,7 +203,7 @@ def normalize(gm: GraphModule, ctx: Context) -> int:
 
 def _rewrite(node: Node) -> bool:
     rule = RULES.get(node.target) if node.op in ("call_function", "call_method") else None
-    if rule is None or (_mutates(node) and not _private(node.args[0])):
+    if rule is None or (_mutates(node) and (_promotes(node) or not _private(_operand(node)))):
         return False
     try:
         result = rule(*node.args, **node.kwargs)
@@ -189,9 +223,22 @@ def _rewrite(node: Node) -> bool:
     return True
 
 
+def _operand(node: Node) -> Any:
+    """Return what an in-place call writes to."""
+    return node.args[0] if node.args else node.kwargs.get("input")
+
+
+def _promotes(node: Node) -> bool:
+    """True when the functional form might widen the dtype, which the in-place form keeps."""
+    left, right = (fake(a) for a in (*node.args, None, None)[:2])
+    return node.target in _KEEPS_DTYPE and (left is None or right is None or left.dtype != right.dtype)
+
+
 def _mutates(node: Node) -> bool:
     if node.target in _MUTATES or node.kwargs.get("inplace"):
         return True
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
     position = {F.hardtanh: 3, F.dropout: 3}.get(node.target, 1)
     flags = (F.relu, F.relu6, F.silu, F.hardswish, F.hardsigmoid, F.hardtanh, F.dropout)
     return node.target in flags and len(node.args) > position and bool(node.args[position])

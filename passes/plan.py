@@ -8,7 +8,6 @@ every border to a channels-last kernel is a copy, so one 1x1 layer does not leav
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -24,6 +23,8 @@ from .graph import fake
 
 # below this fraction of zeros a weight counts as dense: timing noise is larger than the gain
 _MIN_SPARSITY = 0.05
+# a dense convolution between feature-major kernels also pays for its own reorders, which its timing does not show
+_LEAVE_REGION = 1.3
 _OPERATOR = {"depthwise": "depthwise_taps", "pointwise": "tile_gemm", "linear": "tile_gemm"}
 
 
@@ -32,6 +33,7 @@ def plan(gm: GraphModule, ctx: Context) -> int:
     wanted = _masks_from_options(ctx)
     found = {m.node: _mask(m, ctx, wanted) for m in ctx.matches}
     convs = [m for m in ctx.matches if m.kind != "linear"]
+    ctx.extra["rewrites"] = any(mask is not None for _, mask in found.values())
     for region in _regions(convs):
         _decide_region(region, found, ctx)
     for match in ctx.matches:
@@ -46,7 +48,7 @@ def _masks_from_options(ctx: Context) -> dict[str, tuple[str, LayerMask]]:
     if ctx.config.sparsity is None:
         return {}
     chosen = choose_masks(ctx.matches, ctx.config, ctx.kernels.unit)
-    return {name: (pattern, mask) for name, (_, pattern, mask) in chosen.items()}
+    return {name: (choice.pattern, choice.layer) for name, choice in chosen.items()}
 
 
 def _mask(match: Match, ctx: Context, wanted: dict[str, tuple[str, LayerMask]]) -> tuple[str, LayerMask | None]:
@@ -132,12 +134,25 @@ def _live(match: Match, ctx: Context) -> bool:
 
 def _decide_alone(match: Match, pattern: str, mask: LayerMask | None, ctx: Context) -> None:
     refusal = _refusal(match, mask, ctx)
+    if mask is None and not refusal and _is_one_pixel(match) and ctx.extra.get("rewrites"):
+        timing = ctx.measure(match, None)
+        chosen = timing.sparse * ctx.config.min_speedup <= timing.dense
+        gain = f"{timing.dense / max(timing.sparse, 1e-9):.2f}x of the convolution"
+        ctx.decisions.append(
+            _decision(match, None, chosen, timing, "", f"no zeros, a 1x1 map runs as a linear layer: {gain}")
+        )
+        return
     if mask is None or refusal:
         ctx.decisions.append(Decision(match, mask, False, refusal or "no zeros", pattern=pattern))
         return
     timing = ctx.measure(match, mask)
     chosen = timing.sparse * ctx.config.min_speedup <= timing.dense
     ctx.decisions.append(_decision(match, mask, chosen, timing, pattern))
+
+
+def _is_one_pixel(match: Match) -> bool:
+    """A 1x1 convolution of a 1x1 map: between feature-major kernels a convolution call is mostly overhead."""
+    return match.kind == "linear" and match.value.dim() == 4
 
 
 def _decision(match: Match, mask: LayerMask | None, chosen: bool, timing: Timing, pattern: str, why: str = "") -> Decision:
@@ -175,7 +190,8 @@ def _decide_region(region: list[Match], found: dict[Node, tuple[str, LayerMask |
             why = f"kept dense: its region of {len(region)} convolutions reaches {gain:.2f}x of dense"
             ctx.decisions.append(_decision(match, mask, False, timing, pattern, why))
             continue
-        chosen = timing.sparse <= timing.dense_feature_major or math.isinf(timing.dense_feature_major)
+        leave = _LEAVE_REGION * timing.dense_feature_major
+        chosen = timing.sparse * min(ctx.config.min_speedup, 1.0) <= leave  # below 1, min_speedup forces kernels here too
         why = f"{timing.dense / max(timing.sparse, 1e-9):.2f}x of dense"
         why += "" if timing.measured else " (predicted)"
         if mask is None:

@@ -35,11 +35,11 @@ def _rewrite(decision: Decision, ctx: Context) -> None:
     n, _ = match.matrix_shape
     feature_dim = 1 if match.kind == "pointwise" else -1
     one_pixel = match.kind == "linear" and len(match.geometry.x) == 4 and match.value.dim() == 4
-    x = call(match.node, aten.reshape.default, match.x, list(match.geometry.x[:2])) if one_pixel else _strided(match)
+    x = call(match.node, aten.flatten.using_ints, match.x, 1) if one_pixel else _strided(match)
     operands = (x, values, *structure, match.bias, None, None, n, layer.tiling.granularity, feature_dim, "none")
     new = call(match.node, torch.ops.fxprune.tile_gemm.default, *operands)
     if one_pixel:
-        new = call(match.node, aten.reshape.default, new, [match.geometry.x[0], n, 1, 1])
+        new = call(match.node, aten.unflatten.int, new, 1, [n, 1, 1])
     replace(match.node, new)
 
 

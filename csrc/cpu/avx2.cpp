@@ -1,5 +1,5 @@
-// The kernels compiled for avx2. Everything that is not a kernel is included ahead of the pragma, so that no inline
-// function shared with other translation units is compiled for this ISA.
+// The kernels compiled for avx2. Everything that is not a kernel is included ahead of the pragma,
+// so that no inline function shared with other translation units is compiled for this ISA.
 #if defined(__x86_64__)
 
 #include <immintrin.h>

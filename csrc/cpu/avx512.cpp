@@ -1,5 +1,5 @@
-// The kernels compiled for avx512. Everything that is not a kernel is included ahead of the pragma, so that no inline
-// function shared with other translation units is compiled for this ISA.
+// The kernels compiled for avx512. Everything that is not a kernel is included ahead of the pragma,
+// so that no inline function shared with other translation units is compiled for this ISA.
 #if defined(__x86_64__)
 
 #include <immintrin.h>
@@ -12,7 +12,8 @@
 #include "fxprune/kernels.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")

@@ -11,8 +11,9 @@ const Kernels* find(const std::string& name) {
   if (name == "scalar") return &kScalarKernels;
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
   if (name == "avx2" && avx2) return &kAvx2Kernels;
   if (name == "avx512" && avx512) return &kAvx512Kernels;
 #endif
@@ -40,7 +41,9 @@ std::atomic<const Kernels*>& active() {
 
 }  // namespace
 
-const Kernels& kernels() { return *active().load(std::memory_order_relaxed); }
+const Kernels& kernels() {
+  return *active().load(std::memory_order_relaxed);
+}
 
 bool set_isa(const std::string& name) {
   const Kernels* found = find(name);

@@ -53,7 +53,8 @@ class Tile:
     def score(self, importance: Tensor, tiling: Tiling) -> list[Tensor]:
         """Return per tile the RMS over its kept output features of each K row, (K,)."""
         _check_shape(importance, tiling)
-        return list(row_scores(importance, tiling))
+        importance = _real(importance)
+        return list(row_scores(importance, tiling, _scale("weight", importance)))
 
     def unit_size(self, tiling: Tiling, tile: int) -> int:
         """Return the width of the tile: a row spans its output features."""
@@ -148,6 +149,7 @@ class Tile:
 @dataclass(frozen=True)
 class _Layer:
     importance: Tensor
+    scale: float
     ratio: float
     granularity: int
     columns: bool
@@ -201,8 +203,9 @@ def plan_layers(
         if not importance.numel():
             raise _mismatch(importance.shape, width, "it has no elements", "Exclude it with ignored_layers.")
         two_dimensional = columns if isinstance(columns, bool) else columns[name]
-        layers[name] = _Layer(_finite(name, importance), ratio, width, two_dimensional)
-    groups = [list(layers)] if scope == "global" else [[name] for name in layers]
+        importance = _real(importance)
+        layers[name] = _Layer(importance, _scale(name, importance), ratio, width, two_dimensional)
+    groups = [list(layers)] if scope == "global" and layers else [[name] for name in layers]
     plan: dict[str, LayerMask] = {}
     for names in groups:
         chosen = [layers[name] for name in names]
@@ -217,7 +220,7 @@ def _plan_columns(layers: Sequence[_Layer], ranking: str, step: int) -> list[Til
     pruned = [i for i, layer in enumerate(layers) if layer.columns]
     if not pruned:
         return tilings
-    norms = {i: _norm(layers[i].importance, 1) for i in pruned}
+    norms = {i: (layers[i].importance / layers[i].scale).square_().sum(1).sqrt_() * layers[i].scale for i in pruned}
     corrected = ranking == "corrected"
     scores, weights, budget = [], [], 0.0
     for i, norm in norms.items():
@@ -245,12 +248,12 @@ def _plan_rows(layers: Sequence[_Layer], tilings: Sequence[Tiling], ranking: str
         k = tiling.shape[1]
         widths = tile_widths(len(tiling.columns), tiling.granularity)
         if corrected:
-            score = row_scores(layer.importance, tiling)
+            score = row_scores(layer.importance, tiling, layer.scale)
             scores.append(score)
             weights.append(widths.repeat_interleave(k))
             budget += (1.0 - layer.ratio) * tiling.shape[0] * k
         else:
-            scores.append(_published_row_scores(layer.importance, tiling))
+            scores.append(_published_row_scores(layer.importance, tiling, layer.scale))
             weights.append(torch.ones(tiling.tiles * k, dtype=torch.int64))
             budget += (1.0 - (layer.column_ratio or layer.ratio)) * max(tiling.tiles, 1) * k
     guarded = [(_guarded(s) if corrected else s).flatten() for s in scores]
@@ -283,23 +286,22 @@ def _round_rows(tilings: Sequence[Tiling], counts: Sequence[list[int]], step: in
     return [[next(rounded) for _ in layer_counts] for layer_counts in counts]
 
 
-def row_scores(importance: Tensor, tiling: Tiling) -> Tensor:
+def row_scores(importance: Tensor, tiling: Tiling, scale: float) -> Tensor:
     """Return (tiles, K): the RMS of each row over the kept output features of its tile."""
-    scaled, scale = _rescale(importance)
-    squares = tile_view(scaled[tiling.columns].square_(), tiling.granularity).sum(1)
+    scaled = importance[tiling.columns].mul_(1.0 / scale)
+    squares = tile_view(scaled.square_(), tiling.granularity).sum(1)
     widths = tile_widths(len(tiling.columns), tiling.granularity)[:, None]
     return (squares / widths).sqrt_().mul_(scale)
 
 
-def _published_row_scores(importance: Tensor, tiling: Tiling) -> Tensor:
+def _published_row_scores(importance: Tensor, tiling: Tiling, scale: float) -> Tensor:
     """Return (tiles, K): norm over the tile's whole span, pruned columns included, divided by its width."""
-    scaled, scale = _rescale(importance)
-    squares = scaled.new_zeros(tiling.tiles, tiling.shape[1])
+    squares = importance.new_zeros(tiling.tiles, tiling.shape[1])
     if not tiling.tiles:
         return squares
     last = tiling.columns[tiling.granularity - 1 :: tiling.granularity].contiguous()
     owner = torch.searchsorted(last, torch.arange(tiling.shape[0])).clamp_(max=tiling.tiles - 1)
-    squares.index_add_(0, owner, scaled.square())
+    squares.index_add_(0, owner, (importance * (1.0 / scale)).square_())
     return squares.sqrt_().mul_(scale) / torch.bincount(owner, minlength=tiling.tiles)[:, None]
 
 
@@ -335,25 +337,19 @@ def _guarded(scores: Tensor) -> Tensor:
     return scores.scatter(-1, best, torch.inf)
 
 
-def _norm(importance: Tensor, dim: int) -> Tensor:
-    scaled, scale = _rescale(importance)
-    return scaled.square().sum(dim).sqrt_().mul_(scale)
-
-
-def _rescale(importance: Tensor) -> tuple[Tensor, float]:
-    """Return a copy near 1 and its scale, a power of two, so that no square overflows or vanishes."""
+def _real(importance: Tensor) -> Tensor:
     importance = importance.detach()
-    values = importance if importance.dtype == torch.float64 else importance.float()
-    peak = max(abs(float(v)) for v in values.aminmax())
-    scale = 2.0 ** max(min(math.frexp(peak)[1], 120), -120)
-    return values * (1.0 / scale), scale
+    return importance if importance.dtype == torch.float64 else importance.float()
 
 
-def _finite(name: str, importance: Tensor) -> Tensor:
-    low, high = (float(v) for v in importance.detach().aminmax())
+def _scale(name: str, importance: Tensor) -> float:
+    """Return a power of two near the largest score: scores divided by it have squares that are in range."""
+    if not importance.numel():
+        return 1.0
+    low, high = (float(v) for v in importance.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise NonFiniteWeight(name=name, count=int((~torch.isfinite(importance)).sum()))
-    return importance
+    return 2.0 ** max(min(math.frexp(max(-low, high))[1], 120), -120)
 
 
 def infer(weight: Tensor, granularity: int, drop_columns: bool) -> LayerMask:

@@ -18,8 +18,8 @@ enum class Activation : int {
   kGeluTanh,
 };
 
-inline constexpr const char* kActivationNames[] = {"none",        "relu",    "relu6", "silu",     "hardswish",
-                                                   "hardsigmoid", "sigmoid", "gelu",  "gelu_tanh"};
+inline constexpr const char* kActivationNames[] = {
+    "none", "relu", "relu6", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu", "gelu_tanh"};
 
 // Sets `*activation` and returns true, or returns false when `name` is none of kActivationNames.
 inline bool parse_activation(const char* name, Activation* activation) {
@@ -32,8 +32,9 @@ inline bool parse_activation(const char* name, Activation* activation) {
   return false;
 }
 
-// none, relu and relu6 are one clamp, which kernels apply to their accumulators. The others run over
-// the stored values while these are still in L1, so that no kernel is instantiated per activation.
+// none, relu and relu6 are one clamp, which kernels apply to their accumulators. The others run
+// over the stored values while these are still in L1, so that no kernel is instantiated per
+// activation.
 struct Clamp {
   float low, high;
 };
@@ -45,6 +46,8 @@ inline Clamp clamp_of(Activation activation) {
   return {-kInf, kInf};
 }
 
-inline bool is_clamp(Activation activation) { return activation <= Activation::kRelu6; }
+inline bool is_clamp(Activation activation) {
+  return activation <= Activation::kRelu6;
+}
 
 }  // namespace fxprune

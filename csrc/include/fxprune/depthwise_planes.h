@@ -1,8 +1,9 @@
 // Depthwise convolution over kept taps, plane by plane.
 //
 // flat:  stride 1 and equal planes of narrow rows; vectors run over the flattened plane.
-// rows:  vectors run along output rows, in blocks of kRows rows; a window row outside the image reads a row of zeros.
-// plain: any other stride along the row; scalar, it is no layer that occurs in practice.
+// rows:  vectors run along output rows, in blocks of kRows rows; a window row outside the image
+// reads a row of zeros. plain: any other stride along the row; scalar, it is no layer that occurs
+// in practice.
 #pragma once
 
 #include <algorithm>
@@ -20,23 +21,10 @@ template <class V>
 struct Depthwise {
   using Reg = typename V::Reg;
   static constexpr int kW = V::kWidth;
-  static constexpr int kFlatVecs = 8;  // sums per block: enough to hide the latency of a multiply-add
+  static constexpr int kFlatVecs =
+      8;  // sums per block: enough to hide the latency of a multiply-add
   static constexpr int kRows = 4;
   static constexpr int kRowVecs = std::min(4, V::kAccumulators / kRows);
-
-  // Lists channel c's kept taps; `offset` is relative to the input element under window position (0, 0).
-  static int64_t list_taps(const DepthwiseTaps& a, int64_t c, Tap* taps) {
-    int64_t count = 0;
-    for (int64_t word = 0; word < a.tap_words; ++word) {
-      for (uint64_t bits = a.taps[c * a.tap_words + word]; bits; bits &= bits - 1) {
-        const int64_t t = word * 64 + __builtin_ctzll(bits);
-        const int64_t dy = t / a.kernel_w, dx = t % a.kernel_w;
-        taps[count++] = {a.weight[c * a.kernel() + t], static_cast<int32_t>(t),
-                         dy * a.dilation_h * a.width + dx * a.dilation_w};
-      }
-    }
-    return count;
-  }
 
   struct Plane {
     const DepthwiseTaps* args;
@@ -48,77 +36,87 @@ struct Depthwise {
     Clamp clamp;
   };
 
+  static int64_t list_taps(const DepthwiseTaps& a, int64_t c, Tap* taps) {
+    const float* weight = a.weight + c * a.kernel();
+    int64_t count = 0;
+    for (int64_t word = 0; word < a.tap_words; ++word) {
+      for (uint64_t bits = a.taps[c * a.tap_words + word]; bits; bits &= bits - 1) {
+        const int64_t t = word * 64 + __builtin_ctzll(bits);
+        taps[count++] = {weight[t], a.sites + t};
+      }
+    }
+    return count;
+  }
+
   template <int Vecs>
   static void flat_block(const Plane& p, int64_t first) {
-    const DepthwiseTaps& a = *p.args;
-    const int64_t size = a.out_h * a.out_w, vecs = (size + kW - 1) / kW;
-    const int64_t base = first * kW - a.pad_h * a.width - a.pad_w;
+    const float* base = p.x + first * kW;
+    const Tap* const end = p.taps + p.count;
     Reg acc[Vecs];
     FXPRUNE_UNROLL
     for (int v = 0; v < Vecs; ++v) acc[v] = V::set1(p.bias);
-    for (int64_t i = 0; i < p.count; ++i) {
-      const Tap& tap = p.taps[i];
-      const Reg weight = V::set1(tap.weight);
-      const float* x = p.x + (base + tap.offset);
-      const uint32_t* masks = a.masks + tap.id * vecs + first;
+    for (const Tap* tap = p.taps; tap != end; ++tap) {
+      const Reg weight = V::set1(tap->weight);
+      const float* x = base + tap->site->offset;
+      const uint32_t* masks = tap->site->masks + first;
       FXPRUNE_UNROLL
-      for (int v = 0; v < Vecs; ++v) acc[v] = V::fma(weight, V::load(x + v * kW, V::bits(masks[v])), acc[v]);
+      for (int v = 0; v < Vecs; ++v)
+        acc[v] = V::fma_load(weight, x + v * kW, V::bits(masks[v]), acc[v]);
     }
     const Reg low = V::set1(p.clamp.low), high = V::set1(p.clamp.high);
     float* out = p.out + first * kW;
     FXPRUNE_UNROLL
-    for (int v = 0; v < Vecs; ++v) {
-      const Reg y = V::min(high, V::max(low, acc[v]));
-      if (v + 1 < Vecs) {
-        V::store(out + v * kW, y);
-      } else {
-        V::store(out + v * kW, V::first(size - (first + v) * kW), y);
-      }
-    }
+    for (int v = 0; v + 1 < Vecs; ++v) V::store(out + v * kW, V::min(high, V::max(low, acc[v])));
+    const int64_t tail = p.args->out_h * p.args->out_w - (first + Vecs - 1) * kW;
+    V::store(out + (Vecs - 1) * kW, V::first(tail), V::min(high, V::max(low, acc[Vecs - 1])));
   }
 
-  // Output rows [oy, oy + Rows) x vectors [first, first + Vecs).
-  template <int Vecs, int Rows, int Stride>
+  // Output rows [oy, oy + Rows) x vectors [first, first + Vecs). Inside: every window row lies in
+  // the image.
+  template <int Vecs, int Rows, int Stride, bool Inside>
   static void row_block(const Plane& p, int64_t oy, int64_t first) {
     const DepthwiseTaps& a = *p.args;
-    const int64_t vecs = (a.out_w + kW - 1) / kW, left = first * kW * Stride - a.pad_w;
+    const int64_t height = a.height, pitch = a.stride_h * a.width, column = first * kW * Stride;
+    const int64_t top = oy * a.stride_h;
+    const float* base = p.x + oy * pitch + column;
+    const Tap* const end = p.taps + p.count;
     Reg acc[Rows][Vecs];
     FXPRUNE_UNROLL
     for (int r = 0; r < Rows; ++r) {
       FXPRUNE_UNROLL
       for (int v = 0; v < Vecs; ++v) acc[r][v] = V::set1(p.bias);
     }
-    for (int64_t i = 0; i < p.count; ++i) {
-      const Tap& tap = p.taps[i];
-      const Reg weight = V::set1(tap.weight);
-      const int64_t dy = tap.id / a.kernel_w, dx = tap.id - dy * a.kernel_w;
-      const uint32_t* masks = a.masks + dx * vecs + first;
-      const int64_t column = left + dx * a.dilation_w, top = oy * a.stride_h - a.pad_h + dy * a.dilation_h;
+    for (const Tap* tap = p.taps; tap != end; ++tap) {
+      const Reg weight = V::set1(tap->weight);
+      const TapSite& site = *tap->site;
+      const uint32_t* masks = site.masks + first;
+      const float* row = base + site.offset;
       FXPRUNE_UNROLL
-      for (int r = 0; r < Rows; ++r) {
-        const int64_t iy = top + r * a.stride_h;
-        const float* row = iy >= 0 && iy < a.height ? p.x + iy * a.width : a.zeros;
+      for (int r = 0; r < Rows; ++r, row += pitch) {
+        const float* x = row;
+        if (!Inside) {
+          const int64_t iy = top + site.row + r * a.stride_h;
+          // The row of zeros stands in for a row of the image: same columns, same masks.
+          if (iy < 0 || iy >= height) x = a.zeros + (column + site.offset - site.row * a.width);
+        }
         FXPRUNE_UNROLL
         for (int v = 0; v < Vecs; ++v) {
-          const float* x = row + (column + v * kW * Stride);
-          const Reg value = Stride == 1 ? V::load(x, V::bits(masks[v])) : V::load_even(x, masks[v]);
-          acc[r][v] = V::fma(weight, value, acc[r][v]);
+          const float* at = x + v * kW * Stride;
+          acc[r][v] = Stride == 1 ? V::fma_load(weight, at, V::bits(masks[v]), acc[r][v])
+                                  : V::fma(weight, V::load_even(at, masks[v]), acc[r][v]);
         }
       }
     }
     const Reg low = V::set1(p.clamp.low), high = V::set1(p.clamp.high);
+    const auto tail = V::first(a.out_w - (first + Vecs - 1) * kW);
+    const int64_t ldo = a.out_w;
+    float* out = p.out + oy * ldo + first * kW;
     FXPRUNE_UNROLL
-    for (int r = 0; r < Rows; ++r) {
-      float* out = p.out + (oy + r) * a.out_w + first * kW;
+    for (int r = 0; r < Rows; ++r, out += ldo) {
       FXPRUNE_UNROLL
-      for (int v = 0; v < Vecs; ++v) {
-        const Reg y = V::min(high, V::max(low, acc[r][v]));
-        if (v + 1 < Vecs) {
-          V::store(out + v * kW, y);
-        } else {
-          V::store(out + v * kW, V::first(a.out_w - (first + v) * kW), y);
-        }
-      }
+      for (int v = 0; v + 1 < Vecs; ++v)
+        V::store(out + v * kW, V::min(high, V::max(low, acc[r][v])));
+      V::store(out + (Vecs - 1) * kW, tail, V::min(high, V::max(low, acc[r][Vecs - 1])));
     }
   }
 
@@ -128,10 +126,10 @@ struct Depthwise {
     return {{&flat_block<I + 1>...}};
   }
 
-  template <int Rows, int Stride, int... I>
+  template <int Rows, int Stride, bool Inside, int... I>
   static constexpr std::array<void (*)(const Plane&, int64_t, int64_t), sizeof...(I)> row_table(
       std::integer_sequence<int, I...>) {
-    return {{&row_block<I + 1, Rows, Stride>...}};
+    return {{&row_block<I + 1, Rows, Stride, Inside>...}};
   }
 
   static void flat(const Plane& p) {
@@ -149,43 +147,49 @@ struct Depthwise {
   template <int Stride>
   static void rows(const Plane& p) {
     using Vecs = std::make_integer_sequence<int, kRowVecs>;
-    static constexpr auto kSingle = row_table<1, Stride>(Vecs());
-    static constexpr auto kBlock = row_table<kRows, Stride>(Vecs());
+    static constexpr auto kSingle = row_table<1, Stride, false>(Vecs());
+    static constexpr auto kEdge = row_table<kRows, Stride, false>(Vecs());
+    static constexpr auto kInside = row_table<kRows, Stride, true>(Vecs());
     const DepthwiseTaps& a = *p.args;
     const int64_t vecs = (a.out_w + kW - 1) / kW, blocks = (vecs + kRowVecs - 1) / kRowVecs;
-    for (int64_t oy = 0; oy < a.out_h; oy += a.out_h < kRows ? 1 : kRows) {
+    const int64_t step = a.out_h < kRows ? 1 : kRows,
+                  reach = (a.kernel_h - 1) * a.dilation_h + (step - 1) * a.stride_h;
+    for (int64_t start = 0; start < a.out_h; start += step) {
+      // The last block of rows is moved up to be whole; rows it shares with its neighbour are
+      // computed twice, alike.
+      const int64_t oy = std::min(start, a.out_h - step), top = oy * a.stride_h - a.pad_h;
+      const auto& kernel = step == 1                            ? kSingle
+                           : top >= 0 && top + reach < a.height ? kInside
+                                                                : kEdge;
       int64_t first = 0;
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t here = vecs / blocks + (b < vecs % blocks);
-        // The last block of rows is moved up to be whole; rows it shares with its neighbour are computed twice, alike.
-        if (a.out_h < kRows) {
-          kSingle[here - 1](p, oy, first);
-        } else {
-          kBlock[here - 1](p, std::min(oy, a.out_h - kRows), first);
-        }
+        kernel[here - 1](p, oy, first);
         first += here;
       }
     }
   }
 
-  static void plain(const Plane& p) {
-    const DepthwiseTaps& a = *p.args;
-    for (int64_t oy = 0; oy < a.out_h; ++oy) {
-      float* out = p.out + oy * a.out_w;
-      for (int64_t ox = 0; ox < a.out_w; ++ox) out[ox] = p.bias;
-      for (int64_t i = 0; i < p.count; ++i) {
-        const int64_t dy = p.taps[i].id / a.kernel_w, shift = p.taps[i].id % a.kernel_w * a.dilation_w - a.pad_w;
-        const int64_t iy = oy * a.stride_h + dy * a.dilation_h - a.pad_h;
-        if (iy < 0 || iy >= a.height) continue;
-        int64_t left, right;
-        valid_range(shift, a.stride_w, a.width, a.out_w, &left, &right);
-        const float* x = p.x + iy * a.width + shift;
-        for (int64_t ox = left; ox < right; ++ox) out[ox] += p.taps[i].weight * x[ox * a.stride_w];
+  static void plain(const DepthwiseTaps& a, const Plane& p, int64_t c) {
+    const int64_t size = a.out_h * a.out_w;
+    std::fill(p.out, p.out + size, p.bias);
+    for (int64_t t = 0; t < a.kernel(); ++t) {
+      if (!(a.taps[c * a.tap_words + t / 64] >> (t % 64) & 1)) continue;
+      const float weight = a.weight[c * a.kernel() + t];
+      const int64_t down = t / a.kernel_w * a.dilation_h - a.pad_h,
+                    right = t % a.kernel_w * a.dilation_w - a.pad_w;
+      int64_t top, bottom, left, end;
+      valid_range(down, a.stride_h, a.height, a.out_h, &top, &bottom);
+      valid_range(right, a.stride_w, a.width, a.out_w, &left, &end);
+      for (int64_t oy = top; oy < bottom; ++oy) {
+        const float* x = p.x + (oy * a.stride_h + down) * a.width + right;
+        float* out = p.out + oy * a.out_w;
+        for (int64_t ox = left; ox < end; ++ox) out[ox] += weight * x[ox * a.stride_w];
       }
-      for (int64_t ox = 0; ox < a.out_w; ++ox) {
-        const float y = out[ox];
-        out[ox] = y < p.clamp.low ? p.clamp.low : y > p.clamp.high ? p.clamp.high : y;
-      }
+    }
+    for (int64_t i = 0; i < size; ++i) {
+      const float y = p.out[i];
+      p.out[i] = y < p.clamp.low ? p.clamp.low : y > p.clamp.high ? p.clamp.high : y;
     }
   }
 };
@@ -201,17 +205,17 @@ void depthwise_taps(const DepthwiseTaps& a, int64_t begin, int64_t end, Tap* tap
     p.x = a.x + i * a.height * a.width;
     p.out = a.out + i * a.out_h * a.out_w;
     p.taps = taps;
-    p.count = D::list_taps(a, c, taps);
     p.bias = a.bias ? a.bias[c] : 0.0f;
     p.clamp = clamp_of(a.activation);
-    if (a.flat(V::kWidth)) {
+    p.count = a.vectorised() ? D::list_taps(a, c, taps) : 0;
+    if (!a.vectorised()) {
+      D::plain(a, p, c);
+    } else if (a.flat(V::kWidth)) {
       D::flat(p);
     } else if (a.stride_w == 1) {
       D::template rows<1>(p);
-    } else if (a.stride_w == 2) {
-      D::template rows<2>(p);
     } else {
-      D::plain(p);
+      D::template rows<2>(p);
     }
     if (!is_clamp(a.activation)) activate<V>(a.activation, p.out, a.out_h * a.out_w);
   }

@@ -1,9 +1,10 @@
 // Arguments of the depthwise convolution over kept taps, and the choice of its strategy.
 //
-//   y[b, c, oy, ox] = act(sum over kept t = (dy, dx) of w[c, t] * x[b, c, oy*sh + dy*dh - ph, ox*sw + dx*dw - pw] + bias[c])
+//   y[b, c, oy, ox] = act(sum over kept t = (dy, dx) of w[c, t] * x[b, c, oy*sh + dy*dh - ph, ox*sw
+//   + dx*dw - pw] + bias[c])
 //
-// The padding is never stored: a lane that falls into it is switched off by a mask. Masks depend on the geometry alone,
-// so they are computed once per call and shared by all channels.
+// The padding is never stored: a lane that falls into it is switched off by a mask. Masks depend on
+// the geometry alone, so they are computed once per call and shared by all channels.
 #pragma once
 
 #include <algorithm>
@@ -13,11 +14,18 @@
 
 namespace fxprune {
 
-// A kept tap of one channel, resolved for the inner loop.
+// Where a window position reads, the same for every channel.
+struct TapSite {
+  int64_t offset;  // of its input element from the one at output position (0, 0) without padding
+  int64_t row;     // its vertical part: dy*dh - ph
+  const uint32_t*
+      masks;  // its lanes inside the image, one mask per vector of the plane (flat) or of a row
+};
+
+// A kept tap of one channel.
 struct Tap {
   float weight;
-  int32_t id;      // t
-  int64_t offset;  // from the output position's base element to the tap's input element
+  const TapSite* site;
 };
 
 struct DepthwiseTaps {
@@ -29,19 +37,23 @@ struct DepthwiseTaps {
   int64_t batch, channels, height, width, out_h, out_w, tap_words;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   Activation activation;
-  const uint32_t* masks;  // filled by depthwise_masks
-  const float* zeros;     // a row of zeros, width floats
+  const TapSite* sites;  // kernel() of them, filled by depthwise_sites
+  const float* zeros;    // a row of zeros, width floats
 
   int64_t kernel() const { return kernel_h * kernel_w; }
-  // Output and input planes coincide: a tap is one constant offset in the flattened plane, and vectors may run across
-  // row ends. That pays while a row fills at most a vector or two poorly.
+  // Strides beyond 2 along a row have no vector kernel, and then neither sites nor zeros.
+  bool vectorised() const { return stride_w <= 2; }
+  // Output and input planes coincide: a tap is one constant offset in the flattened plane, and
+  // vectors may run across row ends. That pays while a row fills at most a vector or two poorly.
   bool flat(int64_t vector_width) const {
-    return stride_h == 1 && stride_w == 1 && out_h == height && out_w == width && width <= vector_width;
+    return stride_h == 1 && stride_w == 1 && out_h == height && out_w == width &&
+           width < 2 * vector_width;
   }
 };
 
-// Length of the mask table, for vectors of `vector_width`: flat planes have one mask per tap and vector, rows one per
-// column of the window and vector. A mask holds one bit per input lane that a vector's load touches.
+// Length of the mask table, for vectors of `vector_width`: flat planes have one mask per tap and
+// vector, rows one per column of the window and vector. A mask holds one bit per input lane that a
+// vector's load touches.
 inline int64_t depthwise_mask_count(const DepthwiseTaps& a, int64_t vector_width) {
   if (a.flat(vector_width)) {
     return a.kernel() * ((a.out_h * a.out_w + vector_width - 1) / vector_width);
@@ -58,29 +70,39 @@ inline void set_mask_bits(uint32_t* masks, int64_t lanes, int64_t begin, int64_t
   }
 }
 
-// Output positions [first, last) of one axis whose input, offset by `tap` elements, lies in [0, size).
-inline void valid_range(int64_t tap, int64_t stride, int64_t size, int64_t count, int64_t* first, int64_t* last) {
+// Output positions [first, last) of one axis whose input, offset by `tap` elements, lies in [0,
+// size).
+inline void valid_range(int64_t tap, int64_t stride, int64_t size, int64_t count, int64_t* first,
+                        int64_t* last) {
   *first = std::clamp<int64_t>(tap >= 0 ? 0 : (-tap + stride - 1) / stride, 0, count);
   *last = std::clamp<int64_t>(size > tap ? (size - tap + stride - 1) / stride : 0, *first, count);
 }
 
-// Fills `masks` (depthwise_mask_count of them, zeroed).
-inline void depthwise_masks(const DepthwiseTaps& a, int64_t vector_width, uint32_t* masks) {
-  if (a.flat(vector_width)) {
-    const int64_t vecs = (a.out_h * a.out_w + vector_width - 1) / vector_width;
+// Fills `sites` (kernel() of them) and `masks` (depthwise_mask_count of them, zeroed).
+inline void depthwise_sites(const DepthwiseTaps& a, int64_t vector_width, TapSite* sites,
+                            uint32_t* masks) {
+  const bool flat = a.flat(vector_width);
+  const int64_t vecs = ((flat ? a.out_h : 1) * a.out_w + vector_width - 1) / vector_width;
+  for (int64_t t = 0; t < a.kernel(); ++t) {
+    const int64_t dy = t / a.kernel_w, dx = t % a.kernel_w, row = dy * a.dilation_h - a.pad_h;
+    sites[t] = {row * a.width + dx * a.dilation_w - a.pad_w, row, masks + (flat ? t : dx) * vecs};
+  }
+  if (flat) {
     for (int64_t t = 0; t < a.kernel(); ++t, masks += vecs) {
       int64_t top, bottom, left, right;
       valid_range(t / a.kernel_w * a.dilation_h - a.pad_h, 1, a.height, a.out_h, &top, &bottom);
       valid_range(t % a.kernel_w * a.dilation_w - a.pad_w, 1, a.width, a.out_w, &left, &right);
-      for (int64_t y = top; y < bottom; ++y) set_mask_bits(masks, vector_width, y * a.width + left, y * a.width + right);
+      for (int64_t y = top; y < bottom; ++y)
+        set_mask_bits(masks, vector_width, y * a.width + left, y * a.width + right);
     }
     return;
   }
-  const int64_t vecs = (a.out_w + vector_width - 1) / vector_width, lanes = vector_width * a.stride_w;
+  const int64_t lanes = vector_width * a.stride_w;
   for (int64_t dx = 0; dx < a.kernel_w; ++dx, masks += vecs) {
     int64_t left, right;
     valid_range(dx * a.dilation_w - a.pad_w, a.stride_w, a.width, a.out_w, &left, &right);
-    // A strided vector loads the input lanes in between as well; those past the last wanted one may not exist.
+    // A strided vector loads the input lanes in between as well; those past the last wanted one may
+    // not exist.
     if (left < right) set_mask_bits(masks, lanes, left * a.stride_w, (right - 1) * a.stride_w + 1);
   }
 }

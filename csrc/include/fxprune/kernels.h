@@ -12,8 +12,8 @@ namespace fxprune {
 
 struct Kernels {
   const char* isa;
-  int64_t width;       // floats per vector
-  int64_t tile_vecs;   // pixel vectors of a feature-major register tile
+  int64_t width;      // floats per vector
+  int64_t tile_vecs;  // pixel vectors of a feature-major register tile
 #define FXPRUNE_KERNEL(name, signature) std::add_pointer_t<signature> name;
 #include "cpu/kernels.inc"
 #undef FXPRUNE_KERNEL
@@ -24,7 +24,8 @@ extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels, kAvx512Kernels;
 #endif
 
-// The best kernels this machine can run, at most those set_isa or the environment's FXPRUNE_ISA allow.
+// The best kernels this machine can run, at most those set_isa or the environment's FXPRUNE_ISA
+// allow.
 const Kernels& kernels();
 
 // Caps the ISA; false when the name is unknown or the machine lacks it. For tests and debugging.

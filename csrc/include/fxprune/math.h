@@ -1,8 +1,9 @@
 // exp, and the activations built on it, over vectors and over buffers.
 //
-// exp: relative error below 2e-7; math_scalar.h has the scalar variant, by the standard library. Every smooth activation here is
-// x * sigmoid(u(x)) or sigmoid(x); for the erf form of GELU, u is the logit of the normal distribution function,
-// odd in x, fitted so that |sigmoid(u(x)) - Phi(x)| < 1e-7.
+// exp: relative error below 2e-7; math_scalar.h has the scalar variant, by the standard library.
+// Every smooth activation here is x * sigmoid(u(x)) or sigmoid(x); for the erf form of GELU, u is
+// the logit of the normal distribution function, odd in x, fitted so that |sigmoid(u(x)) - Phi(x)|
+// < 1e-7.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +18,8 @@ struct Math {
 
   // Flushes to 1e-38 instead of 0.
   static Reg exp(Reg x) {
-    // Above, the result is infinity. Below, it stays the smallest normal number: every caller adds it to 1, and a
-    // denormal one would cost a hundred cycles.
+    // Above, the result is infinity. Below, it stays the smallest normal number: every caller adds
+    // it to 1, and a denormal one would cost a hundred cycles.
     x = V::min(V::set1(89.0f), V::max(V::set1(-87.3f), x));
     const Reg n = V::round(V::mul(x, V::set1(1.44269504f)));
     // ln 2 in two parts, the first with trailing zeros, so that n * high is exact.
@@ -34,13 +35,16 @@ struct Math {
   }
 
   // x / (1 + exp(-u))
-  static Reg gated(Reg x, Reg u) { return V::div(x, V::add(V::set1(1.0f), exp(V::sub(V::zero(), u)))); }
+  static Reg gated(Reg x, Reg u) {
+    return V::div(x, V::add(V::set1(1.0f), exp(V::sub(V::zero(), u))));
+  }
 
   static Reg sigmoid(Reg x) { return gated(V::set1(1.0f), x); }
   static Reg silu(Reg x) { return gated(x, x); }
 
   static Reg gelu(Reg x) {
-    // The fit holds up to |x| = 6; beyond it u continues along a straight line, far into saturation.
+    // The fit holds up to |x| = 6; beyond it u continues along a straight line, far into
+    // saturation.
     const Reg z = V::min(V::set1(36.0f), V::mul(x, x));
     Reg p = V::set1(2.77682337e-13f);
     p = V::fma(p, z, V::set1(-2.79604638e-11f));

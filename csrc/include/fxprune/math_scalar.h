@@ -1,5 +1,6 @@
 // The scalar variant's activations, by the standard library. Apart from math.h, because a full
-// specialisation is an ordinary function: compiled under another ISA's pragma it would leak that ISA.
+// specialisation is an ordinary function: compiled under another ISA's pragma it would leak that
+// ISA.
 #pragma once
 
 #include <cmath>
@@ -27,7 +28,9 @@ struct Math<Scalar> {
     return each(x, [](float a) { return 0.5f * a * (1.0f + std::erf(a * 0.707106781f)); });
   }
   static Reg gelu_tanh(Reg x) {
-    return each(x, [](float a) { return 0.5f * a * (1.0f + std::tanh(0.797884561f * (a + 0.044715f * a * a * a))); });
+    return each(x, [](float a) {
+      return 0.5f * a * (1.0f + std::tanh(0.797884561f * (a + 0.044715f * a * a * a)));
+    });
   }
 };
 

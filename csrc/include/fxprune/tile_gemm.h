@@ -2,9 +2,9 @@
 //
 //   out[n] = act(sum over kept k of values[k, n] * gate[k] * x[k] + bias[n] + residual[n])
 //
-// Tile t covers columns[t*G .. min((t+1)*G, kept)) and the input features index[tile_ptr[t] .. tile_ptr[t+1]).
-// Its weights are the row-major block values + tile_ptr[t]*G of shape [k_t][width]: every tile before the last one
-// is G wide, so offsets need no table.
+// Tile t covers columns[t*G .. min((t+1)*G, kept)) and the input features index[tile_ptr[t] ..
+// tile_ptr[t+1]). Its weights are the row-major block values + tile_ptr[t]*G of shape [k_t][width]:
+// every tile before the last one is G wide, so offsets need no table.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +29,8 @@ struct TileGemm {
 
   int64_t first_column(int64_t tile) const { return std::min(tile * granularity, kept); }
   int64_t width(int64_t tile) const { return first_column(tile + 1) - first_column(tile); }
-  // A unit of tiles [t0, t1) owns the output features [features_from(t0), features_to(t1)), gaps included.
+  // A unit of tiles [t0, t1) owns the output features [features_from(t0), features_to(t1)), gaps
+  // included.
   int64_t features_from(int64_t tile) const {
     return tile == 0 ? 0 : tile >= tiles ? n : columns[first_column(tile)];
   }
@@ -38,8 +39,8 @@ struct TileGemm {
   }
 };
 
-// One unit of work: vectors [begin, end) of the pixels of one image (feature-major) or rows [begin, end) of x
-// (row-major), for tiles [tile_begin, tile_end).
+// One unit of work: vectors [begin, end) of the pixels of one image (feature-major) or rows [begin,
+// end) of x (row-major), for tiles [tile_begin, tile_end).
 struct TileSpan {
   int64_t image, begin, end, tile_begin, tile_end;
 };
@@ -50,8 +51,8 @@ struct TileGrid {
   int64_t units() const { return images * length_parts * tile_parts; }
 };
 
-// First tile of part `part` of `parts`, each with about the same number of kept weights. A tile also costs its
-// epilogue, worth about eight input features.
+// First tile of part `part` of `parts`, each with about the same number of kept weights. A tile
+// also costs its epilogue, worth about eight input features.
 inline int64_t tile_cut(const TileGemm& a, int64_t part, int64_t parts) {
   if (part <= 0) return 0;
   if (part >= parts) return a.tiles;

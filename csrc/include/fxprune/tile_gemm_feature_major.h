@@ -1,8 +1,10 @@
 // Tile-wise GEMM on feature-major activations: vectors run along pixels, weights are broadcast.
 //
-// Register tile: up to V::kTileRows output features x V::kTileVecs vectors of pixels, any narrower one exact. A wider
-// tile is cut into such strips, which share the index list. Results do not depend on how pixels are blocked: every
-// output is one chain of multiply-adds in the order of the index list.
+// Register tile: up to V::kTileRows output features x V::kTileVecs vectors of pixels, any narrower
+// one exact. A wider tile is cut into such strips, which share the index list. The last few pixels
+// of an image, where they would leave most of a vector empty (7 x 7 = 3 * 16 + 1), are computed
+// with vectors along output features instead. Results do not depend on how the work is cut: a
+// pixel's chain of multiply-adds follows from its place in the image.
 #pragma once
 
 #include <algorithm>
@@ -39,19 +41,29 @@ struct FeatureMajor {
     Activation activation;
   };
 
-  template <int Rows, int Vecs>
+  static constexpr int64_t kDistance = 6;  // rows of x asked for ahead
+
+  template <int Rows, int Vecs, bool Prefetch = false>
   static void strip(const Strip& s) {
     const auto tail = V::first(s.tail);
+    const int64_t k = s.k, ldx = s.ldx,
+                  ldw = s.ldw;  // locals: a store to out could change what s refers to
+    const float *x0 = s.x, *w = s.w;
+    const int32_t *index = s.index, *columns = s.columns;
     Reg acc[Rows][Vecs];
     FXPRUNE_UNROLL
     for (int r = 0; r < Rows; ++r) {
-      const Reg start = s.bias ? V::set1(s.bias[s.columns[r]]) : V::zero();
+      const Reg start = s.bias ? V::set1(s.bias[columns[r]]) : V::zero();
       FXPRUNE_UNROLL
       for (int v = 0; v < Vecs; ++v) acc[r][v] = start;
     }
-    const float* w = s.w;
-    for (int64_t i = 0; i < s.k; ++i, w += s.ldw) {
-      const float* row = s.x + s.index[i] * s.ldx;
+    for (int64_t i = 0; i < k; ++i, w += ldw) {
+      const float* row = x0 + index[i] * ldx;
+      if (Prefetch) {
+        const float* later = x0 + index[std::min(i + kDistance, k - 1)] * ldx;
+        for (int v = 0; v < Vecs; ++v) __builtin_prefetch(later + v * kW);
+        __builtin_prefetch(later + Vecs * kW - 1);
+      }
       Reg x[Vecs];
       FXPRUNE_UNROLL
       for (int v = 0; v + 1 < Vecs; ++v) x[v] = V::load(row + v * kW);
@@ -63,21 +75,30 @@ struct FeatureMajor {
         for (int v = 0; v < Vecs; ++v) acc[r][v] = V::fma(weight, x[v], acc[r][v]);
       }
     }
+    const int64_t ldo = s.ldo;
+    constexpr int64_t kLast = (Vecs - 1) * kW;
+    if (const float* residual = s.residual) {
+      FXPRUNE_UNROLL
+      for (int r = 0; r < Rows; ++r) {
+        const float* from = residual + columns[r] * ldo;
+        FXPRUNE_UNROLL
+        for (int v = 0; v + 1 < Vecs; ++v) acc[r][v] = V::add(acc[r][v], V::load(from + v * kW));
+        acc[r][Vecs - 1] = V::add(acc[r][Vecs - 1], V::load(from + kLast, tail));
+      }
+    }
     const Reg low = V::set1(s.clamp.low), high = V::set1(s.clamp.high);
+    float* out = s.out;
     FXPRUNE_UNROLL
     for (int r = 0; r < Rows; ++r) {
-      const int64_t at = s.columns[r] * s.ldo;
+      float* to = out + columns[r] * ldo;
       FXPRUNE_UNROLL
-      for (int v = 0; v + 1 < Vecs; ++v) {
-        Reg y = acc[r][v];
-        if (s.residual) y = V::add(y, V::load(s.residual + at + v * kW));
-        V::store(s.out + at + v * kW, V::min(high, V::max(low, y)));
-      }
-      constexpr int64_t kLast = (Vecs - 1) * kW;
-      Reg y = acc[r][Vecs - 1];
-      if (s.residual) y = V::add(y, V::load(s.residual + at + kLast, tail));
-      V::store(s.out + at + kLast, tail, V::min(high, V::max(low, y)));
-      if (!is_clamp(s.activation)) activate<V>(s.activation, s.out + at, kLast + s.tail);
+      for (int v = 0; v + 1 < Vecs; ++v)
+        V::store(to + v * kW, V::min(high, V::max(low, acc[r][v])));
+      V::store(to + kLast, tail, V::min(high, V::max(low, acc[r][Vecs - 1])));
+    }
+    if (!is_clamp(s.activation)) {
+      for (int r = 0; r < Rows; ++r)
+        activate<V>(s.activation, s.out + s.columns[r] * s.ldo, kLast + s.tail);
     }
   }
 
@@ -88,78 +109,165 @@ struct FeatureMajor {
     return {{&strip<I / kVecs + 1, I % kVecs + 1>...}};
   }
 
-  // Copies the block's pixels of every input feature to consecutive rows, times the gate. Strips then read aligned
-  // cache lines of few pages, however long the rows of x are.
-  static void pack(const float* x, int64_t ldx, const float* gate, int64_t k, int vecs, int64_t tail, float* panel) {
-    const auto mask = V::first(tail);
-    for (int64_t i = 0; i < k; ++i, x += ldx, panel += kVecs * kW) {
-      const Reg scale = V::set1(gate ? gate[i] : 1.0f);
-      for (int v = 0; v + 1 < vecs; ++v) V::store(panel + v * kW, V::mul(scale, V::load(x + v * kW)));
-      V::store(panel + (vecs - 1) * kW, V::mul(scale, V::load(x + (vecs - 1) * kW, mask)));
-    }
+  template <int... I>
+  static constexpr std::array<Kernel, sizeof...(I)> prefetching_table(
+      std::integer_sequence<int, I...>) {
+    return {{&strip<kRows, I + 1, true>...}};
   }
 
-  // Output features of [begin, end) that no column covers: act(bias + residual).
-  static void fill_gaps(const TileGemm& a, Strip s, int vecs, int64_t begin, int64_t end, int64_t column) {
-    static constexpr auto kKernels = table(std::make_integer_sequence<int, kVecs>());
-    s.k = 0;
-    for (int64_t f = begin; f < end; ++f) {
-      if (column < a.kept && a.columns[column] == f) {
-        ++column;
-        continue;
+  // The last Pixels of an image: lanes are the strip's output features. Several chains of sums hide
+  // the latency of a multiply-add, which a single one per pixel would not.
+  template <int Pixels>
+  static void edge(const Strip& s, int rows) {
+    constexpr int kChains = Pixels == 1 ? 8 : Pixels == 2 ? 4 : 2;
+    const auto mask = V::first(rows);
+    const int64_t k = s.k, ldx = s.ldx, ldw = s.ldw;
+    Reg acc[Pixels][kChains];
+    FXPRUNE_UNROLL
+    for (int p = 0; p < Pixels; ++p) {
+      FXPRUNE_UNROLL
+      for (int c = 0; c < kChains; ++c) acc[p][c] = V::zero();
+    }
+    const float* w = s.w;
+    int64_t i = 0;
+    for (; i + kChains <= k; i += kChains) {
+      FXPRUNE_UNROLL
+      for (int c = 0; c < kChains; ++c, w += ldw) {
+        const Reg weight = V::load(w, mask);
+        const float* x = s.x + s.index[i + c] * ldx;
+        FXPRUNE_UNROLL
+        for (int p = 0; p < Pixels; ++p) acc[p][c] = V::fma(weight, V::set1(x[p]), acc[p][c]);
       }
-      const int32_t feature = static_cast<int32_t>(f);
-      s.columns = &feature;
-      kKernels[vecs - 1](s);
+    }
+    for (; i < k; ++i, w += ldw) {
+      const Reg weight = V::load(w, mask);
+      const float* x = s.x + s.index[i] * ldx;
+      FXPRUNE_UNROLL
+      for (int p = 0; p < Pixels; ++p) acc[p][0] = V::fma(weight, V::set1(x[p]), acc[p][0]);
+    }
+    alignas(64) float y[kW];
+    FXPRUNE_UNROLL
+    for (int p = 0; p < Pixels; ++p) {
+      Reg sum = acc[p][0];
+      FXPRUNE_UNROLL
+      for (int c = 1; c < kChains; ++c) sum = V::add(sum, acc[p][c]);
+      V::store(y, sum);
+      for (int r = 0; r < rows; ++r) {
+        const int64_t feature = s.columns[r];
+        if (s.bias) y[r] += s.bias[feature];
+        if (s.residual) y[r] += s.residual[feature * s.ldo + p];
+        y[r] = y[r] < s.clamp.low ? s.clamp.low : y[r] > s.clamp.high ? s.clamp.high : y[r];
+      }
+      if (!is_clamp(s.activation)) activate<V>(s.activation, y, rows);
+      for (int r = 0; r < rows; ++r) s.out[s.columns[r] * s.ldo + p] = y[r];
     }
   }
 
-  static void block(const TileGemm& a, const TileSpan& span, int64_t first, int vecs, float* panel) {
-    static constexpr auto kKernels = table(std::make_integer_sequence<int, kRows * kVecs>());
-    const int64_t pixel = first * kW, pixels = std::min<int64_t>(vecs * kW, a.m - pixel);
-    Strip s;
-    s.x = a.x + span.image * a.k * a.m + pixel;
-    s.ldx = a.m;
+  static constexpr int kMostEdge = kW >= 8 ? 4 : 0;
+  // Pixels of an image computed by edge(); none where the image is a single vector, which has no
+  // full one to follow.
+  static int64_t edge_pixels(int64_t m) { return m > kW && m % kW <= kMostEdge ? m % kW : 0; }
+
+  // A strip over `pixels` pixels from `pixel` on, with everything set that does not depend on the
+  // tile.
+  static Strip strip_at(const TileGemm& a, int64_t image, int64_t pixel, int64_t pixels) {
+    Strip s{};
+    s.x = a.x + image * a.k * a.m + pixel;
+    s.ldx = s.ldo = a.m;
     s.bias = a.bias;
-    s.residual = a.residual ? a.residual + span.image * a.n * a.m + pixel : nullptr;
-    s.out = a.out + span.image * a.n * a.m + pixel;
-    s.ldo = a.m;
-    s.tail = pixels - (vecs - 1) * kW;
+    s.residual = a.residual ? a.residual + image * a.n * a.m + pixel : nullptr;
+    s.out = a.out + image * a.n * a.m + pixel;
+    s.tail = (pixels - 1) % kW + 1;
     s.clamp = clamp_of(a.activation);
     s.activation = a.activation;
-    if (panel) {
-      pack(s.x, s.ldx, a.gate ? a.gate + span.image * a.k : nullptr, a.k, vecs, s.tail, panel);
-      s.x = panel;
-      s.ldx = kVecs * kW;
-    }
+    return s;
+  }
+
+  // Calls f(strip, rows) for each strip of the span's tiles, then for each output feature that no
+  // column covers, which is a strip without input features. `values` points at the weights of the
+  // span's first tile.
+  template <class F>
+  static void each_strip(const TileGemm& a, const TileSpan& span, const float* values, Strip s,
+                         const F& f) {
+    const int64_t origin = a.tile_ptr[span.tile_begin];
     for (int64_t t = span.tile_begin; t < span.tile_end; ++t) {
       const int64_t start = a.tile_ptr[t], width = a.width(t);
       s.index = a.index + start;
       s.k = a.tile_ptr[t + 1] - start;
       s.ldw = width;
       for (int64_t r = 0; r < width; r += kRows) {
-        const int rows = static_cast<int>(std::min<int64_t>(kRows, width - r));
-        s.w = a.values + start * a.granularity + r;
+        s.w = values + (start - origin) * a.granularity + r;
         s.columns = a.columns + t * a.granularity + r;
-        kKernels[(rows - 1) * kVecs + vecs - 1](s);
+        f(s, static_cast<int>(std::min<int64_t>(kRows, width - r)));
       }
     }
-    if (a.kept < a.n) {
-      fill_gaps(a, s, vecs, a.features_from(span.tile_begin), a.features_to(span.tile_end),
-                a.first_column(span.tile_begin));
+    if (a.kept == a.n) return;
+    int64_t column = a.first_column(span.tile_begin);
+    const int64_t end = a.features_to(span.tile_end);
+    s.k = 0;
+    for (int64_t feature = a.features_from(span.tile_begin); feature < end; ++feature) {
+      if (column < a.kept && a.columns[column] == feature) {
+        ++column;
+        continue;
+      }
+      const int32_t gap = static_cast<int32_t>(feature);
+      s.columns = &gap;
+      f(s, 1);
+    }
+  }
+
+  // Weights of the span's tiles times the image's gate.
+  static void scale(const TileGemm& a, const TileSpan& span, float* to) {
+    const float* gate = a.gate + span.image * a.k;
+    const float* from = a.values + a.tile_ptr[span.tile_begin] * a.granularity;
+    for (int64_t t = span.tile_begin; t < span.tile_end; ++t) {
+      const int64_t width = a.width(t);
+      for (int64_t i = a.tile_ptr[t]; i < a.tile_ptr[t + 1]; ++i, from += width, to += width) {
+        const float factor = gate[a.index[i]];
+        for (int64_t j = 0; j < width; ++j) to[j] = from[j] * factor;
+      }
     }
   }
 };
 
-// `panel`: null, or k * V::kTileVecs * V::kWidth floats for a packed copy of x; needed when there is a gate.
+// `scratch`: as many floats as there are packed weights when there is a gate, else unused.
 template <class V>
-void tile_gemm_feature_major(const TileGemm& a, const TileSpan& span, float* panel) {
-  const int64_t vecs = span.end - span.begin, blocks = (vecs + V::kTileVecs - 1) / V::kTileVecs;
+void tile_gemm_feature_major(const TileGemm& a, const TileSpan& span, float* scratch) {
+  using M = FeatureMajor<V>;
+  static constexpr auto kKernels = M::table(std::make_integer_sequence<int, M::kRows * M::kVecs>());
+  static constexpr auto kPrefetching =
+      M::prefetching_table(std::make_integer_sequence<int, M::kVecs>());
+  const float* values = a.values + a.tile_ptr[span.tile_begin] * a.granularity;
+  if (a.gate) {
+    M::scale(a, span, scratch);
+    values = scratch;
+  }
+  const int64_t edge = span.end * M::kW >= a.m ? M::edge_pixels(a.m) : 0;
+  const int64_t vecs = span.end - span.begin - (edge > 0),
+                blocks = (vecs + M::kVecs - 1) / M::kVecs;
+  // The first strip of a block brings the block's pixels into the near caches. Where they come from
+  // beyond L2 it asks for them ahead: rows of an index list are no pattern that the hardware would
+  // follow.
+  const bool far = a.batch * a.k * a.m > 256 * 1024;
   int64_t first = span.begin;
   for (int64_t b = 0; b < blocks; ++b) {
     const int here = static_cast<int>(vecs / blocks + (b < vecs % blocks));
-    FeatureMajor<V>::block(a, span, first, here, panel);
+    const int64_t pixel = first * M::kW;
+    const auto s = M::strip_at(a, span.image, pixel, std::min<int64_t>(here * M::kW, a.m - pixel));
+    bool prefetch = far;
+    M::each_strip(a, span, values, s, [&](const typename M::Strip& strip, int rows) {
+      (prefetch && rows == M::kRows ? kPrefetching[here - 1]
+                                    : kKernels[(rows - 1) * M::kVecs + here - 1])(strip);
+      prefetch = false;
+    });
     first += here;
+  }
+  if (edge > 0) {
+    static constexpr void (*kEdges[])(const typename M::Strip&, int) = {
+        &M::template edge<1>, &M::template edge<2>, &M::template edge<3>, &M::template edge<4>};
+    const auto s = M::strip_at(a, span.image, a.m - edge, edge);
+    M::each_strip(a, span, values, s,
+                  [&](const typename M::Strip& strip, int rows) { kEdges[edge - 1](strip, rows); });
   }
 }
 

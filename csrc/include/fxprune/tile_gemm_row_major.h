@@ -1,7 +1,9 @@
-// Tile-wise GEMM on row-major activations: vectors run along output features, activations are broadcast.
+// Tile-wise GEMM on row-major activations: vectors run along output features, activations are
+// broadcast.
 //
-// Register tile: up to V::kRowVecs vectors of output features x as many rows of x as leave V::kAccumulators sums; the
-// narrower the tile, the more rows. A wider tile is cut into strips, which share the index list.
+// Register tile: up to V::kRowVecs vectors of output features x as many rows of x as leave
+// V::kAccumulators sums; the narrower the tile, the more rows. A wider tile is cut into strips,
+// which share the index list.
 #pragma once
 
 #include <algorithm>
@@ -42,6 +44,10 @@ struct RowMajor {
     const auto load = [tail](const float* p, int v) {
       return v + 1 < Vecs ? V::load(p + v * kW) : V::load(p + v * kW, tail);
     };
+    const int64_t k = s.k, ldx = s.ldx,
+                  ldw = s.ldw;  // locals: a store to out could change what s refers to
+    const float *x0 = s.x, *w = s.w;
+    const int32_t* index = s.index;
     Reg acc[Rows][Vecs];
     FXPRUNE_UNROLL
     for (int v = 0; v < Vecs; ++v) {
@@ -49,34 +55,35 @@ struct RowMajor {
       FXPRUNE_UNROLL
       for (int r = 0; r < Rows; ++r) acc[r][v] = start;
     }
-    const float* w = s.w;
-    for (int64_t i = 0; i < s.k; ++i, w += s.ldw) {
-      const float* x = s.x + s.index[i];
+    for (int64_t i = 0; i < k; ++i, w += ldw) {
+      const float* x = x0 + index[i];
       Reg weight[Vecs];
       FXPRUNE_UNROLL
       for (int v = 0; v < Vecs; ++v) weight[v] = load(w, v);
       FXPRUNE_UNROLL
       for (int r = 0; r < Rows; ++r) {
-        const Reg value = V::set1(x[r * s.ldx]);
+        const Reg value = V::set1(x[r * ldx]);
         FXPRUNE_UNROLL
         for (int v = 0; v < Vecs; ++v) acc[r][v] = V::fma(weight[v], value, acc[r][v]);
       }
     }
+    const int64_t ldo = s.ldo;
+    if (const float* residual = s.residual) {
+      FXPRUNE_UNROLL
+      for (int r = 0; r < Rows; ++r) {
+        FXPRUNE_UNROLL
+        for (int v = 0; v < Vecs; ++v) acc[r][v] = V::add(acc[r][v], load(residual + r * ldo, v));
+      }
+    }
     const Reg low = V::set1(s.clamp.low), high = V::set1(s.clamp.high);
+    float* out = s.out;
     FXPRUNE_UNROLL
     for (int r = 0; r < Rows; ++r) {
-      float* out = s.out + r * s.ldo;
+      float* to = out + r * ldo;
       FXPRUNE_UNROLL
-      for (int v = 0; v < Vecs; ++v) {
-        Reg y = acc[r][v];
-        if (s.residual) y = V::add(y, load(s.residual + r * s.ldo, v));
-        y = V::min(high, V::max(low, y));
-        if (v + 1 < Vecs) {
-          V::store(out + v * kW, y);
-        } else {
-          V::store(out + v * kW, tail, y);
-        }
-      }
+      for (int v = 0; v + 1 < Vecs; ++v)
+        V::store(to + v * kW, V::min(high, V::max(low, acc[r][v])));
+      V::store(to + (Vecs - 1) * kW, tail, V::min(high, V::max(low, acc[r][Vecs - 1])));
     }
   }
 
@@ -88,93 +95,114 @@ struct RowMajor {
   }
 
   template <int... I>
-  static constexpr std::array<std::array<Kernel, kMaxRows>, kVecs> table(std::integer_sequence<int, I...>) {
+  static constexpr std::array<std::array<Kernel, kMaxRows>, kVecs> table(
+      std::integer_sequence<int, I...>) {
     return {{row_table<I + 1>(std::make_integer_sequence<int, kMaxRows>())...}};
   }
 
-  // Rows [begin, end) of one strip of `features` output features, in blocks of near-equal height.
-  static void rows(const TileGemm& a, Strip s, int64_t begin, int64_t end, int64_t features, const int32_t* columns) {
-    static constexpr auto kKernels = table(std::make_integer_sequence<int, kVecs>());
-    const int vecs = static_cast<int>((features + kW - 1) / kW);
-    s.tail = features - (vecs - 1) * kW;
-    const bool adjacent = columns[features - 1] - columns[0] + 1 == features;
-    alignas(64) float bias[kStrip], sums[kMaxRows * kStrip], residual[kMaxRows * kStrip];
-    if (!adjacent && a.bias) {
-      for (int64_t f = 0; f < features; ++f) bias[f] = a.bias[columns[f]];
+  // A window of output features with kept columns among others. Sums are computed side by side;
+  // this spreads them to their places and completes every feature of the window, kept or not, with
+  // bias, residual and activation.
+  static constexpr int kMaxSegments = 64;  // vectors of one pass over a window
+
+  struct Spread {
+    uint32_t kept[kMaxSegments];  // lanes of each vector that are kept columns
+    int64_t from[kMaxSegments];   // its first sum
+  };
+
+  // Describes features [begin, end), at most kMaxSegments vectors; `column` is the strip's next
+  // kept column so far.
+  static int64_t describe(const int32_t* columns, int64_t count, int64_t column, int64_t begin,
+                          int64_t end, Spread* to) {
+    for (int64_t f = begin, i = 0; f < end; f += kW, ++i) {
+      to->kept[i] = 0;
+      to->from[i] = column;
+      for (; column < count && columns[column] < f + kW; ++column)
+        to->kept[i] |= 1u << (columns[column] - f);
     }
-    s.bias = !a.bias ? nullptr : adjacent ? a.bias + columns[0] : bias;
+    return column;
+  }
+
+  static void complete(const TileGemm& a, const Spread& spread, const float* sums, int64_t row,
+                       int64_t begin, int64_t end) {
+    const Clamp clamp = clamp_of(a.activation);
+    const Reg low = V::set1(clamp.low), high = V::set1(clamp.high);
+    float* out = a.out + row * a.n;
+    const float* residual = a.residual ? a.residual + row * a.n : nullptr;
+    for (int64_t f = begin, i = 0; f < end; f += kW, ++i) {
+      const auto mask = V::first(end - f);
+      Reg y = V::expand(sums + spread.from[i], spread.kept[i]);
+      if (a.bias) y = V::add(y, V::load(a.bias + f, mask));
+      if (residual) y = V::add(y, V::load(residual + f, mask));
+      V::store(out + f, mask, V::min(high, V::max(low, y)));
+    }
+    if (!is_clamp(a.activation)) activate<V>(a.activation, out + begin, end - begin);
+  }
+
+  // Rows [begin, end) of one strip of `features` kept columns, whose window is [from, to).
+  static void rows(const TileGemm& a, Strip s, int64_t begin, int64_t end, int64_t features,
+                   const int32_t* columns, int64_t from, int64_t to) {
+    static constexpr auto kKernels = table(std::make_integer_sequence<int, kVecs>());
+    const int vecs = static_cast<int>(std::max<int64_t>((features + kW - 1) / kW, 1));
+    const bool whole = features == to - from;
+    alignas(
+        64) float sums[kMaxRows * kStrip + kW];  // expand() may load a vector from the last sum on
+    Spread spread;
+    s.tail = features - (vecs - 1) * kW;
+    s.clamp = clamp_of(whole ? a.activation : Activation::kNone);
+    if (whole && a.bias) s.bias = a.bias + from;
     const int64_t count = end - begin, most = rows_of(vecs), blocks = (count + most - 1) / most;
+    const int64_t reach = kMaxSegments * kW;
+    if (to - from <= reach) describe(columns, features, 0, from, to, &spread);
     int64_t row = begin;
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t here = count / blocks + (b < count % blocks), at = row * a.n;
+      const int64_t here = count / blocks + (b < count % blocks), at = row * a.n + from;
       s.x = a.x + row * a.k;
-      if (adjacent) {
-        s.residual = a.residual ? a.residual + at + columns[0] : nullptr;
-        s.out = a.out + at + columns[0];
-        s.ldo = a.n;
-        kKernels[vecs - 1][here - 1](s);
-        if (!is_clamp(a.activation)) {
-          for (int64_t r = 0; r < here; ++r) activate<V>(a.activation, s.out + r * a.n, features);
-        }
+      s.residual = whole && a.residual ? a.residual + at : nullptr;
+      s.out = whole ? a.out + at : sums;
+      s.ldo = whole ? a.n : kStrip;
+      if (features > 0) kKernels[vecs - 1][here - 1](s);
+      if (whole) {
+        for (int64_t r = 0; r < here && !is_clamp(a.activation); ++r)
+          activate<V>(a.activation, s.out + r * a.n, features);
       } else {
-        // Scattered columns: compute in a compact buffer, then scatter.
-        if (a.residual) {
-          for (int64_t r = 0; r < here; ++r) {
-            for (int64_t f = 0; f < features; ++f) residual[r * kStrip + f] = a.residual[at + r * a.n + columns[f]];
-          }
-        }
-        s.residual = a.residual ? residual : nullptr;
-        s.out = sums;
-        s.ldo = kStrip;
-        kKernels[vecs - 1][here - 1](s);
-        for (int64_t r = 0; r < here; ++r) {
-          if (!is_clamp(a.activation)) activate<V>(a.activation, sums + r * kStrip, features);
-          float* out = a.out + at + r * a.n;
-          for (int64_t f = 0; f < features; ++f) out[columns[f]] = sums[r * kStrip + f];
+        int64_t column = 0;
+        for (int64_t f = from; f < to; f += reach) {
+          const int64_t stop = std::min(f + reach, to);
+          if (to - from > reach) column = describe(columns, features, column, f, stop, &spread);
+          for (int64_t r = 0; r < here; ++r)
+            complete(a, spread, sums + r * kStrip, row + r, f, stop);
         }
       }
       row += here;
-    }
-  }
-
-  // Output features of [begin, end) that no column covers: act(bias + residual).
-  static void fill_gaps(const TileGemm& a, const TileSpan& span) {
-    const int64_t begin = a.features_from(span.tile_begin), end = a.features_to(span.tile_end);
-    const Clamp clamp = clamp_of(a.activation);
-    for (int64_t row = span.begin; row < span.end; ++row) {
-      int64_t column = a.first_column(span.tile_begin);
-      for (int64_t f = begin; f < end; ++f) {
-        if (column < a.kept && a.columns[column] == f) {
-          ++column;
-          continue;
-        }
-        float y = a.bias ? a.bias[f] : 0.0f;
-        if (a.residual) y += a.residual[row * a.n + f];
-        y = y < clamp.low ? clamp.low : y > clamp.high ? clamp.high : y;
-        if (!is_clamp(a.activation)) activate<V>(a.activation, &y, 1);
-        a.out[row * a.n + f] = y;
-      }
     }
   }
 };
 
 template <class V>
 void tile_gemm_row_major(const TileGemm& a, const TileSpan& span, float*) {
-  constexpr int64_t kStrip = RowMajor<V>::kStrip;
+  using M = RowMajor<V>;
+  const int64_t end = a.features_to(span.tile_end);
+  int64_t from = a.features_from(span.tile_begin);
+  typename M::Strip s{};
+  s.ldx = a.k;
   for (int64_t t = span.tile_begin; t < span.tile_end; ++t) {
     const int64_t start = a.tile_ptr[t], width = a.width(t);
-    typename RowMajor<V>::Strip s;
-    s.ldx = a.k;
     s.index = a.index + start;
     s.k = a.tile_ptr[t + 1] - start;
     s.ldw = width;
-    s.clamp = clamp_of(a.activation);
-    for (int64_t f = 0; f < width; f += kStrip) {
+    for (int64_t f = 0; f < width; f += M::kStrip) {
+      // A strip completes the features up to the next strip's first column.
+      const int64_t column = t * a.granularity + f,
+                    features = std::min<int64_t>(M::kStrip, width - f);
+      const bool last = f + features == width && t + 1 == span.tile_end;
+      const int64_t to = last ? end : a.columns[column + features];
       s.w = a.values + start * a.granularity + f;
-      RowMajor<V>::rows(a, s, span.begin, span.end, std::min(kStrip, width - f), a.columns + t * a.granularity + f);
+      M::rows(a, s, span.begin, span.end, features, a.columns + column, from, to);
+      from = to;
     }
   }
-  if (a.kept < a.n) RowMajor<V>::fill_gaps(a, span);
+  if (from < end) M::rows(a, s, span.begin, span.end, 0, a.columns, from, end);
 }
 
 }  // namespace fxprune

@@ -1,4 +1,5 @@
-// Gather of a dense weight (n, k) into packed tiles, its transpose, and the range check of index lists.
+// Gather of a dense weight (n, k) into packed tiles, its transpose, and the range check of index
+// lists.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +21,8 @@ void for_each_kept(const TileGemm& a, F f) {
   }
 }
 
-// True when every v[i] lies in [0, limit). Branch-free, for the compiler to vectorise: it runs on every call.
+// True when every v[i] lies in [0, limit). Branch-free, for the compiler to vectorise: it runs on
+// every call.
 template <class V>
 bool all_below(const int32_t* v, int64_t count, int64_t limit) {
   uint32_t largest = 0;

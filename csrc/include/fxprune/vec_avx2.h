@@ -28,16 +28,26 @@ struct Avx2 {
   static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
   static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static Reg fma_load(Reg a, const float* p, Mask m, Reg c) { return fma(a, load(p, m), c); }
   static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }  // NaN in b is returned
   static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
-  static Reg round(Reg a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  // a * 2^n for integral n in [-252, 254]. Two factors, because 2^n itself may not be representable.
+  static Reg round(Reg a) {
+    return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  // a * 2^n for integral n in [-252, 254]. Two factors, because 2^n itself may not be
+  // representable.
   static Reg scale(Reg a, Reg n) {
     const __m256i whole = _mm256_cvtps_epi32(n);
     const __m256i half = _mm256_srai_epi32(whole, 1);
-    return _mm256_mul_ps(_mm256_mul_ps(a, power_of_two(half)), power_of_two(_mm256_sub_epi32(whole, half)));
+    return _mm256_mul_ps(_mm256_mul_ps(a, power_of_two(half)),
+                         power_of_two(_mm256_sub_epi32(whole, half)));
   }
 
+  static Reg expand(const float* p, uint32_t b) {
+    alignas(32) float lanes[kWidth];
+    for (int i = 0; i < kWidth; ++i) lanes[i] = b >> i & 1 ? *p++ : 0.0f;
+    return load(lanes);
+  }
   static Mask bits(uint32_t b) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(b)), lane), lane);

@@ -1,4 +1,5 @@
-// AVX-512 vectors of 16 floats. Include only under a target pragma that enables avx512f, bw, vl and dq.
+// AVX-512 vectors of 16 floats. Include only under a target pragma that enables avx512f, bw, vl and
+// dq.
 #pragma once
 
 #include <immintrin.h>
@@ -29,17 +30,34 @@ struct Avx512 {
   static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }  // a * b + c
+  // a * p[lane] + c in the lanes of m, c elsewhere. One instruction that touches no memory of other
+  // lanes; from intrinsics the compiler makes a masked load and a multiply-add, which compete for
+  // the same two ports.
+  static Reg fma_load(Reg a, const float* p, Mask m, Reg c) {
+    typedef float Line __attribute__((vector_size(64), aligned(4), may_alias));
+    __asm__("vfmadd231ps %3, %2, %0%{%1%}"
+            : "+v"(c)
+            : "Yk"(m), "v"(a), "m"(*reinterpret_cast<const Line*>(p)));
+    return c;
+  }
   // A NaN in the second operand is returned: clamp(x) = min(high, max(low, x)) keeps NaN.
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
-  static Reg round(Reg a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Reg round(Reg a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
   static Reg scale(Reg a, Reg n) { return _mm512_scalef_ps(a, n); }  // a * 2^n, n integral
 
+  // p[0], p[1], ... in the lanes of b, in order; 0 elsewhere. Reads a whole vector.
+  static Reg expand(const float* p, uint32_t b) {
+    return _mm512_maskz_expand_ps(static_cast<Mask>(b), _mm512_loadu_ps(p));
+  }
   static Mask bits(uint32_t b) { return static_cast<Mask>(b); }
   static Mask first(int64_t n) { return static_cast<Mask>(n >= 16 ? 0xFFFFu : (1u << n) - 1u); }
   // Lanes p[0], p[2], ..., p[30]; bit i of `b` permits the read of p[i].
   static Reg load_even(const float* p, uint32_t b) {
-    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i even =
+        _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     return _mm512_permutex2var_ps(_mm512_maskz_loadu_ps(static_cast<Mask>(b), p), even,
                                   _mm512_maskz_loadu_ps(static_cast<Mask>(b >> 16), p + 16));
   }

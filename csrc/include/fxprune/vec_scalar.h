@@ -35,9 +35,15 @@ struct Scalar {
   static Reg mul(Reg a, Reg b) { return a * b; }
   static Reg div(Reg a, Reg b) { return a / b; }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
+  static Reg fma_load(Reg a, const float* p, Mask m, Reg c) { return fma(a, load(p, m), c); }
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }  // NaN in b is returned
   static Reg min(Reg a, Reg b) { return a < b ? a : b; }
 
+  static Reg expand(const float* p, uint32_t b) {
+    float lanes[kWidth];
+    for (int i = 0; i < kWidth; ++i) lanes[i] = b >> i & 1 ? *p++ : 0.0f;
+    return load(lanes);
+  }
   static Mask bits(uint32_t b) { return b & 15u; }
   static Mask first(int64_t n) { return n >= 4 ? 15u : (1u << n) - 1u; }
   static Reg load_even(const float* p, uint32_t b) {

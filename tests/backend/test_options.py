@@ -1,0 +1,223 @@
+"""Every option: what is legal, what an illegal value says, and what it does."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fxprune
+from fxprune.backend import LAST_REPORTS
+from fxprune.errors import ConfigError, RequireSparse, UnknownOption
+from tests.oracle import assert_exact, compiled
+from tests.toys import image, mlp, mobile, pruned, rows, run
+
+LEGAL: dict[str, list[Any]] = {
+    "sparsity": [None, 0, 0.5, {"linear": 0.5}, {"fc*": 0.25, "depthwise": 0.0}],
+    "pattern": ["auto", "tile", "dcp", {"linear": "tile"}],
+    "importance": ["magnitude", lambda name, weight: weight.abs()],
+    "ignored_layers": [(), ("fc",), ["*.head"]],
+    "group": [1, 32, 7],
+    "balance": [True, False],
+    "recalibrate": ["auto", "deterministic", "off"],
+    "granularity": [None, 8, {"linear": 64}],
+    "columns": [None, True, False, {"pointwise": True}],
+    "scope": ["layer", "global"],
+    "ranking": ["corrected", "published"],
+    "min_speedup": [0, 1.02, 100],
+    "autotune": ["fast", "full", "off"],
+    "cache_dir": [None, "folder"],
+    "freeze": [True, False],
+    "require_sparse": [True, False],
+    "fallback": ["inductor", "eager"],
+    "verify": [True, False],
+    "dump": [None, "folder"],
+    "tolerance": [0, 1e-3, 1],
+    "mode": [None, "default", "max-autotune"],
+    "inductor": [{}, {"max_autotune": True}],
+}
+NAN = float("nan")
+ILLEGAL: dict[str, list[Any]] = {
+    "sparsity": [1.0, -0.1, NAN, "half", True, {"linear": 1.5}, {"linear": None}, {3: 0.5}],
+    "pattern": [5, None, {"conv": "tile"}, {"linear": 3}],
+    "importance": ["taylor", 3, None],
+    "ignored_layers": ["fc", (3,)],
+    "group": [0, -1, 1.5, True, None],
+    "balance": ["yes", 1, None],
+    "recalibrate": ["on", True, None],
+    "granularity": [0, "64", True, {"conv": 8}, {"linear": 0}],
+    "columns": ["yes", 1, {"conv": True}],
+    "scope": ["model", None],
+    "ranking": ["best", None],
+    "min_speedup": [-1, NAN, "fast", True, None],
+    "autotune": ["on", True, None],
+    "cache_dir": [3, True],
+    "freeze": ["no", 0],
+    "require_sparse": ["no", 1],
+    "fallback": ["aot_eager", None],
+    "verify": [None, "yes"],
+    "dump": [True, 3],
+    "tolerance": [-1e-3, 2, NAN],
+    "mode": ["fastest", 3],
+    "inductor": [None, "max_autotune", [("a", 1)]],
+}
+FIELDS = [f.name for f in dataclasses.fields(fxprune.Config)]
+
+
+def test_the_tables_cover_every_field() -> None:
+    assert sorted(LEGAL) == sorted(ILLEGAL) == sorted(FIELDS)
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n in FIELDS for v in LEGAL[n]])
+def test_legal_value(name: str, value: Any) -> None:
+    given = getattr(fxprune.Config.from_options({name: value}), name)
+    assert given == (tuple(value) if name == "ignored_layers" else value)
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n in FIELDS for v in ILLEGAL[n]], ids=repr)
+def test_illegal_value_names_option_and_expectation(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"option ['\"]{name}.*['\"] got .*; expected .+\.$") as caught:
+        fxprune.Config.from_options({name: value})
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("sparsty", "sparsity"), ("min_speed", "min_speedup"), ("auto_tune", "autotune"), ("skip", None)]
+)
+def test_unknown_option_names_the_nearest(wrong: str, right: str | None) -> None:
+    with pytest.raises(UnknownOption, match=f"unknown option '{wrong}'; did you mean '{right or ''}") as caught:
+        fxprune.prune(mlp(), rows(), sparsity=0.5, **{wrong: 1})
+    assert all(name in str(caught.value) for name in FIELDS)
+
+
+def test_an_error_in_the_options_leaves_torch_compile() -> None:
+    for options, word in (({"sparsty": 0.5}, "sparsity"), ({"sparsity": 2.0}, "expected a fraction")):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=word):
+            run(torch.compile(mlp(), backend="hwprune", options=options), rows())
+
+
+def test_config_is_frozen_and_by_kind() -> None:
+    config = fxprune.Config(pattern={"linear": "tile"}, granularity=8)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.group = 3  # type: ignore[misc]
+    assert config.by_kind("pattern", "linear") == "tile" and config.by_kind("pattern", "depthwise") is None
+    assert config.by_kind("granularity", "depthwise") == 8
+
+
+def test_sparsity_prunes_inside_and_leaves_the_users_weights(caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+    fast = compiled(model, sparsity=0.5)
+    with caplog.at_level(logging.INFO, logger="fxprune"):
+        given = run(fast.call, rows())
+    assert_exact(given, run(fxprune.prune(model, rows(), sparsity=0.5).model, rows()))
+    assert not torch.equal(given, run(model, rows()))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert "2 of 2 matches run sparse kernels (2 hold zeros)" in caplog.text
+
+
+def test_sparsity_inside_compile_follows_kinds_and_globs() -> None:
+    fast = compiled(mobile(), sparsity={"depthwise": 80 / 144, "fc": 0.25})
+    run(fast.call, image())
+    achieved = {d.match.name: d.sparsity for d in fast.contexts[0].decisions if d.mask is not None}
+    assert achieved == {"dw": pytest.approx(80 / 144), "fc": pytest.approx(0.25, abs=0.05)}
+
+
+def test_require_sparse_names_the_dense_layers() -> None:
+    with pytest.raises(Exception, match=r"1 pruned layer\(s\) stay dense: 0 \(kept dense"):
+        run(compiled(pruned(mlp(), rows(), ignored_layers=("2",)), require_sparse=True, min_speedup=100).call, rows())
+    torch._dynamo.reset()
+    model = pruned(mlp(), rows())
+    assert_exact(run(compiled(model, require_sparse=True).call, rows()), run(model, rows()))
+
+
+def test_require_sparse_is_a_class_of_its_own() -> None:
+    from fxprune import backend
+    from fxprune.capture import capture
+
+    (graph,) = capture(pruned(mlp(), rows()), rows())
+    with pytest.raises(RequireSparse), torch.no_grad():
+        backend.hwprune(graph.gm, graph.inputs, options={"require_sparse": True, "min_speedup": 100, "autotune": "off"})
+
+
+def test_min_speedup_out_of_reach_keeps_everything_dense_with_reasons() -> None:
+    model = pruned(mobile(), image())
+    fast = compiled(model, min_speedup=100)
+    assert_exact(run(fast.call, image()), run(model, image()))
+    decisions = LAST_REPORTS[-1].decisions
+    assert [d.chosen for d in decisions] == [False] * 3 and not fast.contexts
+    assert all("kept dense" in d.reason and "x of dense" in d.reason for d in decisions)
+
+
+def test_dump_writes_numbered_runnable_graphs(tmp_path: Path) -> None:
+    model = pruned(mobile(), image())
+    assert_exact(run(compiled(model, dump=str(tmp_path)).call, image()), run(model, image()))
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names[0] == "00-captured.py"
+    for stage in ("normalize", "fold_batchnorm", "rewrite_depthwise", "rewrite_gemm"):
+        (before,) = [n for n in names if n.endswith(f"-{stage}.before.py")]
+        after = before.replace("before", "after")
+        assert before[:2].isdigit() and after in names
+        for name in (before, after):
+            compile((tmp_path / name).read_text(), name, "exec")
+        assert (tmp_path / before).read_text() != (tmp_path / after).read_text()
+    assert not any("match" in n for n in names), "a pass that changes nothing writes nothing"
+    final = sorted(n for n in names if n.endswith("after.py"))[-1]
+    assert "fxprune.depthwise_taps" in (tmp_path / final).read_text()
+
+
+def test_dump_of_an_unpruned_model_shows_it_too(tmp_path: Path) -> None:
+    run(compiled(mlp(), dump=str(tmp_path)).call, rows())
+    assert (tmp_path / "00-captured.py").is_file()
+
+
+def test_fallback_eager_runs_no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxprune.lowering import codegen
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("Inductor was called")
+
+    monkeypatch.setattr(codegen, "compile_fx", refuse)
+    for model in (pruned(mlp(), rows()), mlp(1)):
+        assert_exact(run(compiled(model).call, rows()), run(model, rows()))
+
+
+PASSED_ON = [{}, {"mode": "max-autotune-no-cudagraphs"}, {"inductor": {"epilogue-fusion": False}}]
+
+
+@pytest.mark.parametrize("options", PASSED_ON, ids=repr)
+def test_inductor_and_its_options_reach_it(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxprune.lowering import codegen
+
+    seen: list[dict[str, Any]] = []
+    real = codegen.compile_fx
+
+    def spy(*args: Any, config_patches: dict[str, Any]) -> Any:
+        seen.append(config_patches)
+        return real(*args, config_patches=config_patches)
+
+    monkeypatch.setattr(codegen, "compile_fx", spy)
+    model = pruned(mlp(), rows())
+    fast = torch.compile(model, backend="hwprune", options={"autotune": "off", "min_speedup": 0.0, **options})
+    assert_exact(run(fast, rows()), run(model, rows()))
+    assert seen[0].get("max_autotune", False) == ("mode" in options)
+    assert seen[0].get("epilogue_fusion", True) == ("inductor" not in options)
+
+
+def test_torch_compiles_own_mode_argument() -> None:
+    model = pruned(mlp(), rows())
+    fast = torch.compile(model, backend="hwprune", mode="reduce-overhead")
+    torch.testing.assert_close(run(fast, rows()), run(model, rows()))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_verify_passes_on_right_graphs(training: bool) -> None:
+    model = pruned(torch.nn.Sequential(mlp(), torch.nn.Dropout(0.5)), rows()).train(training)
+    fast = compiled(model, verify=True)
+    assert fast.call(rows()).requires_grad and (fast.contexts or training)

@@ -1,0 +1,41 @@
+"""Each example's ``main`` runs in a fast mode, in this process."""
+
+from __future__ import annotations
+
+import importlib.util
+import types
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
+
+
+def load(name: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("demo").main(["--models", "bert_tiny", "--rounds", "2", "--layers"]) == 0
+    printed = capsys.readouterr().out
+    assert "12 linear" in printed
+    assert "equal to the masked dense model" in printed
+    for engine in ("inductor", "inductor freezing", "fxprune"):
+        assert f"  {engine}  " in printed
+
+
+@pytest.mark.slow
+def test_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("digits").main(["--epochs", "2", "--tune-epochs", "1", "--rounds", "2"]) == 0
+    printed = capsys.readouterr().out
+    steps = {line.split()[0]: line for line in printed.splitlines() if "accuracy" in line}
+    assert set(steps) == {"trained", "pruned", "fine-tuned", "compiled"}
+    shares = {step: float(line.partition("accuracy ")[2].partition("%")[0]) for step, line in steps.items()}
+    assert shares["fine-tuned"] > 80
+    assert shares["compiled"] == pytest.approx(shares["fine-tuned"], abs=0.5)
+    assert "verified against fp64" in printed

@@ -1,0 +1,147 @@
+"""Every error class is reached through the public API, and its message says what was given, expected and to do."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune import errors
+from fxprune.backend import hwprune
+from fxprune.capture import capture
+from fxprune.errors import FxPruneError, nearest
+from fxprune.lowering.kernels import KernelTables
+from fxprune.lowering.lower import lower
+from fxprune.sparsity import get
+from tests.oracle import FORCED
+from tests.toys import mlp, pruned, rows
+
+
+def corrupted() -> object:
+    pattern = get("tile")
+    weight = torch.ones(8, 4)
+    tiling = pattern.tiles((8, 4), 4)
+    packed = pattern.pack(weight, torch.ones(8, 4, dtype=torch.bool), tiling)
+    packed.tensors["index"][0] = 99
+    return pattern.unpack(packed)
+
+
+def dense_though_required() -> object:
+    (graph,) = capture(pruned(mlp(), rows()), rows())
+    with torch.no_grad():
+        return hwprune(graph.gm, graph.inputs, options={**FORCED, "require_sparse": True, "min_speedup": 100})
+
+
+def without_kernels() -> object:
+    graph = torch.fx.Graph()
+    graph.call_function(torch.ops.fxprune.tile_pack.default, ())
+    return lower(torch.fx.GraphModule(nn.Module(), graph), KernelTables(tables=()))
+
+
+def with_nan() -> object:
+    model = mlp()
+    model[0].weight.data[3, 3] = float("nan")
+    return fxprune.prune(model, rows(), sparsity=0.5)
+
+
+CASES: dict[str, tuple[Callable[[], object], str, type[Exception]]] = {
+    "ConfigError": (
+        lambda: fxprune.Config(fallback="aot_eager"),
+        r"option 'fallback' got 'aot_eager'; expected one of 'inductor', 'eager'\.",
+        ValueError,
+    ),
+    "UnknownOption": (
+        lambda: fxprune.explain(mlp(), rows(), minspeedup=1),
+        r"unknown option 'minspeedup'; did you mean 'min_speedup'\? Legal options: sparsity, .*, inductor\.",
+        TypeError,
+    ),
+    "UnknownPattern": (
+        lambda: fxprune.prune(mlp(), rows(), sparsity=0.5, pattern="tile-wise"),
+        r"unknown pattern 'tile-wise'; did you mean 'tile'\? Legal patterns: .*tile",
+        ValueError,
+    ),
+    "UnknownLayer": (
+        lambda: fxprune.prune(mlp(), rows(), sparsity=0.5, ignored_layers=("linaer*",)),
+        r"'linaer\*' in ignored_layers matches no kind and no prunable layer; did you mean 'linear'\? Kinds: depthwise",
+        ValueError,
+    ),
+    "TileMismatch": (
+        lambda: get("dcp").tiles((8, 3, 3, 3)),
+        r"weight \(8, 3, 3, 3\) cannot be tiled by granularity 32: it has 3 inputs per channel.* Use pattern 'tile'\.",
+        ValueError,
+    ),
+    "PackedFormatError": (corrupted, r"index: got .*99.*, expected 0\.\.3 \(the packed weight is corrupt or not ours\)", ValueError),
+    "NothingToPrune": (
+        lambda: fxprune.prune(nn.ReLU(), rows(), sparsity=0.5),
+        r"no layer to prune: no depthwise, 1x1 or linear layer among .* Supported kinds: depthwise, pointwise, linear\.",
+        ValueError,
+    ),
+    "CaptureError": (
+        lambda: fxprune.prune(mlp(), torch.ones(2, 31), sparsity=0.5),
+        r"could not be captured on example_inputs \[\(2, 31\)\]: .*a tuple is positional arguments",
+        RuntimeError,
+    ),
+    "NonFiniteWeight": (with_nan, r"weight '0' holds 1 non-finite values.*ignored_layers=\('0',\)", ValueError),
+    "NotLowered": (without_kernels, r"fxprune::tile_pack: no implementation supports it: none is registered\.", RuntimeError),
+    "RequireSparse": (dense_though_required, r"require_sparse=True, but 2 pruned layer\(s\) stay dense: 0 \(kept dense", RuntimeError),
+    "VerificationError": (
+        lambda: fxprune.verify(mlp(), rows(), compiled=lambda x: x),
+        r"verify: output 0: got torch.float32 \(4, 32\), expected torch.float32 \(4, 16\)\.",
+        AssertionError,
+    ),
+}
+
+
+def classes() -> dict[str, type[FxPruneError]]:
+    found = inspect.getmembers(errors, lambda v: inspect.isclass(v) and issubclass(v, FxPruneError))
+    return {name: value for name, value in found if value is not FxPruneError}
+
+
+def test_the_table_covers_every_class() -> None:
+    assert sorted(CASES) == sorted(classes())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_class_and_message(name: str) -> None:
+    call, message, builtin = CASES[name]
+    with pytest.raises(classes()[name], match=message) as caught:
+        call()
+    assert type(caught.value) is classes()[name] and str(caught.value).startswith(f"{name}: ")
+    assert isinstance(caught.value, builtin) and caught.value.fields
+
+
+def test_capture_error_keeps_the_cause() -> None:
+    with pytest.raises(errors.CaptureError) as caught:
+        fxprune.explain(mlp(), torch.ones(2, 31))
+    assert caught.value.__cause__ is not None and "31" in str(caught.value.__cause__)
+
+
+def test_where_is_appended_in_brackets() -> None:
+    error = errors.ConfigError(name="a", given=1, expected="2", where="layer, file.py:3")
+    assert str(error).endswith("expected 2. [layer, file.py:3]")
+
+
+@pytest.mark.parametrize(
+    ("word", "words", "expected"), [("tiel", ["dcp", "tile"], "tile"), ("x", ["b", "a"], "b"), ("x", [], "?")]
+)
+def test_nearest(word: str, words: list[str], expected: str) -> None:
+    assert nearest(word, words) == expected
+
+
+def test_the_warning_of_a_missing_library_is_ours(root: Path) -> None:
+    code = (
+        "import warnings\nwith warnings.catch_warnings(record=True) as seen:\n    warnings.simplefilter('always')\n    import fxprune\n"
+        "from fxprune.errors import FxPruneWarning\nours = [w for w in seen if issubclass(w.category, FxPruneWarning)]\n"
+        "assert len(ours) == 1 and 'does not exist' in str(ours[0].message), seen"
+    )
+    env = {**os.environ, "PYTHONPATH": str(root), "FXPRUNE_LIBRARY": str(root / "nowhere.so")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
