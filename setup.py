@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -85,7 +86,9 @@ class BuildExt(build_ext):
     def compile(self, compiler: list[str], flags: list[str], source: Path, objects: Path) -> Path:
         target = objects / f"{source.stem}.o"
         if not is_current(target):
+            started = time.time()
             self.run_compiler([*compiler, *flags, "-MMD", "-c", str(ROOT / source), "-o", str(target)])
+            os.utime(target, (started, started))  # an input edited while the compiler ran is newer than this
         return target
 
     def run_compiler(self, command: list[str]) -> None:

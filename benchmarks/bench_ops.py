@@ -4,7 +4,8 @@
 
 Candidates are interleaved in many short rounds and every call is timed by itself; the median call is reported, or on a
 busy machine a lower quantile. GF/s counts kept multiply-adds as two operations; "peak" is its share of 240 GF/s a
-thread. Large outputs pay for fresh pages unless malloc keeps them: MALLOC_TOP_PAD_=268435456 does, for all candidates.
+thread. Large outputs pay for fresh pages unless malloc keeps them, for all candidates alike:
+MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000 in the environment makes it.
 """
 
 from __future__ import annotations

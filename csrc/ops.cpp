@@ -89,12 +89,21 @@ Tensor depthwise_taps_cpu(const Tensor& x_in, const Tensor& weight_in, const Ten
   }
   a.sites = sites.data();
   a.zeros = zeros.data();
+  // Few images of large planes are cut in bands, one a thread, as the pointwise GEMMs around cut
+  // their pixels: each core then reads what it wrote. Small planes, or enough images, are cut by
+  // plane.
+  constexpr int64_t kLargePlane = 24 * 24;
+  const bool banded = a.vectorised() && a.batch < threads() && a.out_h * a.out_w >= kLargePlane;
+  const int64_t length = band_length(a, k.width), bands = banded ? std::min(threads(), length) : 1;
   // Eight units a thread: enough to even out a busy core, few enough to keep planes together.
-  const int64_t units = std::min(planes, threads() * 8);
-  for_each_unit(units, threads(), [&](int64_t unit) {
+  const int64_t chunks = std::min(planes, (threads() * 8 + bands - 1) / bands);
+  for_each_unit(bands * chunks, threads(), [&](int64_t unit) {
     static thread_local std::vector<Tap> list;
     if (static_cast<int64_t>(list.size()) < a.kernel()) list.resize(a.kernel());
-    k.depthwise_taps(a, planes * unit / units, planes * (unit + 1) / units, list.data());
+    const int64_t band = unit / chunks, chunk = unit % chunks;
+    const PlaneSpan span = {planes * chunk / chunks, planes * (chunk + 1) / chunks,
+                            length * band / bands, length * (band + 1) / bands};
+    k.depthwise_taps(a, span, list.data());
   });
   return out;
 }

@@ -10,6 +10,7 @@ trains a model.
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import os
 import statistics
@@ -20,11 +21,14 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
+# a waiting thread gives its core back after about half a millisecond: without this, one other busy program on a
+# two-core machine stalls every engine
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import torch
 import zoo
-from engines import compile_engine
+from engines import compile_engine, relative_error
 
 import fxprune
 from fxprune.benchmark import interleave
@@ -86,8 +90,10 @@ def show(name: str, rounds: int, layers: bool) -> list[tuple[Any, ...]]:
         engines[engine], seconds[engine] = compile_engine(engine, result.model, inputs)
 
     say("verifying against fp64, and timing")
+    fxprune.verify(result.model, inputs, compiled=engines["fxprune"])
     with torch.no_grad():
-        errors = {engine: fxprune.verify(result.model, inputs, compiled=run).rows[0][-1] for engine, run in engines.items()}
+        exact = copy.deepcopy(result.model).double()(*(x.double() if x.is_floating_point() else x for x in inputs))
+        errors = {engine: f"{relative_error(run(*inputs), exact):.1e}" for engine, run in engines.items()}
         samples = interleave({engine: lambda run=run: run(*inputs) for engine, run in engines.items()}, rounds, 40.0)
     medians = {engine: statistics.median(times) for engine, times in samples.items()}
     best = min(time for engine, time in medians.items() if engine != "fxprune")

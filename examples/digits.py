@@ -1,6 +1,6 @@
 """Train, prune, fine-tune, compile: a small MobileNetV2 on scikit-learn's handwritten digits, in about a minute.
 
-    python examples/digits.py [--epochs 4] [--tune-epochs 2]
+    python examples/digits.py [--epochs 4] [--tune-epochs 3]
 
 Prints accuracy after training, pruning and fine-tuning, then the compiled model's accuracy and speed beside stock
 ``torch.compile`` on the same pruned weights.
@@ -17,6 +17,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+# a waiting thread gives its core back after about half a millisecond, which matters when other programs run
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -27,28 +30,26 @@ import fxprune
 from fxprune.benchmark import interleave
 from fxprune.report import Table
 
-# channels, repeats, stride of each stage; every block expands its input six times
-STAGES = ((16, 1, 1), (24, 2, 2), (32, 2, 2), (64, 2, 1))
-EXPANSION = 6
+# expansion, channels, repeats and stride of each stage
+STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 2, 2), (6, 64, 2, 1))
 BATCH = 64
+
+
+def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    """Return a convolution with BatchNorm and ReLU6."""
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return [layer, nn.BatchNorm2d(outputs), nn.ReLU6(inplace=True)]
 
 
 class Block(nn.Module):
     """1x1 expand, 3x3 depthwise, 1x1 project, with a residual where shapes allow: x (B, C, H, W)."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, expansion: int, stride: int) -> None:
         super().__init__()
-        wide = inputs * EXPANSION
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, wide, 1, bias=False),
-            nn.BatchNorm2d(wide),
-            nn.ReLU6(inplace=True),
-            nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False),
-            nn.BatchNorm2d(wide),
-            nn.ReLU6(inplace=True),
-            nn.Conv2d(wide, outputs, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
+        wide = inputs * expansion
+        expand = conv(inputs, wide, 1) if expansion > 1 else []
+        depthwise = conv(wide, wide, 3, stride, groups=wide)
+        self.body = nn.Sequential(*expand, *depthwise, nn.Conv2d(wide, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,24 +62,22 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6(inplace=True)]
-        channels = 16
-        for outputs, repeats, stride in STAGES:
+        layers, channels = conv(1, 16, 3), 16
+        for expansion, outputs, repeats, stride in STAGES:
             for i in range(repeats):
-                layers.append(Block(channels, outputs, stride if i == 0 else 1))
+                layers.append(Block(channels, outputs, expansion, stride if i == 0 else 1))
                 channels = outputs
-        self.features = nn.Sequential(*layers)
-        self.head = nn.Sequential(nn.Conv2d(channels, 256, 1, bias=False), nn.BatchNorm2d(256), nn.ReLU6(inplace=True))
+        self.features = nn.Sequential(*layers, *conv(channels, 256, 1))
         self.classifier = nn.Linear(256, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.head(self.features(x)).mean((2, 3)))
+        return self.classifier(self.features(x).mean((2, 3)))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=4, help="epochs of dense training")
-    parser.add_argument("--tune-epochs", type=int, default=2, help="epochs of fine-tuning with the zeros held")
+    parser.add_argument("--tune-epochs", type=int, default=3, help="epochs of fine-tuning with the zeros held")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds of the timing")
     args = parser.parse_args(argv)
     logging.getLogger("torch").setLevel(logging.ERROR)
@@ -86,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     train_set, test_set = data()
 
-    model = Net()
+    model = Net().to(memory_format=torch.channels_last)  # the faster layout for training
     train(model, torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=1e-2), train_set, args.epochs)
     print(f"trained           accuracy {accuracy(model, test_set):.1%}", flush=True)
 
@@ -95,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     pruned = result.model
     print(f"pruned            accuracy {accuracy(pruned, test_set):.1%}, sparsity {percent(result.sparsity)}", flush=True)
 
-    optimizer = torch.optim.AdamW(pruned.parameters(), 1e-3, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(pruned.parameters(), 3e-3, weight_decay=1e-2)
     handle = result.plan.hold(optimizer)
     train(pruned, optimizer, train_set, args.tune_epochs)
     handle.remove()

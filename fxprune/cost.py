@@ -199,6 +199,7 @@ def predict(match: Match, mask: LayerMask | None, isa: str) -> Timing:
     """
     from fxprune.context import Timing
     from fxprune.sparsity import tile
+    from fxprune.sparsity.tile_plan import GRANULARITY
 
     threads = torch.get_num_threads()
     ours = device(isa if isa in DEVICES else "scalar", threads)
@@ -207,7 +208,7 @@ def predict(match: Match, mask: LayerMask | None, isa: str) -> Timing:
     x, y = ([_hint(s) for s in shape] for shape in (match.geometry.x, match.geometry.y))
     n, k = match.matrix_shape
     if match.kind == "linear":
-        layer = mask or tile.keep_all((n, k), tile.GRANULARITY)
+        layer = mask or tile.keep_all((n, k), GRANULARITY)
         rows = math.prod(x) // max(k, 1)
         sparse = _tile_cost(ours, layer, rows, 1, feature_dim=-1)
         dense = first = float(dense_linear_cost(torchs, rows=rows, in_features=k, out_features=n))
@@ -218,7 +219,7 @@ def predict(match: Match, mask: LayerMask | None, isa: str) -> Timing:
         sparse = depthwise_cost(ours, batch=x[0], channels=n, kept=kept, **window)
         conv: dict[str, Any] = {"in_channels": n, "out_channels": n, "groups": n, "kernel": match.geometry.kernel}
     else:
-        layer = mask or tile.keep_all((n, k), tile.GRANULARITY)
+        layer = mask or tile.keep_all((n, k), GRANULARITY)
         sparse = _tile_cost(ours, layer, x[0], math.prod(y[2:]), feature_dim=1)
         conv = {"in_channels": k, "out_channels": n}
     dense, first = (

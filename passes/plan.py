@@ -121,9 +121,23 @@ def _sources(node: Node, nodes: dict[Node, int]) -> list[Node]:
 def _refusal(match: Match, mask: LayerMask | None, ctx: Context) -> str | None:
     """Return why a match cannot run sparse at all, ``None`` when it can."""
     reason = ctx.extra.get("dense_reason") or ctx.kernels.supports(_OPERATOR[match.kind], match)
+    reason = reason or _layout_refusal(match)
     if reason is None and mask is not None and not _live(match, ctx):
         reason = "the weight is not a float32 constant of this graph"
     return reason
+
+
+def _layout_refusal(match: Match) -> str | None:
+    """Our results are contiguous; where eager's are not, code that addresses memory would read other elements."""
+    result = fake(match.node)
+    if result is None or result.is_contiguous() or not any(map(_addresses_memory, match.node.graph.nodes)):
+        return None
+    return "its result is channels-last and the graph addresses memory through view or as_strided"
+
+
+def _addresses_memory(node: Node) -> bool:
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return str(name).partition(".")[0] in ("view", "view_as", "as_strided")
 
 
 def _live(match: Match, ctx: Context) -> bool:

@@ -69,7 +69,7 @@ class Recipe:
     seed: int
 
 
-PATTERNS = ("dw", "pw", "dwsep", "inverted", "gated", "channels_last", "linear")
+PATTERNS = ("dw", "pw", "dwsep", "inverted", "gated", "channels_last", "channels_last", "linear")
 OTHERS = ("conv", "grouped", "multiplier", "bn", "act", "scale", "cat", "view", "shared", "tap", "pool")
 MISSES = ("extra_user", "mutation", "act_between", "permute_user", "double_use", "no_bias", "same_padding")
 ACTIVATIONS = ("relu", "relu_", "relu6", "hardtanh", "none", "hardtanh_")

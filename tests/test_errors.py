@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from fxprune.lowering.kernels import KernelTables
+from fxprune.lowering.lower import lower
 from torch import nn
 
 import fxprune
@@ -18,8 +20,6 @@ from fxprune import errors
 from fxprune.backend import hwprune
 from fxprune.capture import capture
 from fxprune.errors import FxPruneError, nearest
-from fxprune.lowering.kernels import KernelTables
-from fxprune.lowering.lower import lower
 from fxprune.sparsity import get
 from tests.oracle import FORCED
 from tests.toys import mlp, pruned, rows
@@ -78,7 +78,11 @@ CASES: dict[str, tuple[Callable[[], object], str, type[Exception]]] = {
         r"weight \(8, 3, 3, 3\) cannot be tiled by granularity 32: it has 3 inputs per channel.* Use pattern 'tile'\.",
         ValueError,
     ),
-    "PackedFormatError": (corrupted, r"index: got .*99.*, expected 0\.\.3 \(the packed weight is corrupt or not ours\)", ValueError),
+    "PackedFormatError": (
+        corrupted,
+        r"index: got .*99.*, expected 0\.\.3 \(the packed weight is corrupt or not ours\)",
+        ValueError,
+    ),
     "NothingToPrune": (
         lambda: fxprune.prune(nn.ReLU(), rows(), sparsity=0.5),
         r"no layer to prune: no depthwise, 1x1 or linear layer among .* Supported kinds: depthwise, pointwise, linear\.",
@@ -90,8 +94,16 @@ CASES: dict[str, tuple[Callable[[], object], str, type[Exception]]] = {
         RuntimeError,
     ),
     "NonFiniteWeight": (with_nan, r"weight '0' holds 1 non-finite values.*ignored_layers=\('0',\)", ValueError),
-    "NotLowered": (without_kernels, r"fxprune::tile_pack: no implementation supports it: none is registered\.", RuntimeError),
-    "RequireSparse": (dense_though_required, r"require_sparse=True, but 2 pruned layer\(s\) stay dense: 0 \(kept dense", RuntimeError),
+    "NotLowered": (
+        without_kernels,
+        r"fxprune::tile_pack: no implementation supports it: none is registered\.",
+        RuntimeError,
+    ),
+    "RequireSparse": (
+        dense_though_required,
+        r"require_sparse=True, but 2 pruned layer\(s\) stay dense: 0 \(kept dense",
+        RuntimeError,
+    ),
     "VerificationError": (
         lambda: fxprune.verify(mlp(), rows(), compiled=lambda x: x),
         r"verify: output 0: got torch.float32 \(4, 32\), expected torch.float32 \(4, 16\)\.",
@@ -137,11 +149,15 @@ def test_nearest(word: str, words: list[str], expected: str) -> None:
 
 
 def test_the_warning_of_a_missing_library_is_ours(root: Path) -> None:
-    code = (
-        "import warnings\nwith warnings.catch_warnings(record=True) as seen:\n    warnings.simplefilter('always')\n    import fxprune\n"
-        "from fxprune.errors import FxPruneWarning\nours = [w for w in seen if issubclass(w.category, FxPruneWarning)]\n"
-        "assert len(ours) == 1 and 'does not exist' in str(ours[0].message), seen"
-    )
+    code = """
+import warnings
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import fxprune
+from fxprune.errors import FxPruneWarning
+ours = [w for w in seen if issubclass(w.category, FxPruneWarning)]
+assert len(ours) == 1 and "does not exist" in str(ours[0].message), seen
+"""
     env = {**os.environ, "PYTHONPATH": str(root), "FXPRUNE_LIBRARY": str(root / "nowhere.so")}
     done = subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr

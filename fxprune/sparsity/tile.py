@@ -12,29 +12,26 @@ each tile then loses K rows of its own, so a tile is a dense block addressed thr
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from fxprune.errors import ConfigError, NonFiniteWeight, TileMismatch
-from fxprune.sparsity.pattern import (
-    Counts,
-    LayerMask,
-    Packed,
-    Tiling,
-    keep_largest,
-    require,
-    require_layout,
+from fxprune.sparsity.pattern import Counts, LayerMask, Packed, Tiling, keep_largest, require, require_layout
+from fxprune.sparsity.tile_plan import (
+    expand_rows,
+    full_tiling,
+    mismatch,
+    plan_layers,
+    real,
+    row_scores,
+    scale_of,
+    tile_view,
+    tile_widths,
 )
-from fxprune.sparsity.recalibrate import ceil_to, choose, floor_to
 
-GRANULARITY = 64  # output features per tile: four AVX-512 registers
+__all__ = ["Tile", "infer", "keep_all", "plan_layers"]
 _LIMIT = 2**31 - 1  # offsets and indices are int32
-_SLACK = 0.001  # of a plan's weights: how far rounding rows to a step may move the sparsity
 
 
 class Tile:
@@ -45,16 +42,13 @@ class Tile:
 
     def tiles(self, shape: Sequence[int], granularity: int | None = None) -> Tiling:
         """Cut (N, K) in tiles of ``granularity`` output features (64 by default), all of them kept."""
-        granularity = GRANULARITY if granularity is None else granularity
-        if len(shape) != 2 or granularity < 1:
-            raise _mismatch(shape, granularity, "a GEMM weight is (N, K) and a tile has at least 1 output feature")
-        return Tiling((shape[0], shape[1]), torch.arange(shape[0]), granularity)
+        return full_tiling(shape, granularity)
 
     def score(self, importance: Tensor, tiling: Tiling) -> list[Tensor]:
         """Return per tile the RMS over its kept output features of each K row, (K,)."""
         _check_shape(importance, tiling)
-        importance = _real(importance)
-        return list(row_scores(importance, tiling, _scale("weight", importance)))
+        importance = real(importance)
+        return list(row_scores(importance, tiling, scale_of("weight", importance)))
 
     def unit_size(self, tiling: Tiling, tile: int) -> int:
         """Return the width of the tile: a row spans its output features."""
@@ -70,11 +64,7 @@ class Tile:
 
     def mask(self, tiling: Tiling, selection: Sequence[Tensor]) -> Tensor:
         """Return bool (N, K): a weight is kept when its output feature and its row in that tile are."""
-        mask = torch.zeros(tiling.shape, dtype=torch.bool)
-        if selection:
-            rows = torch.stack(list(selection)).repeat_interleave(tiling.granularity, 0)
-            mask[tiling.columns] = rows[: len(tiling.columns)]
-        return mask
+        return expand_rows(tiling, selection)
 
     def pack(self, weight: Tensor, mask: Tensor, tiling: Tiling) -> Packed:
         """Pack ``weight`` (N, K) f32. Raises :class:`TileMismatch` when ``mask`` is not tile-wise in ``tiling``."""
@@ -83,9 +73,9 @@ class Tile:
         n, k = tiling.shape
         if weight.dtype != torch.float32:
             reason = f"its dtype is {weight.dtype} and the packed format holds float32"
-            raise _mismatch(weight.shape, tiling.granularity, reason, "Convert it with .float().")
+            raise mismatch(weight.shape, tiling.granularity, reason, "Convert it with .float().")
         if tiling.tiles * k > _LIMIT:
-            raise _mismatch(weight.shape, tiling.granularity, "its indices do not fit in 32 bits", "Leave it dense.")
+            raise mismatch(weight.shape, tiling.granularity, "its indices do not fit in 32 bits", "Leave it dense.")
         rows = _kept_rows(mask.bool(), tiling)
         kept = weight.detach()[tiling.columns]
         full = len(tiling.columns) // tiling.granularity
@@ -146,212 +136,6 @@ class Tile:
         require(len(packed.tensors["values"]) == nnz, "values length", len(packed.tensors["values"]), nnz)
 
 
-@dataclass(frozen=True)
-class _Layer:
-    importance: Tensor
-    scale: float
-    ratio: float
-    granularity: int
-    columns: bool
-
-    @property
-    def column_ratio(self) -> float:
-        """Half of the split: columns and rows lose the same share, together ``ratio``."""
-        return 1.0 - math.sqrt(1.0 - self.ratio) if self.columns else 0.0
-
-
-def plan_layers(
-    importances: Mapping[str, Tensor],
-    sparsity: Mapping[str, float],
-    *,
-    granularity: Mapping[str, int] | int = GRANULARITY,
-    columns: Mapping[str, bool] | bool = True,
-    scope: str = "layer",
-    ranking: str = "corrected",
-    step: int = 1,
-    column_step: int | None = None,
-) -> dict[str, LayerMask]:
-    """Choose kept output features and kept rows per tile (SC'20, "Pruning Algorithm").
-
-    importances: element scores >= 0, (N, K) by layer. sparsity: fraction of zeros by layer.
-    columns: True removes output features, then rows (2-D); False removes rows only, from fixed tiles (1-D).
-    scope: "layer" ranks each layer alone; "global" ranks all, towards the element-weighted mean sparsity.
-    ranking: "corrected" compares RMS scores over kept columns, counts elements and keeps at least one column
-    and one row per tile, so the sparsity asked for is met; "published" divides norms by the length and counts
-    vectors, as the authors' code does, which overshoots and may delete a whole layer.
-    step: rows per tile become multiples of it (HSR), nearest first, total unchanged. column_step: kept output
-    features become multiples of it, never fewer than one step; ``None`` is 1.
-
-    Raises :class:`ConfigError`, :class:`TileMismatch` and :class:`NonFiniteWeight`.
-    """
-    for option, given, legal in (
-        ("scope", scope, ("layer", "global")),
-        ("ranking", ranking, ("corrected", "published")),
-    ):
-        if given not in legal:
-            raise ConfigError(name=option, given=given, expected=f"one of {', '.join(legal)}")
-    for option, value in (("step", step), ("column_step", column_step or 1)):
-        if value < 1:
-            raise ConfigError(name=option, given=value, expected="an integer >= 1")
-    layers = {}
-    for name, importance in importances.items():
-        ratio = sparsity.get(name, -1.0)
-        if not 0.0 <= ratio < 1.0:
-            raise ConfigError(name=f"sparsity[{name!r}]", given=sparsity.get(name), expected="0 <= sparsity < 1")
-        width = granularity if isinstance(granularity, int) else granularity[name]
-        Tile().tiles(tuple(importance.shape), width)
-        if not importance.numel():
-            raise _mismatch(importance.shape, width, "it has no elements", "Exclude it with ignored_layers.")
-        two_dimensional = columns if isinstance(columns, bool) else columns[name]
-        importance = _real(importance)
-        layers[name] = _Layer(importance, _scale(name, importance), ratio, width, two_dimensional)
-    groups = [list(layers)] if scope == "global" and layers else [[name] for name in layers]
-    plan: dict[str, LayerMask] = {}
-    for names in groups:
-        chosen = [layers[name] for name in names]
-        tilings = _plan_columns(chosen, ranking, column_step or 1)
-        plan.update(zip(names, _plan_rows(chosen, tilings, ranking, step), strict=True))
-    return plan
-
-
-def _plan_columns(layers: Sequence[_Layer], ranking: str, step: int) -> list[Tiling]:
-    """Rank the output features of all layers given together and round each layer's number to ``step``."""
-    tilings = [Tile().tiles(tuple(layer.importance.shape), layer.granularity) for layer in layers]
-    pruned = [i for i, layer in enumerate(layers) if layer.columns]
-    if not pruned:
-        return tilings
-    norms = {i: (layers[i].importance / layers[i].scale).square_().sum(1).sqrt_() * layers[i].scale for i in pruned}
-    corrected = ranking == "corrected"
-    scores, weights, budget = [], [], 0.0
-    for i, norm in norms.items():
-        n, k = tilings[i].shape
-        scores.append(_guarded(norm / math.sqrt(k))[None] if corrected else norm[None] / k)
-        weights.append(torch.full((n,), k if corrected else 1))
-        budget += (1.0 - layers[i].column_ratio) * n * (k if corrected else 1)
-    kept = _keep_best([s.flatten() for s in scores], weights, budget)
-    for i, keep in zip(pruned, kept, strict=True):
-        n = tilings[i].shape[0]
-        count = int(keep.sum())
-        if count:
-            low, high = floor_to(count, n, step), ceil_to(count, n, step)
-            count = high if high - count <= count - low else low
-        (best,) = keep_largest([norms[i]], [count])
-        tilings[i] = Tiling(tilings[i].shape, best.nonzero().flatten(), layers[i].granularity)
-    return tilings
-
-
-def _plan_rows(layers: Sequence[_Layer], tilings: Sequence[Tiling], ranking: str, step: int) -> list[LayerMask]:
-    """Rank the rows of all tiles of all layers given together and round each tile's count to ``step``."""
-    corrected = ranking == "corrected"
-    scores, weights, budget = [], [], 0.0
-    for layer, tiling in zip(layers, tilings, strict=True):
-        k = tiling.shape[1]
-        widths = tile_widths(len(tiling.columns), tiling.granularity)
-        if corrected:
-            score = row_scores(layer.importance, tiling, layer.scale)
-            scores.append(score)
-            weights.append(widths.repeat_interleave(k))
-            budget += (1.0 - layer.ratio) * tiling.shape[0] * k
-        else:
-            scores.append(_published_row_scores(layer.importance, tiling, layer.scale))
-            weights.append(torch.ones(tiling.tiles * k, dtype=torch.int64))
-            budget += (1.0 - (layer.column_ratio or layer.ratio)) * max(tiling.tiles, 1) * k
-    guarded = [(_guarded(s) if corrected else s).flatten() for s in scores]
-    kept = _keep_best(guarded, weights, budget)
-    counts = [keep.reshape(score.shape).sum(1).tolist() for keep, score in zip(kept, scores, strict=True)]
-    if step > 1:
-        counts = _round_rows(tilings, counts, step, budget if corrected else None)
-    plan = []
-    for tiling, score, count in zip(tilings, scores, counts, strict=True):
-        mask = Tile().mask(tiling, keep_largest(list(score), count))
-        plan.append(LayerMask(tiling, mask, tuple(count)))
-    return plan
-
-
-def _round_rows(tilings: Sequence[Tiling], counts: Sequence[list[int]], step: int, budget: float | None) -> list[list[int]]:
-    """Round every tile's rows to ``step``, towards ``budget`` kept elements; an empty tile stays empty."""
-    lows, highs, down, up, kept = [], [], [], [], 0
-    for tiling, layer_counts in zip(tilings, counts, strict=True):
-        widths = tile_widths(len(tiling.columns), tiling.granularity).tolist()
-        for count, width in zip(layer_counts, widths, strict=True):
-            lows.append(floor_to(count, tiling.shape[1], step) if count else 0)
-            highs.append(ceil_to(count, tiling.shape[1], step) if count else 0)
-            down.append((lows[-1] - count) * width)
-            up.append((highs[-1] - count) * width)
-            kept += count * width
-    excess = 0.0 if budget is None else kept - budget
-    total = sum(math.prod(tiling.shape) for tiling in tilings)
-    goes_up = choose(down, up, excess, _SLACK * total)
-    rounded = iter([high if taken else low for low, high, taken in zip(lows, highs, goes_up, strict=True)])
-    return [[next(rounded) for _ in layer_counts] for layer_counts in counts]
-
-
-def row_scores(importance: Tensor, tiling: Tiling, scale: float) -> Tensor:
-    """Return (tiles, K): the RMS of each row over the kept output features of its tile."""
-    scaled = importance[tiling.columns].mul_(1.0 / scale)
-    squares = tile_view(scaled.square_(), tiling.granularity).sum(1)
-    widths = tile_widths(len(tiling.columns), tiling.granularity)[:, None]
-    return (squares / widths).sqrt_().mul_(scale)
-
-
-def _published_row_scores(importance: Tensor, tiling: Tiling, scale: float) -> Tensor:
-    """Return (tiles, K): norm over the tile's whole span, pruned columns included, divided by its width."""
-    squares = importance.new_zeros(tiling.tiles, tiling.shape[1])
-    if not tiling.tiles:
-        return squares
-    last = tiling.columns[tiling.granularity - 1 :: tiling.granularity].contiguous()
-    owner = torch.searchsorted(last, torch.arange(tiling.shape[0])).clamp_(max=tiling.tiles - 1)
-    squares.index_add_(0, owner, (importance * (1.0 / scale)).square_())
-    return squares.sqrt_().mul_(scale) / torch.bincount(owner, minlength=tiling.tiles)[:, None]
-
-
-def tile_view(matrix: Tensor, granularity: int) -> Tensor:
-    """View (N', K) as (tiles, granularity, K); the last tile is padded with zeros."""
-    tiles = -(-len(matrix) // granularity)
-    return pad(matrix, (0, 0, 0, tiles * granularity - len(matrix))).reshape(tiles, granularity, matrix.shape[1])
-
-
-def tile_widths(columns: int, granularity: int) -> Tensor:
-    """Return int64 (tiles,): output features per tile."""
-    starts = torch.arange(0, columns, granularity)
-    return (columns - starts).clamp_(max=granularity)
-
-
-def _keep_best(scores: Sequence[Tensor], weights: Sequence[Tensor], budget: float) -> list[Tensor]:
-    """Return bools: the best vectors of all layers whose weights add up to ``budget``, to the nearest vector.
-
-    Ties go to the earlier layer and the lower index; an infinite score is always kept.
-    """
-    flat = torch.cat(list(scores))
-    order = flat.argsort(descending=True, stable=True)
-    weight = torch.cat(list(weights)).double()[order]
-    chosen = torch.zeros(len(flat), dtype=torch.bool)
-    chosen[order] = weight.cumsum(0) - weight / 2 <= budget
-    chosen |= flat == torch.inf
-    return list(chosen.split([len(s) for s in scores]))
-
-
-def _guarded(scores: Tensor) -> Tensor:
-    """Make the best score of each row of ``scores`` infinite, so that something of it stays."""
-    best = scores.argmax(-1, keepdim=True)
-    return scores.scatter(-1, best, torch.inf)
-
-
-def _real(importance: Tensor) -> Tensor:
-    importance = importance.detach()
-    return importance if importance.dtype == torch.float64 else importance.float()
-
-
-def _scale(name: str, importance: Tensor) -> float:
-    """Return a power of two near the largest score: scores divided by it have squares that are in range."""
-    if not importance.numel():
-        return 1.0
-    low, high = (float(v) for v in importance.aminmax())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise NonFiniteWeight(name=name, count=int((~torch.isfinite(importance)).sum()))
-    return 2.0 ** max(min(math.frexp(max(-low, high))[1], 120), -120)
-
-
 def infer(weight: Tensor, granularity: int, drop_columns: bool) -> LayerMask:
     """Find a tiling in the zeros of ``weight`` (N, K), for weights without a plan.
 
@@ -384,7 +168,7 @@ def _kept_rows(mask: Tensor, tiling: Tiling) -> Tensor:
         reason = "the mask keeps weights outside the kept output features"
     else:
         return members > 0
-    raise _mismatch(mask.shape, tiling.granularity, reason, "Build mask and tiling together, or use infer().")
+    raise mismatch(mask.shape, tiling.granularity, reason, "Build mask and tiling together, or use infer().")
 
 
 def _check_sorted(what: str, values: Tensor, limit: int) -> None:
@@ -398,8 +182,4 @@ def _check_sorted(what: str, values: Tensor, limit: int) -> None:
 def _check_shape(tensor: Tensor, tiling: Tiling) -> None:
     if tuple(tensor.shape) != tuple(tiling.shape):
         reason = f"the tiling is of shape {tiling.shape}"
-        raise _mismatch(tensor.shape, tiling.granularity, reason, "Build the tiling anew.")
-
-
-def _mismatch(shape: Sequence[int], granularity: int, reason: str, remedy: str = "The default is 64.") -> TileMismatch:
-    return TileMismatch(shape=tuple(shape), granularity=granularity, reason=reason, remedy=remedy)
+        raise mismatch(tensor.shape, tiling.granularity, reason, "Build the tiling anew.")

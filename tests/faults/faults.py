@@ -6,26 +6,34 @@ call: what the rewritten graph passes to the operator is changed, which is what 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
+from fxprune.lowering import measure
+from fxprune.lowering.kernels import KernelTables
 from torch import Tensor, nn
 
-from fxprune import backend, capture, compiled, plan, planner, prune, symbols, verify
+from fxprune import backend, capture, compiled, plan, planner
 from fxprune.context import Context
-from fxprune.lowering import codegen, measure
-from fxprune.lowering.kernels import KernelTables
 from fxprune.match import Match
-from fxprune.passes import fold_batchnorm, fuse_epilogue, fuse_gate, fuse_transpose, match_depthwise, normalize, rewrite_depthwise, rewrite_gemm
-from fxprune.passes import plan as planning
-from fxprune.sparsity import dcp, pattern, tile
+from fxprune.sparsity import dcp, tile
 from tests.faults import killers as kill
 
-__all__ = ["FAULTS", "Fault"]
-assert codegen and symbols
+
+def module(name: str) -> Any:
+    """Return a module where the package has a function of the same name."""
+    return importlib.import_module(f"fxprune.{name}")
+
+
+prune, verify, planning = module("prune"), module("verify"), module("passes.plan")
+fold_batchnorm, normalize, match_depthwise = (
+    module(f"passes.{n}") for n in ("fold_batchnorm", "normalize", "match_depthwise")
+)
+fuse_epilogue, fuse_gate, fuse_transpose = (module(f"passes.fuse_{n}") for n in ("epilogue", "gate", "transpose"))
+rewrite_depthwise, rewrite_gemm = module("passes.rewrite_depthwise"), module("passes.rewrite_gemm")
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,9 @@ FAULTS: tuple[Fault, ...] = (
     Fault("stride of a 1x1 ignored", rewrite_gemm, "_strided", lambda real: lambda match: match.x, kill.pointwise),
     Fault("wrong feature dimension", rewrite_gemm, "call", operand("tile_gemm", 10, lambda dim: -dim), kill.linear),
     Fault("batchnorm folded with another eps", fold_batchnorm, "argument", wider_eps, kill.mobile),
-    Fault("wrong activation fused", fuse_epilogue, "activation_name", lambda real: lambda n: real(n) and "relu", kill.mobile),
+    Fault(
+        "wrong activation fused", fuse_epilogue, "activation_name", lambda real: lambda n: real(n) and "relu", kill.mobile
+    ),
     Fault("extra user ignored by the epilogue", fuse_epilogue, "sole_user", lambda real: first_user, kill.epilogue_twins),
     Fault("mutation ignored by the epilogue", fuse_epilogue, "mutation_between", constant(False), kill.epilogue_twins),
     Fault("broadcast residual taken", fuse_epilogue, "same_shape", constant(True), kill.epilogue_twins),
@@ -181,7 +191,13 @@ FAULTS: tuple[Fault, ...] = (
     Fault("any factor is a gate", fuse_gate, "_per_channel", constant(True), kill.gate_twins),
     Fault("permute cancelled when not inverse", fuse_transpose, "_is_permute", any_permute, kill.transpose_twins),
     Fault("visible mutation made functional", normalize, "_private", constant(True), kill.normalize_twins),
-    Fault("groups misread", match_depthwise, "argument", lambda real: lambda n, k: 1 if k == "groups" else real(n, k), kill.depthwise),
+    Fault(
+        "groups misread",
+        match_depthwise,
+        "argument",
+        lambda real: lambda n, k: 1 if k == "groups" else real(n, k),
+        kill.depthwise,
+    ),
     Fault("stale pack after an update", compiled.Variant, "_now", constant([]), kill.updated),
     Fault("other weights served from the pack", compiled.Variant, "fits", constant(True), kill.assigned),
     Fault("a new support is packed away", rewrite_gemm, "exact", lambda real: lambda build, *rest: build, kill.grown),
@@ -192,14 +208,14 @@ FAULTS: tuple[Fault, ...] = (
     Fault("found zeros become a mask in training", planning, "_mask", inferred, kill.found_zeros),
     Fault("moments of pruned weights kept", plan, "project_zeros", only_weights, kill.held),
     Fault("weights not held", plan, "project_zeros", constant(None), kill.held),
-    Fault("smallest kept", tile, "keep_largest", keep_smallest, kill.importance_tile),
+    Fault("smallest kept", dcp, "keep_largest", keep_smallest, kill.importance),
     Fault("ties to the higher index", dcp, "keep_largest", last_ties, kill.ties),
     Fault("target rounded down", planner, "targets", weaker, kill.achieved),
     Fault("ignored layers pruned", planner, "_hits", constant(False), kill.ignored),
     Fault("tied weight pruned", prune, "_shared", constant(False), kill.tied),
     Fault("the user's model pruned", prune.copy, "deepcopy", lambda real: lambda model: model, kill.copied),
     Fault("training flags lost", capture, "evaluating", evaluating, kill.flags),
-    Fault("index unchecked", pattern.PackedFormatError, "__init__", lambda real: real, kill.never),
+    Fault("index unchecked", tile.Tile, "check", constant(None), kill.corrupted),
     Fault("a loser runs sparse", planning, "_decision", always_chosen, kill.losers),
     Fault("regions split", planning, "_regions", alone, kill.regions),
     Fault("time keyed without the shape", measure.Measure, "_key", constant("k"), kill.shapes_timed),

@@ -152,3 +152,33 @@ def split() -> nn.Module:
             return self.a(x + 1), self.b(x - 1)
 
     return zero_some(integer_model(Branches()))
+
+
+ADDRESSED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "view": lambda y: y.permute(0, 2, 3, 1).view(2, -1) * 1,
+    "as_strided": lambda y: y.as_strided((2, 16, 6, 6), (576, 1, 96, 16)) + 0,
+    "torch.as_strided": lambda y: torch.as_strided(y, (2, 16, 6, 6), (576, 1, 96, 16)) + 0,
+}
+
+
+class Addressed(nn.Module):
+    def __init__(self, body: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.conv, self.body = nn.Conv2d(8, 16, 1), body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(self.conv(x))
+
+
+@pytest.mark.parametrize("name", ADDRESSED)
+def test_memory_of_a_channels_last_result_is_not_addressed_in_another_layout(name: str) -> None:
+    model = zero_some(integer_model(Addressed(ADDRESSED[name])))
+    x = X.contiguous(memory_format=torch.channels_last)
+    run = check(model, x)
+    assert not run.changed and "channels-last" in run.context.decisions[0].reason
+
+
+def test_channels_last_without_addressing_runs_sparse() -> None:
+    model = zero_some(integer_model(Addressed(lambda y: y.permute(0, 2, 3, 1).flatten(1))))
+    assert check(model, X.contiguous(memory_format=torch.channels_last)).ops["tile_gemm"] == 1
+    assert check(zero_some(integer_model(Addressed(lambda y: y.view(2, -1)))), X).ops["tile_gemm"] == 1

@@ -132,11 +132,10 @@ struct Depthwise {
     return {{&row_block<I + 1, Rows, Stride, Inside>...}};
   }
 
-  static void flat(const Plane& p) {
+  static void flat(const Plane& p, int64_t begin, int64_t end) {
     static constexpr auto kKernels = flat_table(std::make_integer_sequence<int, kFlatVecs>());
-    const int64_t vecs = (p.args->out_h * p.args->out_w + kW - 1) / kW;
-    const int64_t blocks = (vecs + kFlatVecs - 1) / kFlatVecs;
-    int64_t first = 0;
+    const int64_t vecs = end - begin, blocks = (vecs + kFlatVecs - 1) / kFlatVecs;
+    int64_t first = begin;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t here = vecs / blocks + (b < vecs % blocks);
       kKernels[here - 1](p, first);
@@ -145,19 +144,19 @@ struct Depthwise {
   }
 
   template <int Stride>
-  static void rows(const Plane& p) {
+  static void rows(const Plane& p, int64_t begin, int64_t end) {
     using Vecs = std::make_integer_sequence<int, kRowVecs>;
     static constexpr auto kSingle = row_table<1, Stride, false>(Vecs());
     static constexpr auto kEdge = row_table<kRows, Stride, false>(Vecs());
     static constexpr auto kInside = row_table<kRows, Stride, true>(Vecs());
     const DepthwiseTaps& a = *p.args;
     const int64_t vecs = (a.out_w + kW - 1) / kW, blocks = (vecs + kRowVecs - 1) / kRowVecs;
-    const int64_t step = a.out_h < kRows ? 1 : kRows,
+    const int64_t step = end - begin < kRows ? 1 : kRows,
                   reach = (a.kernel_h - 1) * a.dilation_h + (step - 1) * a.stride_h;
-    for (int64_t start = 0; start < a.out_h; start += step) {
+    for (int64_t start = begin; start < end; start += step) {
       // The last block of rows is moved up to be whole; rows it shares with its neighbour are
       // computed twice, alike.
-      const int64_t oy = std::min(start, a.out_h - step), top = oy * a.stride_h - a.pad_h;
+      const int64_t oy = std::min(start, end - step), top = oy * a.stride_h - a.pad_h;
       const auto& kernel = step == 1                            ? kSingle
                            : top >= 0 && top + reach < a.height ? kInside
                                                                 : kEdge;
@@ -194,16 +193,20 @@ struct Depthwise {
   }
 };
 
-// Planes [begin, end) of batch * channels. `taps`: room for one channel's taps.
+// `taps`: room for one channel's taps. A plane without a vector kernel is not cut: its band is all
+// its rows.
 template <class V>
-void depthwise_taps(const DepthwiseTaps& a, int64_t begin, int64_t end, Tap* taps) {
+void depthwise_taps(const DepthwiseTaps& a, const PlaneSpan& span, Tap* taps) {
   using D = Depthwise<V>;
-  for (int64_t i = begin; i < end; ++i) {
+  const int64_t size = a.out_h * a.out_w, begin = span.band_begin, end = span.band_end;
+  const int64_t line = a.flat(V::kWidth) ? V::kWidth : a.out_w;  // floats a band counts in
+  const int64_t written = begin * line, count = std::min(end * line, size) - written;
+  for (int64_t i = span.begin; i < span.end; ++i) {
     const int64_t c = i % a.channels;
     typename D::Plane p;
     p.args = &a;
     p.x = a.x + i * a.height * a.width;
-    p.out = a.out + i * a.out_h * a.out_w;
+    p.out = a.out + i * size;
     p.taps = taps;
     p.bias = a.bias ? a.bias[c] : 0.0f;
     p.clamp = clamp_of(a.activation);
@@ -211,13 +214,13 @@ void depthwise_taps(const DepthwiseTaps& a, int64_t begin, int64_t end, Tap* tap
     if (!a.vectorised()) {
       D::plain(a, p, c);
     } else if (a.flat(V::kWidth)) {
-      D::flat(p);
+      D::flat(p, begin, end);
     } else if (a.stride_w == 1) {
-      D::template rows<1>(p);
+      D::template rows<1>(p, begin, end);
     } else {
-      D::template rows<2>(p);
+      D::template rows<2>(p, begin, end);
     }
-    if (!is_clamp(a.activation)) activate<V>(a.activation, p.out, a.out_h * a.out_w);
+    if (!is_clamp(a.activation)) activate<V>(a.activation, p.out + written, count);
   }
 }
 

@@ -51,6 +51,17 @@ struct DepthwiseTaps {
   }
 };
 
+// One unit of work: planes [begin, end) of batch * channels, and of each the band [band_begin,
+// band_end): vectors of a flat plane, output rows of any other.
+struct PlaneSpan {
+  int64_t begin, end, band_begin, band_end;
+};
+
+// What a plane can be cut in: see PlaneSpan.
+inline int64_t band_length(const DepthwiseTaps& a, int64_t vector_width) {
+  return a.flat(vector_width) ? (a.out_h * a.out_w + vector_width - 1) / vector_width : a.out_h;
+}
+
 // Length of the mask table, for vectors of `vector_width`: flat planes have one mask per tap and
 // vector, rows one per column of the window and vector. A mask holds one bit per input lane that a
 // vector's load touches.
