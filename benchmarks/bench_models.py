@@ -26,9 +26,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-# never map large blocks, never trim: freed memory is reused; and a waiting thread gives its core back after about
-# half a millisecond, so that a busy neighbour does not stall an engine for whole scheduler slices
-ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+# never map large blocks, never trim: freed memory is reused
+ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 BURST_MS = 60.0
 
 

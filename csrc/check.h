@@ -98,6 +98,34 @@ inline Activation check_activation(const Text& name) {
   STD_TORCH_CHECK(false, "unknown activation '", name.value, "'; legal: ", legal);
 }
 
+// Checks a packed depthwise weight against the geometry in `a`, and completes that: tap words,
+// output size and the pointer to the tap masks. Returns their owner.
+inline Tensor check_taps(const Tensor& weight, const Tensor& taps_in, DepthwiseTaps* a) {
+  a->tap_words = (a->kernel() + 63) / 64;
+  check_shape(weight, "weight", {a->channels, a->kernel()});
+  check_tensor(taps_in, "taps", element_types().int64, "int64");
+  check_shape(taps_in, "taps", {a->channels, a->tap_words});
+  const int64_t window_h = a->dilation_h * (a->kernel_h - 1) + 1,
+                window_w = a->dilation_w * (a->kernel_w - 1) + 1;
+  const int64_t reach_h = a->height + 2 * a->pad_h - window_h,
+                reach_w = a->width + 2 * a->pad_w - window_w;
+  STD_TORCH_CHECK(reach_h >= 0 && reach_w >= 0, "x of height and width (", a->height, ", ",
+                  a->width, ") is smaller than the dilated window (", window_h, ", ", window_w,
+                  ") with padding (", a->pad_h, ", ", a->pad_w, ")");
+  a->out_h = reach_h / a->stride_h + 1;
+  a->out_w = reach_w / a->stride_w + 1;
+  const Tensor taps = taps_in.is_contiguous() ? taps_in : torch::stable::contiguous(taps_in);
+  a->taps = reinterpret_cast<const uint64_t*>(data<int64_t>(taps));
+  if (const int64_t used = a->kernel() % 64; used != 0) {
+    for (int64_t c = 0; c < a->channels; ++c) {
+      const uint64_t last = a->taps[c * a->tap_words + a->tap_words - 1];
+      STD_TORCH_CHECK(last >> used == 0, "taps of channel ", c, " set a bit past tap ",
+                      a->kernel() - 1);
+    }
+  }
+  return taps;
+}
+
 // The index lists of a tile-packed weight, contiguous and checked.
 struct TileStructure {
   Tensor index, tile_ptr, columns;

@@ -7,6 +7,7 @@
 #include "fxprune/kernels.h"
 #include "fxprune/tile_pack.h"
 #include "parallel.h"
+#include "run.h"
 
 namespace fxprune {
 namespace {
@@ -46,29 +47,9 @@ Tensor depthwise_taps_cpu(const Tensor& x_in, const Tensor& weight_in, const Ten
   a.stride_h = stride[0], a.stride_w = stride[1];
   a.pad_h = padding[0], a.pad_w = padding[1];
   a.dilation_h = dilation[0], a.dilation_w = dilation[1];
-  a.tap_words = (a.kernel() + 63) / 64;
-  check_shape(weight_in, "weight", {a.channels, a.kernel()});
-  check_tensor(taps_in, "taps", element_types().int64, "int64");
-  check_shape(taps_in, "taps", {a.channels, a.tap_words});
+  const Tensor taps = check_taps(weight_in, taps_in, &a);
   const OptionalTensor bias = float_input(bias_in, "bias", {a.channels});
-  const int64_t reach_h = a.height + 2 * a.pad_h - a.dilation_h * (a.kernel_h - 1) - 1;
-  const int64_t reach_w = a.width + 2 * a.pad_w - a.dilation_w * (a.kernel_w - 1) - 1;
-  STD_TORCH_CHECK(reach_h >= 0 && reach_w >= 0, "x of shape ", shape_of(x_in),
-                  " is smaller than the dilated window (", a.dilation_h * (a.kernel_h - 1) + 1,
-                  ", ", a.dilation_w * (a.kernel_w - 1) + 1, ") with padding (", a.pad_h, ", ",
-                  a.pad_w, ")");
-  a.out_h = reach_h / a.stride_h + 1;
-  a.out_w = reach_w / a.stride_w + 1;
   const Tensor x = float_input(x_in, "x"), weight = float_input(weight_in, "weight");
-  const Tensor taps = taps_in.is_contiguous() ? taps_in : torch::stable::contiguous(taps_in);
-  a.taps = reinterpret_cast<const uint64_t*>(data<int64_t>(taps));
-  if (const int64_t used = a.kernel() % 64; used != 0) {
-    for (int64_t c = 0; c < a.channels; ++c) {
-      const uint64_t last = a.taps[c * a.tap_words + a.tap_words - 1];
-      STD_TORCH_CHECK(last >> used == 0, "taps of channel ", c, " set a bit past tap ",
-                      a.kernel() - 1);
-    }
-  }
   Tensor out = empty_output(x, {a.batch, a.channels, a.out_h, a.out_w});
   const int64_t planes = a.batch * a.channels;
   if (planes == 0) return out;
@@ -77,70 +58,12 @@ Tensor depthwise_taps_cpu(const Tensor& x_in, const Tensor& weight_in, const Ten
   a.bias = data_or_null(bias);
   a.out = static_cast<float*>(out.mutable_data_ptr());
 
-  const Kernels& k = kernels();
-  std::vector<uint32_t> masks;
-  std::vector<TapSite> sites;
-  std::vector<float> zeros;
-  if (a.vectorised()) {
-    masks.resize(depthwise_mask_count(a, k.width));
-    sites.resize(a.kernel());
-    zeros.resize(a.width);
-    depthwise_sites(a, k.width, sites.data(), masks.data());
-  }
-  a.sites = sites.data();
-  a.zeros = zeros.data();
-  // Few images of large planes are cut in bands, one a thread, as the pointwise GEMMs around cut
-  // their pixels: each core then reads what it wrote. Small planes, or enough images, are cut by
-  // plane.
-  constexpr int64_t kLargePlane = 24 * 24;
-  const bool banded = a.vectorised() && a.batch < threads() && a.out_h * a.out_w >= kLargePlane;
-  const int64_t length = band_length(a, k.width), bands = banded ? std::min(threads(), length) : 1;
-  // Eight units a thread: enough to even out a busy core, few enough to keep planes together.
-  const int64_t chunks = std::min(planes, (threads() * 8 + bands - 1) / bands);
-  for_each_unit(bands * chunks, threads(), [&](int64_t unit) {
-    static thread_local std::vector<Tap> list;
-    if (static_cast<int64_t>(list.size()) < a.kernel()) list.resize(a.kernel());
-    const int64_t band = unit / chunks, chunk = unit % chunks;
-    const PlaneSpan span = {planes * chunk / chunks, planes * (chunk + 1) / chunks,
-                            length * band / bands, length * (band + 1) / bands};
-    k.depthwise_taps(a, span, list.data());
-  });
+  const DepthwiseTables tables(&a);
+  run_depthwise(a, threads());
   return out;
 }
 
 // ---- tile_gemm ----
-
-// Feature-major: pixels are cut first. Where an image has too few of them, tiles are cut as well,
-// and then a unit takes every pixel of its image, so that its weights are read once.
-TileGrid feature_major_grid(const TileGemm& a, const Kernels& k) {
-  const int64_t vecs = (a.m + k.width - 1) / k.width, pool = threads();
-  TileGrid g{a.batch, vecs, vecs, 1, 1};
-  if (pool == 1) return g;
-  const int64_t blocks = (vecs + k.tile_vecs - 1) / k.tile_vecs;
-  if (a.batch * blocks >= 8 * pool) {
-    const int64_t each = std::max<int64_t>(1, a.batch * blocks / (8 * pool));
-    g.step = std::min(vecs, each * k.tile_vecs);
-    g.length_parts = (vecs + g.step - 1) / g.step;
-  } else {
-    g.tile_parts =
-        std::clamp<int64_t>((4 * pool + a.batch - 1) / a.batch, 1, std::max<int64_t>(a.tiles, 1));
-  }
-  return g;
-}
-
-// Row-major: a panel of rows should stay in L2 while every tile passes over it, but each panel
-// reads all weights anew, so it takes most of that cache. Few rows: tiles are cut.
-TileGrid row_major_grid(const TileGemm& a) {
-  constexpr int64_t kPanel = 384 * 1024;  // floats
-  const int64_t pool = threads();
-  TileGrid g{1, a.m, std::clamp<int64_t>(kPanel / std::max<int64_t>(a.k, 1), 24, 384), 1, 1};
-  g.length_parts = (a.m + g.step - 1) / g.step;
-  g.step = (a.m + g.length_parts - 1) / g.length_parts;
-  if (pool > 1 && g.length_parts < 4 * pool) {
-    g.tile_parts = std::clamp<int64_t>(4 * pool / g.length_parts, 1, std::max<int64_t>(a.tiles, 1));
-  }
-  return g;
-}
 
 Tensor tile_gemm_cpu(const Tensor& x_in, const Tensor& values_in, const Tensor& index,
                      const Tensor& tile_ptr, const Tensor& columns, const OptionalTensor& bias_in,
@@ -188,12 +111,7 @@ Tensor tile_gemm_cpu(const Tensor& x_in, const Tensor& values_in, const Tensor& 
   a.gate = data_or_null(gate);
   a.out = static_cast<float*>(out.mutable_data_ptr());
 
-  const Kernels& k = kernels();
-  const TileGrid grid = feature_major ? feature_major_grid(a, k) : row_major_grid(a);
-  const auto kernel = feature_major ? k.tile_gemm_feature_major : k.tile_gemm_row_major;
-  for_each_unit(grid.units(), threads(), [&](int64_t unit) {
-    kernel(a, tile_unit(a, grid, unit), a.gate ? scratch(structure.values) : nullptr);
-  });
+  run_tile_gemm(a, feature_major, structure.values, threads());
   return out;
 }
 
@@ -275,6 +193,7 @@ STABLE_TORCH_LIBRARY(fxprune, m) {
       "tile_unpack(Tensor values, Tensor index, Tensor tile_ptr, Tensor columns, int granularity, "
       "int out_features, "
       "int in_features) -> Tensor");
+  m.def("region(Tensor[] x, Tensor[] packed, int[] program, int[] outputs) -> Tensor[]");
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");
 #ifdef FXPRUNE_SANITIZE

@@ -21,9 +21,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
-# a waiting thread gives its core back after about half a millisecond: without this, one other busy program on a
-# two-core machine stalls every engine
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import torch

@@ -17,9 +17,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# a waiting thread gives its core back after about half a millisecond, which matters when other programs run
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits

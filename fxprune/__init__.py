@@ -11,12 +11,15 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and str(_root) not in __path__:
     __path__.append(str(_root))
 
+from fxprune.lowering.registration import register as _register_operators  # noqa: E402
+
+_register_operators()  # before the modules that name torch.ops.fxprune
+
 from fxprune.backend import hwprune, register  # noqa: E402
 from fxprune.benchmark import benchmark  # noqa: E402
 from fxprune.compiled import refresh  # noqa: E402
 from fxprune.config import Config  # noqa: E402
 from fxprune.explain import explain  # noqa: E402
-from fxprune.lowering.registration import register as _register_operators  # noqa: E402
 from fxprune.prune import PruneResult, prune  # noqa: E402
 from fxprune.verify import verify  # noqa: E402
 
@@ -32,5 +35,3 @@ __all__ = [
     "register",
     "verify",
 ]
-
-_register_operators()

@@ -26,6 +26,7 @@ from fxprune.lowering import codegen
 from fxprune.lowering.kernels import KernelTables
 from fxprune.lowering.lower import lower
 from fxprune.lowering.measure import Measure
+from fxprune.lowering.region import form_regions
 from fxprune.passes import FORWARD
 from fxprune.plan import lookup
 from fxprune.symbols import Symbols
@@ -76,6 +77,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         _report(ctx, time.perf_counter() - start)
         if not changed:
             return Built(codegen.stock(GraphModule(gm, copy.deepcopy(gm.graph)), inputs, config))
+        ctx.counts["form_regions"] = form_regions(clone, ctx)
         packs = ctx.weights.appended()
         clone.recompile()
         if config.verify:

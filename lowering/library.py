@@ -29,6 +29,7 @@ SCHEMAS = (
     'int out_features, int granularity, int feature_dim, str activation="none") -> Tensor',
     f"tile_pack(Tensor weight, {_TILES}, int granularity, int nnz) -> Tensor",
     f"tile_unpack(Tensor values, {_TILES}, int granularity, int out_features, int in_features) -> Tensor",
+    "region(Tensor[] x, Tensor[] packed, int[] program, int[] outputs) -> Tensor[]",
     "isa() -> str",
     "set_isa(str name) -> ()",
 )

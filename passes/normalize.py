@@ -103,6 +103,21 @@ def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = 
     return (None, (input,)) if training is False or p == 0 else None
 
 
+def _mean(input: Any, dim: Any, keepdim: bool = False) -> Call:
+    return aten.mean.dim, (input, [dim] if isinstance(dim, int) else list(dim), keepdim)
+
+
+def _global_average_pool(input: Any, output_size: Any) -> Call | None:
+    """Pooling to one pixel is a mean over the pixels."""
+    one = output_size == 1 or (isinstance(output_size, (tuple, list)) and list(output_size) == [1, 1])
+    images = fake(input) is not None and fake(input).dim() == 4
+    return (aten.mean.dim, (input, [2, 3], True)) if one and images else None
+
+
+def _flatten(input: Any, start_dim: int = 0, end_dim: int = -1) -> Call:
+    return aten.flatten.using_ints, (input, start_dim, end_dim)
+
+
 def _linear(input: Any, weight: Any, bias: Any = None) -> Call:
     return aten.linear.default, (input, weight, bias)
 
@@ -151,6 +166,12 @@ RULES: dict[Any, Rule] = {
     torch.permute: _permute,
     "permute": _permute,
     F.layer_norm: _layer_norm,
+    torch.mean: _mean,
+    "mean": _mean,
+    F.adaptive_avg_pool2d: _global_average_pool,
+    aten.adaptive_avg_pool2d.default: _global_average_pool,
+    torch.flatten: _flatten,
+    "flatten": _flatten,
     F.dropout: _dropout,
     # exported programs: the in-place forms, and what export does not spell as above
     aten.relu6.default: _unary(aten.hardtanh.default, 0.0, 6.0),

@@ -18,7 +18,8 @@ CACHES = Path(tempfile.mkdtemp(prefix="fxprune-tests-"))
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHES / "inductor")
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 os.environ["XDG_CACHE_HOME"] = str(CACHES / "xdg")
-# a thread that waits sleeps: with spinning, one busy neighbour on two cores makes every parallel region 100x slower
+# A thread that waits sleeps: with spinning, one busy neighbour on two cores makes every parallel region 100x slower.
+# Waking costs time, so no test may expect one kernel to be faster than another.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # `from zoo import build` and `from tests.oracle import ...`, whatever folder pytest was started in

@@ -18,6 +18,7 @@
 #pragma GCC target("avx2,fma")
 #endif
 
+#include "fxprune/channel_mean.h"
 #include "fxprune/depthwise_planes.h"
 #include "fxprune/tile_gemm_feature_major.h"
 #include "fxprune/tile_gemm_row_major.h"

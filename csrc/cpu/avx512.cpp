@@ -19,6 +19,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 #endif
 
+#include "fxprune/channel_mean.h"
 #include "fxprune/depthwise_planes.h"
 #include "fxprune/tile_gemm_feature_major.h"
 #include "fxprune/tile_gemm_row_major.h"

@@ -1,4 +1,5 @@
 // The kernels in portable C++, for machines without a faster ISA and as the others' yardstick.
+#include "fxprune/channel_mean.h"
 #include "fxprune/depthwise_planes.h"
 #include "fxprune/kernels.h"
 #include "fxprune/math_scalar.h"

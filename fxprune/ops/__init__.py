@@ -1,6 +1,6 @@
 """The semantic operators. Adding one is a file here and its name in ``OPS``."""
 
-from fxprune.ops import depthwise_taps, tile_gemm, tile_pack
+from fxprune.ops import depthwise_taps, region, tile_gemm, tile_pack
 from fxprune.ops.operator import Operator
 
 OPS: tuple[Operator, ...] = (
@@ -8,4 +8,5 @@ OPS: tuple[Operator, ...] = (
     tile_gemm.OPERATOR,
     tile_pack.PACK,
     tile_pack.UNPACK,
+    region.OPERATOR,
 )

@@ -96,14 +96,19 @@ def backward(ctx: Any, grad: Tensor) -> Args:
     return grad_x if need_x else None, grad_weight, None, grad_bias, None, None, None, None, None
 
 
+def random_taps(channels: int, count: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return (weight, taps) of a random tap mask; for samples and tests."""
+    kept = torch.rand(channels, count, generator=gen) < 0.6
+    words = torch.zeros(channels, -(-count // 64), dtype=torch.int64)
+    for t in range(count):
+        words[:, t // 64] |= kept[:, t].long() << (t % 64)
+    return torch.randn(channels, count, generator=gen) * kept, words
+
+
 def _sample(b: int, c: int, h: int, w: int, kernel: tuple[int, int], s: int, p: int, d: int, name: str, bias: bool) -> Args:
     gen = torch.Generator().manual_seed(b * 31 + c * 7 + kernel[0] * 3 + s)
     count = kernel[0] * kernel[1]
-    kept = torch.rand(c, count, generator=gen) < 0.6
-    words = torch.zeros(c, -(-count // 64), dtype=torch.int64)
-    for t in range(count):
-        words[:, t // 64] |= kept[:, t].long() << (t % 64)
-    weight = torch.randn(c, count, generator=gen) * kept
+    weight, words = random_taps(c, count, gen)
     x = torch.randn(b, c, h, w, generator=gen)
     shift = torch.randn(c, generator=gen) if bias else None
     return x, weight, words, shift, list(kernel), [s, s], [p, p], [d, d], name

@@ -1,0 +1,99 @@
+// Runs a prepared operator on the thread pool: how its work is cut, and by which kernel.
+//
+// `pool` is the number of threads to use; 1 runs in the caller, for regions that give each thread
+// an image of its own.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "fxprune/kernels.h"
+#include "parallel.h"
+
+namespace fxprune {
+
+// What a depthwise convolution needs beside its arguments, the same for every channel and image.
+// Fills the arguments' pointers into it, so it must outlive the run.
+class DepthwiseTables {
+ public:
+  explicit DepthwiseTables(DepthwiseTaps* a) {
+    if (!a->vectorised()) return;
+    const int64_t width = kernels().width;
+    masks_.resize(depthwise_mask_count(*a, width));
+    sites_.resize(a->kernel());
+    zeros_.resize(a->width);
+    depthwise_sites(*a, width, sites_.data(), masks_.data());
+    a->sites = sites_.data();
+    a->zeros = zeros_.data();
+  }
+
+ private:
+  std::vector<uint32_t> masks_;
+  std::vector<TapSite> sites_;
+  std::vector<float> zeros_;
+};
+
+inline void run_depthwise(const DepthwiseTaps& a, int64_t pool) {
+  const Kernels& k = kernels();
+  const int64_t planes = a.batch * a.channels;
+  // Few images of large planes are cut in bands, one a thread, as the pointwise GEMMs around cut
+  // their pixels: each core then reads what it wrote. Small planes, or enough images, are cut by
+  // plane.
+  constexpr int64_t kLargePlane = 24 * 24;
+  const bool banded = a.vectorised() && a.batch < pool && a.out_h * a.out_w >= kLargePlane;
+  const int64_t length = band_length(a, k.width), bands = banded ? std::min(pool, length) : 1;
+  // Eight units a thread: enough to even out a busy core, few enough to keep planes together.
+  const int64_t chunks = std::min(planes, (pool * 8 + bands - 1) / bands);
+  for_each_unit(bands * chunks, pool, [&](int64_t unit) {
+    static thread_local std::vector<Tap> list;
+    if (static_cast<int64_t>(list.size()) < a.kernel()) list.resize(a.kernel());
+    const int64_t band = unit / chunks, chunk = unit % chunks;
+    const PlaneSpan span = {planes * chunk / chunks, planes * (chunk + 1) / chunks,
+                            length * band / bands, length * (band + 1) / bands};
+    k.depthwise_taps(a, span, list.data());
+  });
+}
+
+// Feature-major: pixels are cut first. Where an image has too few of them, tiles are cut as well,
+// and then a unit takes every pixel of its image, so that its weights are read once.
+inline TileGrid feature_major_grid(const TileGemm& a, const Kernels& k, int64_t pool) {
+  const int64_t vecs = (a.m + k.width - 1) / k.width;
+  TileGrid g{a.batch, vecs, vecs, 1, 1};
+  if (pool == 1) return g;
+  const int64_t blocks = (vecs + k.tile_vecs - 1) / k.tile_vecs;
+  if (a.batch * blocks >= 8 * pool) {
+    const int64_t each = std::max<int64_t>(1, a.batch * blocks / (8 * pool));
+    g.step = std::min(vecs, each * k.tile_vecs);
+    g.length_parts = (vecs + g.step - 1) / g.step;
+  } else {
+    g.tile_parts =
+        std::clamp<int64_t>((4 * pool + a.batch - 1) / a.batch, 1, std::max<int64_t>(a.tiles, 1));
+  }
+  return g;
+}
+
+// Row-major: a panel of rows should stay in L2 while every tile passes over it, but each panel
+// reads all weights anew, so it takes most of that cache. Few rows: tiles are cut.
+inline TileGrid row_major_grid(const TileGemm& a, int64_t pool) {
+  constexpr int64_t kPanel = 384 * 1024;  // floats
+  TileGrid g{1, a.m, std::clamp<int64_t>(kPanel / std::max<int64_t>(a.k, 1), 24, 384), 1, 1};
+  g.length_parts = (a.m + g.step - 1) / g.step;
+  g.step = (a.m + g.length_parts - 1) / g.length_parts;
+  if (pool > 1 && g.length_parts < 4 * pool) {
+    g.tile_parts = std::clamp<int64_t>(4 * pool / g.length_parts, 1, std::max<int64_t>(a.tiles, 1));
+  }
+  return g;
+}
+
+// values: how many weights are packed.
+inline void run_tile_gemm(const TileGemm& a, bool feature_major, int64_t values, int64_t pool) {
+  const Kernels& k = kernels();
+  const TileGrid grid = feature_major ? feature_major_grid(a, k, pool) : row_major_grid(a, pool);
+  const auto kernel = feature_major ? k.tile_gemm_feature_major : k.tile_gemm_row_major;
+  for_each_unit(grid.units(), pool, [&](int64_t unit) {
+    kernel(a, tile_unit(a, grid, unit), a.gate ? scratch(values) : nullptr);
+  });
+}
+
+}  // namespace fxprune

@@ -1,0 +1,117 @@
+"""``fxprune::region``: a chain of operators as one call, from a program of step records. For inference.
+
+    record: code, count, then ``count`` arguments
+    depthwise (0): x, weight, taps, bias, kernel h w, stride h w, padding h w, dilation h w, activation
+    gemm (1):      x, values, index, tile_ptr, columns, bias, residual, gate, out_features, granularity, feature_dim, activation
+    mean (2):      x          over the pixels, (B, C, *) -> (B, C)
+
+x, residual and gate are values: first the inputs, then one per step. Weights are indices into ``packed``; -1 is absent.
+The program is data: it can be printed, checked, exported and rebuilt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.ops import activation, depthwise_taps, tile_gemm
+from fxprune.ops.operator import Args, Operator
+
+DEPTHWISE, GEMM, MEAN = 0, 1, 2
+_NAMES = {DEPTHWISE: "depthwise", GEMM: "gemm", MEAN: "mean"}
+
+
+def records(program: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """Yield (code, arguments) of each step."""
+    at = 0
+    while at < len(program):
+        count = program[at + 1]
+        yield program[at], list(program[at + 2 : at + 2 + count])
+        at += 2 + count
+
+
+def describe(program: Sequence[int]) -> str:
+    """Return the program as one line per step."""
+    return "\n".join(f"{_NAMES.get(code, code)} {arguments}" for code, arguments in records(program))
+
+
+def _interpret(
+    x: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    program: Sequence[int],
+    outputs: Sequence[int],
+    depthwise: Callable[..., Tensor],
+    gemm: Callable[..., Tensor],
+) -> list[Tensor]:
+    values = list(x)
+
+    def optional(items: Sequence[Tensor], position: int) -> Tensor | None:
+        return items[position] if position >= 0 else None
+
+    for code, a in records(program):
+        if code == DEPTHWISE:
+            windows = [a[4:6], a[6:8], a[8:10], a[10:12]]
+            weights = (packed[a[1]], packed[a[2]], optional(packed, a[3]))
+            values.append(depthwise(values[a[0]], *weights, *windows, activation.NAMES[a[12]]))
+        elif code == GEMM:
+            gate = optional(values, a[7])
+            gate = gate.flatten(1) if gate is not None else None
+            weights = [packed[i] for i in a[1:5]]
+            operands = (*weights, optional(packed, a[5]), optional(values, a[6]), gate)
+            values.append(gemm(values[a[0]], *operands, a[8], a[9], a[10], activation.NAMES[a[11]]))
+        else:
+            values.append(values[a[0]].flatten(2).mean(2))
+    return [values[i] for i in outputs]
+
+
+def reference(x: list[Tensor], packed: list[Tensor], program: list[int], outputs: list[int]) -> list[Tensor]:
+    """Run the steps one by one on the operators' references; inputs are (B, C, *), all with one B."""
+    return _interpret(x, packed, program, outputs, depthwise_taps.reference, tile_gemm.reference)
+
+
+def fake(x: list[Tensor], packed: list[Tensor], program: list[int], outputs: list[int]) -> list[Tensor]:
+    shapes = _interpret(x, packed, program, outputs, depthwise_taps.fake, tile_gemm.fake)
+    return [s.new_empty(s.shape) for s in shapes]
+
+
+def setup_context(ctx: Any, inputs: Args, output: list[Tensor]) -> None:
+    return None
+
+
+def backward(ctx: Any, *grads: Tensor) -> Args:
+    """Refuse: training graphs keep their operators apart."""
+    raise RuntimeError("fxprune::region has no gradient: regions are formed for inference only. Compile with gradients enabled.")
+
+
+def samples() -> Iterator[Args]:
+    """A depthwise-separable block with squeeze-and-excite and a residual; a chain with a strided depthwise step."""
+    gen = torch.Generator().manual_seed(0)
+    for batch, channels, size, stride in ((1, 6, 9, 1), (3, 5, 8, 2)):
+        window = depthwise_taps.random_taps(channels, 9, gen)
+        expand = tile_gemm.tile_pack.random_structure(channels, channels, 4, gen)
+        squeeze = tile_gemm.tile_pack.random_structure(channels, channels, 64, gen)
+        bias = torch.randn(channels, generator=gen)
+        packed = [*window, bias, *expand, *squeeze]
+        x = torch.randn(batch, channels, size, size, generator=gen)
+        depthwise = [DEPTHWISE, 13, 0, 0, 1, 2, 3, 3, stride, stride, 1, 1, 1, 1, 2]
+        mean = [MEAN, 1, 1]
+        gate = [GEMM, 12, 2, 7, 8, 9, 10, 2, -1, -1, channels, 64, -1, 6]
+        project = [GEMM, 12, 1, 3, 4, 5, 6, -1, 0 if stride == 1 else -1, 3, channels, 4, 1, 0]
+        yield [x], packed, [*depthwise, *mean, *gate, *project], [4] if stride == 1 else [1, 4]
+
+
+def bad_samples() -> Iterator[tuple[Args, str]]:
+    x, packed, program, outputs = next(samples())
+    yield ([], packed, program, outputs), r"input"
+    yield ([x[0].double()], packed, program, outputs), r"float32"
+    yield (x, packed[:5], program, outputs), r"packed"
+    yield (x, packed, program[:-1], outputs), r"program"
+    yield (x, packed, [7, 0], outputs), r"code"
+    yield (x, packed, program, [0]), r"outputs"
+    yield (x, packed, [MEAN, 1, 5], outputs), r"value"
+
+
+OPERATOR = Operator("region", reference, fake, setup_context, backward, samples, bad_samples)

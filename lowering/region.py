@@ -1,0 +1,204 @@
+"""Form regions: chains of our operators that run as one native call, ``fxprune::region``.
+
+    tile_gemm -> depthwise_taps -> mean -> tile_gemm -> ...  =>  region([x], packed, program, outputs)
+
+A region is a run of eligible nodes in graph order; a node that depends on it but is not eligible, or that writes memory,
+closes it. Nodes in between that do not depend on it stay in front. Only in inference, and only for two kernels or more.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..context import Context
+from ..ops import activation
+from ..ops import region as ops
+
+aten = torch.ops.aten
+_DEPTHWISE = torch.ops.fxprune.depthwise_taps.default
+_GEMM = torch.ops.fxprune.tile_gemm.default
+_MEAN = aten.mean.dim
+_RESHAPES = (aten.flatten.using_ints, aten.unflatten.int, aten.reshape.default)
+_REGION = torch.ops.fxprune.region.default
+
+
+@dataclass
+class _Region:
+    nodes: list[Node] = field(default_factory=list)
+
+    def kernels(self) -> int:
+        return sum(n.target in (_DEPTHWISE, _GEMM) for n in self.nodes)
+
+
+def form_regions(gm: GraphModule, ctx: Context) -> int:
+    """Return the number of regions formed."""
+    if not ctx.inference:
+        return 0
+    formed = 0
+    current = _Region()
+    found: list[_Region] = []
+    for node in gm.graph.nodes:
+        eligible = _eligible(node, current.nodes)
+        if eligible and _same_batch(node, current.nodes):
+            current.nodes.append(node)
+        elif eligible or _writes(node) or any(n in current.nodes for n in node.all_input_nodes):
+            found.append(current)
+            current = _Region([node] if _eligible(node, []) else [])
+    for candidate in [*found, current]:
+        _trim(candidate)
+        if candidate.kernels() >= 2:
+            _replace(candidate)
+            formed += 1
+    return formed
+
+
+def _value(node: Any) -> Tensor | None:
+    value = node.meta.get("example_value", node.meta.get("val")) if isinstance(node, Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def _same_batch(node: Node, members: list[Node]) -> bool:
+    """The region runs image by image, so everything in it has one batch size."""
+    return not members or statically_known_true(_value(node).shape[0] == _value(members[0]).shape[0])
+
+
+def _eligible(node: Node, members: list[Node]) -> bool:
+    if node.op != "call_function":
+        return False
+    value = _value(node)
+    if value is None or value.dtype != torch.float32:
+        return False
+    if node.target is _DEPTHWISE:
+        return True
+    x = _value(node.args[0])
+    if x is None:
+        return False
+    if node.target is _GEMM:
+        if node.args[10] == 1:
+            return x.dim() == 4 and not _is_channel_vector(x)
+        return x.dim() == 2 and node.args[0] in members  # rows of a matrix from elsewhere need not be images
+    if node.target is _MEAN:
+        dims = sorted(d % x.dim() for d in node.args[1])
+        return x.dim() == 4 and dims == [2, 3] and len(node.args) <= 3
+    return node.target in _RESHAPES and _is_channel_vector(x) and _is_channel_vector(value)
+
+
+def _is_channel_vector(value: Tensor) -> bool:
+    """(B, C) or (B, C, 1, 1): reshapes between them move nothing."""
+    return value.dim() == 2 or (value.dim() == 4 and list(value.shape[2:]) == [1, 1])
+
+
+def _writes(node: Node) -> bool:
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    schema = getattr(node.target, "_schema", None)
+    name = getattr(node.target, "__name__", "")
+    return bool(schema.is_mutable) if schema is not None else node.op == "call_function" and name.endswith("_")
+
+
+def _trim(candidate: _Region) -> None:
+    """Drop what does not end in a kernel: a mean or reshape at the end is Inductor's, unless a kernel follows."""
+    while candidate.nodes and candidate.nodes[-1].target in _RESHAPES:
+        candidate.nodes.pop()
+    while candidate.nodes and candidate.nodes[0].target in (*_RESHAPES, _MEAN):
+        candidate.nodes.pop(0)
+
+
+class _Program:
+    """Number the values and weights of a region while its steps are written."""
+
+    def __init__(self, members: list[Node]) -> None:
+        self.members = set(members)
+        self.inputs: list[Node] = []
+        self.packed: list[Node] = []
+        self.code: list[int] = []
+        self._values: dict[Node, int] = {}
+        external = [n for m in members for n in _activations(m) if n not in self.members]
+        for node in dict.fromkeys(external):
+            self._values[node] = len(self.inputs)
+            self.inputs.append(node)
+        self._next = len(self.inputs)
+
+    def value(self, node: Node | None) -> int:
+        return -1 if node is None else self._values[node]
+
+    def weight(self, node: Node | None) -> int:
+        if node is None:
+            return -1
+        if node not in self.packed:
+            self.packed.append(node)
+        return self.packed.index(node)
+
+    def add(self, node: Node) -> None:
+        a = node.args
+        if node.target in _RESHAPES:
+            self._values[node] = self.value(a[0])
+            return
+        if node.target is _DEPTHWISE:
+            numbers = [n for window in a[4:8] for n in window]
+            record = [self.value(a[0]), *[self.weight(w) for w in a[1:4]], *numbers, activation.NAMES.index(a[8])]
+            code = ops.DEPTHWISE
+        elif node.target is _GEMM:
+            values = [self.value(a[6]), self.value(a[7])]
+            tail = [*values, *a[8:11], activation.NAMES.index(a[11])]
+            record = [self.value(a[0]), *[self.weight(w) for w in a[1:6]], *tail]
+            code = ops.GEMM
+        else:
+            record, code = [self.value(a[0])], ops.MEAN
+        self.code += [code, len(record), *record]
+        self._values[node] = self._next
+        self._next += 1
+
+
+def _activations(node: Node) -> list[Node]:
+    if node.target is _GEMM:
+        return [n for n in (node.args[0], node.args[6], node.args[7]) if n is not None]
+    return [node.args[0]]
+
+
+def _replace(candidate: _Region) -> None:
+    members = candidate.nodes
+    program = _Program(members)
+    for node in members:
+        program.add(node)
+    results = [n for n in members if any(u not in program.members for u in n.users)]
+    last = members[-1]
+    fakes = [_value(n) for n in program.inputs]
+    numbers = list(dict.fromkeys(program.value(n) for n in results))
+    with last.graph.inserting_after(last):
+        call = last.graph.call_function(_REGION, (program.inputs, program.packed, program.code, numbers))
+    call.meta = {k: v for k, v in last.meta.items() if k == "stack_trace"}
+    mode = next(m for m in (getattr(f, "fake_mode", None) for f in fakes) if m is not None)
+    with mode:
+        weights = [_value(n) for n in program.packed]
+        call.meta["example_value"] = ops.fake(fakes, weights, program.code, numbers)
+    anchor = call
+    for node in results:
+        position = numbers.index(program.value(node))
+        with last.graph.inserting_after(anchor):
+            anchor = last.graph.call_function(operator.getitem, (call, position))
+        anchor.meta["example_value"] = call.meta["example_value"][position]
+        shape = _value(node).shape
+        if anchor.meta["example_value"].dim() != len(shape):
+            anchor = _as_shape(anchor, node)
+        node.replace_all_uses_with(anchor, delete_user_cb=lambda user: user not in program.members)
+    for node in reversed(members):
+        node.graph.erase_node(node)
+
+
+def _as_shape(anchor: Node, node: Node) -> Node:
+    """Give a channel vector back the rank it had."""
+    with anchor.graph.inserting_after(anchor):
+        if _value(node).dim() == 2:
+            new = anchor.graph.call_function(aten.flatten.using_ints, (anchor, 1))
+        else:
+            new = anchor.graph.call_function(aten.unflatten.int, (anchor, 1, [_value(node).shape[1], 1, 1]))
+    new.meta = dict(node.meta)
+    return new
