@@ -44,7 +44,7 @@ bench: $(READY)
 	$(PY) benchmarks/render.py
 
 asan: $(READY)
-	PYTHON="$(abspath $(PY))" bash tests/csrc/asan.sh
+	PYTHON="$(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY))" bash tests/csrc/asan.sh
 
 fuzz: $(READY)
 	FXPRUNE_FUZZ=$(FXPRUNE_FUZZ) $(PY) -m pytest tests -m fuzz

@@ -36,6 +36,11 @@ int64_t floats(const Shape& shape) {
   return size;
 }
 
+// Equal, or a channel vector beside an image of one pixel.
+bool same_value(const Shape& a, const Shape& b) {
+  return a == b || (a[0] == b[0] && floats(a) == a[0] && floats(b) == b[0]);
+}
+
 // Buffers that outlive a call, so that a call does not fault its pages in anew.
 class ArenaPool {
  public:
@@ -68,6 +73,7 @@ ArenaPool& arenas() {
 
 struct Value {
   Shape shape;
+  int64_t uses = 0;
   int64_t last_use = -1;  // step, or the number of steps for a result
   int64_t offset = -1;    // in the arena, for values that are neither input nor result
   float* base = nullptr;  // of image 0, for inputs and results
@@ -79,6 +85,8 @@ struct Step {
   DepthwiseTaps depthwise{};
   TileGemm gemm{};
   bool feature_major = false;
+  bool feeds_next =
+      false;  // its result is the next step's input and nothing else's, and is never stored
   int64_t values = 0;
 };
 
@@ -116,6 +124,7 @@ class Region {
       v.base = static_cast<float*>(results_.back().mutable_data_ptr());
       v.last_use = static_cast<int64_t>(steps_.size());
     }
+    fuse();
     plan();
   }
 
@@ -142,6 +151,7 @@ class Region {
     STD_TORCH_CHECK(id >= 0 && id < static_cast<int64_t>(values_.size()), "value ", id,
                     " is used before it exists");
     values_[id].last_use = static_cast<int64_t>(steps_.size());
+    ++values_[id].uses;
     return values_[id];
   }
   const Tensor& keep(Tensor t) {
@@ -178,7 +188,9 @@ class Region {
     steps_.push_back(step);
   }
 
-  Shape read_depthwise(Step* step, const Shape& shape, const std::vector<int64_t>& arg) {
+  Shape read_depthwise(Step* step, Shape shape, const std::vector<int64_t>& arg) {
+    if (shape.size() == 1)
+      shape.insert(shape.end(), {1, 1});  // a channel vector is an image of one pixel
     STD_TORCH_CHECK(shape.size() == 3, "depthwise needs (C, H, W) values");
     DepthwiseTaps& a = step->depthwise;
     a.batch = 1, a.channels = shape[0], a.height = shape[1], a.width = shape[2];
@@ -204,8 +216,8 @@ class Region {
   Shape read_gemm(Step* step, const Shape& shape, const std::vector<int64_t>& arg) {
     const bool first = arg[10] == 1;
     STD_TORCH_CHECK(arg[10] == 1 || arg[10] == -1, "feature_dim must be 1 or -1, got ", arg[10]);
-    STD_TORCH_CHECK(shape.size() >= (first ? 2u : 1u) && (first || shape.size() == 1),
-                    "gemm needs (K, *spatial) or (K) values");
+    STD_TORCH_CHECK(!shape.empty() && (first ? shape.size() >= 2 : floats(shape) == shape[0]),
+                    "gemm needs (K, *spatial) values with feature_dim=1, (K) or (K, 1, 1) with -1");
     TileGemm& a = step->gemm;
     structures_.emplace_back(weight(arg[2]), weight(arg[3]), weight(arg[4]), arg[9], arg[8],
                              shape[0], &a);
@@ -215,17 +227,36 @@ class Region {
     a.bias = keep(float_input(optional_weight(arg[5]), "bias", {a.n}));
     a.batch = 1;
     a.m = floats(shape) / std::max<int64_t>(shape[0], 1);
-    Shape out = shape;
+    Shape out = first ? shape : Shape{a.n};
     out[0] = a.n;
     step->residual = arg[6];
     step->gate = arg[7];
     if (arg[6] >= 0)
-      STD_TORCH_CHECK(use(arg[6]).shape == out, "the residual's shape differs from the result's");
+      STD_TORCH_CHECK(same_value(use(arg[6]).shape, out),
+                      "the residual's shape differs from the result's");
     if (arg[7] >= 0)
       STD_TORCH_CHECK(first && floats(use(arg[7]).shape) == a.k,
                       "gate must hold one number per input feature");
     step->feature_major = first && (a.m > 1 || arg[7] >= 0);
     return out;
+  }
+
+  // PW -> DW pairs whose expanded value has no other reader.
+  void fuse() {
+    for (size_t s = 0; s + 1 < steps_.size(); ++s) {
+      Step& step = steps_[s];
+      const Step& next = steps_[s + 1];
+      const Value& v = values_[step.out];
+      const bool pair =
+          step.code == Step::kGemm && next.code == Step::kDepthwise && next.x == step.out;
+      const bool plain =
+          step.feature_major && step.residual < 0 && step.gate < 0 && step.gemm.m > 0;
+      step.feeds_next =
+          pair && plain && v.uses == 1 && v.base == nullptr && can_expand_depthwise(step.gemm);
+      // The pair runs as one, so its result must not take the room of its input.
+      if (step.feeds_next)
+        values_[step.x].last_use = std::max<int64_t>(values_[step.x].last_use, s + 1);
+    }
   }
 
   // Offsets by first fit: a value's room is free again after its last use.
@@ -236,7 +267,7 @@ class Region {
     std::vector<Room> taken;  // by offset
     for (size_t s = 0; s < steps_.size(); ++s) {
       Value& v = values_[steps_[s].out];
-      if (v.base != nullptr) continue;
+      if (v.base != nullptr || steps_[s].feeds_next) continue;
       const int64_t now = static_cast<int64_t>(s), size = (floats(v.shape) + 15) / 16 * 16;
       taken.erase(
           std::remove_if(taken.begin(), taken.end(), [&](const Room& r) { return r.until < now; }),
@@ -259,8 +290,24 @@ class Region {
     std::vector<float> buffer = arenas().take(arena_ + 16);
     const uintptr_t address = reinterpret_cast<uintptr_t>(buffer.data());
     float* arena = reinterpret_cast<float*>((address + 63) & ~uintptr_t{63});
-    for (const Step& step : steps_) run_step(step, image, arena, pool);
+    for (size_t s = 0; s < steps_.size(); ++s) {
+      if (steps_[s].feeds_next) {
+        run_pair(steps_[s], steps_[s + 1], image, arena, pool);
+        ++s;
+      } else {
+        run_step(steps_[s], image, arena, pool);
+      }
+    }
     arenas().give(std::move(buffer));
+  }
+
+  void run_pair(const Step& expand, const Step& depthwise, int64_t image, float* arena,
+                int64_t pool) const {
+    TileGemm g = expand.gemm;
+    g.x = at(expand.x, image, arena);
+    DepthwiseTaps d = depthwise.depthwise;
+    d.out = at(depthwise.out, image, arena);
+    run_expand_depthwise(g, d, pool);
   }
 
   void run_step(const Step& step, int64_t image, float* arena, int64_t pool) const {

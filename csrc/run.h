@@ -34,6 +34,13 @@ class DepthwiseTables {
   std::vector<float> zeros_;
 };
 
+// This thread's room for the taps of one channel.
+inline Tap* tap_list(const DepthwiseTaps& a) {
+  static thread_local std::vector<Tap> list;
+  if (static_cast<int64_t>(list.size()) < a.kernel()) list.resize(a.kernel());
+  return list.data();
+}
+
 inline void run_depthwise(const DepthwiseTaps& a, int64_t pool) {
   const Kernels& k = kernels();
   const int64_t planes = a.batch * a.channels;
@@ -46,12 +53,10 @@ inline void run_depthwise(const DepthwiseTaps& a, int64_t pool) {
   // Eight units a thread: enough to even out a busy core, few enough to keep planes together.
   const int64_t chunks = std::min(planes, (pool * 8 + bands - 1) / bands);
   for_each_unit(bands * chunks, pool, [&](int64_t unit) {
-    static thread_local std::vector<Tap> list;
-    if (static_cast<int64_t>(list.size()) < a.kernel()) list.resize(a.kernel());
     const int64_t band = unit / chunks, chunk = unit % chunks;
     const PlaneSpan span = {planes * chunk / chunks, planes * (chunk + 1) / chunks,
                             length * band / bands, length * (band + 1) / bands};
-    k.depthwise_taps(a, span, list.data());
+    k.depthwise_taps(a, span, tap_list(a));
   });
 }
 
@@ -93,6 +98,37 @@ inline void run_tile_gemm(const TileGemm& a, bool feature_major, int64_t values,
   const auto kernel = feature_major ? k.tile_gemm_feature_major : k.tile_gemm_row_major;
   for_each_unit(grid.units(), pool, [&](int64_t unit) {
     kernel(a, tile_unit(a, grid, unit), a.gate ? scratch(values) : nullptr);
+  });
+}
+
+// Largest expanded tile, in floats, that run_expand_depthwise keeps beside the rest of its working
+// set in L2.
+constexpr int64_t kExpandedTile = 160 * 1024;
+
+inline bool can_expand_depthwise(const TileGemm& g) {
+  return g.kept == g.n && g.tiles > 0 && g.granularity * g.m <= kExpandedTile;
+}
+
+// A feature-major GEMM and the depthwise convolution of its result, tile by tile: the expanded
+// planes of a few tiles stay in this core's L2 and never reach the arena. One image; every output
+// feature kept; neither residual nor gate.
+inline void run_expand_depthwise(const TileGemm& g, const DepthwiseTaps& d, int64_t pool) {
+  const Kernels& k = kernels();
+  const int64_t vecs = (g.m + k.width - 1) / k.width, rows = band_length(d, k.width);
+  const int64_t fit =
+      std::max<int64_t>(1, kExpandedTile / std::max<int64_t>(g.granularity * g.m, 1));
+  const int64_t each = std::min(fit, std::max<int64_t>(1, g.tiles / (4 * pool)));
+  for_each_unit((g.tiles + each - 1) / each, pool, [&](int64_t unit) {
+    const int64_t begin = unit * each, end = std::min(begin + each, g.tiles);
+    const int64_t first = g.first_column(begin), last = g.first_column(end);
+    // Both kernels address planes by feature, so the planes' base is moved back by those in front.
+    float* planes = scratch((last - first) * g.m) - first * g.m;
+    TileGemm expand = g;
+    expand.out = planes;
+    k.tile_gemm_feature_major(expand, {0, 0, vecs, begin, end}, nullptr);
+    DepthwiseTaps taps = d;
+    taps.x = planes;
+    k.depthwise_taps(taps, {first, last, 0, rows}, tap_list(d));
   });
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def benchmark(
             "hwprune": torch.compile(model, backend="hwprune", options=dict(options)),
         }
     with evaluating(model), torch.inference_mode(False), torch.no_grad():
-        times = interleave({name: lambda e=e: e(*args, **kwargs) for name, e in engines.items()}, rounds, burst_ms)
+        times = interleave({name: partial(e, *args, **kwargs) for name, e in engines.items()}, rounds, burst_ms)
     first = statistics.median(next(iter(times.values())))
     rows = []
     for name, samples in times.items():

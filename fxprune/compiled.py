@@ -9,6 +9,7 @@ Writing through ``.data`` is invisible to both: :func:`refresh` is for that.
 from __future__ import annotations
 
 import logging
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 _LIVE: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
 _STEPS = [0]  # optimizer steps taken in this process
 _HOOKED: list[Any] = []
+_version = operator.attrgetter("_version")
 _MOST = 64  # variants of one graph: layers of one class that are compiled one by one share it
 
 
@@ -56,6 +58,7 @@ class Variant:
             uses = self.context.uses()
             self._watched = [] if freeze else self.context.weights.watched()
             self._masked = not self.context.inference
+        self._versioned = [t for t in self._watched if not t.is_inference()]
         # nothing is recorded in inference, so the operators' autograd layer would be pure overhead
         self.inference = self.context is not None and self.context.inference
         self._bound = [(i, value) for i, value in enumerate(args) if id(value) in uses]
@@ -91,12 +94,11 @@ class Variant:
     def depends_on(self, tensors: set[int]) -> bool:
         return any(id(t) in tensors for t in self._watched)
 
-    def _now(self) -> list[Any]:
-        stamp: list[Any] = [_STEPS[0]] if self._watched else []
-        for tensor in self._watched:
-            stamp.append(tensor.data_ptr())
-            stamp.append(-1 if tensor.is_inference() else tensor._version)
-        return stamp
+    def _now(self) -> tuple[Any, ...]:
+        """What changes when a watched tensor does; read on every call, so in C loops."""
+        if not self._watched:
+            return ()
+        return (_STEPS[0], *map(Tensor.data_ptr, self._watched), *map(_version, self._versioned))
 
 
 class CompiledGraph:

@@ -59,10 +59,13 @@ def targets(matches: Sequence[Match], config: Config) -> dict[str, float]:
         _known(key, names, "ignored_layers")
     result: dict[str, float] = {}
     for match in matches:
-        value = wanted if not isinstance(wanted, Mapping) else wanted.get(match.kind, 0.0)
-        for key in wanted if isinstance(wanted, Mapping) else ():
-            if key not in KINDS and _hits(key, match):
-                value = wanted[key]
+        if isinstance(wanted, Mapping):
+            value = wanted.get(match.kind, 0.0)
+            for key, given in wanted.items():
+                if key not in KINDS and _hits(key, match):
+                    value = given
+        else:
+            value = wanted or 0.0
         if any(_hits(key, match) for key in config.ignored_layers):
             continue
         if value and pattern_of(match, config):

@@ -3,4 +3,4 @@
 from ..errors import FxPruneError as _FxPruneError  # a relative import, so that `import lowering` cannot succeed
 
 __all__: list[str] = []
-assert _FxPruneError
+del _FxPruneError

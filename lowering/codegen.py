@@ -6,7 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._inductor.compile_fx import compile_fx
@@ -21,7 +21,7 @@ def stock(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Cal
     """Compile a graph that holds none of our operators exactly as ``backend="inductor"`` would."""
     if config.fallback == "eager":
         return gm.forward
-    return compile_fx(gm, list(example_inputs), config_patches=_patches(config))
+    return _compile(gm, example_inputs, _patches(config))
 
 
 def compile_rest(
@@ -33,14 +33,21 @@ def compile_rest(
     """
     if config.fallback == "eager":
         return gm.forward
-    patches = {"layout_optimization": False, "joint_custom_pre_pass": Salt(), **_patches(config)}
+    # Inductor would check the sizes of every packed weight on every call; a region checks what it reads itself
+    fixed = {"layout_optimization": False, "size_asserts": False, "joint_custom_pre_pass": Salt()}
+    patches = {**fixed, **_patches(config)}
     if not config.freeze or torch.is_grad_enabled():
-        return compile_fx(gm, list(example_inputs), config_patches=patches)
+        return _compile(gm, example_inputs, patches)
     live = [i for i, fixed in enumerate(constant) if not fixed]
     _lift_constants(gm, example_inputs, constant)
     with torch._inductor.config.patch(freezing=True):
-        run = compile_fx(gm, [example_inputs[i] for i in live], config_patches={**patches, "freezing": True})
+        run = _compile(gm, [example_inputs[i] for i in live], {**patches, "freezing": True})
     return lambda *args: run(*[args[i] for i in live])
+
+
+def _compile(gm: GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    run = compile_fx(gm, list(inputs), config_patches=patches)
+    return cast("Callable[..., Any]", run)  # a file name or weights only ahead of time
 
 
 def _lift_constants(gm: GraphModule, example_inputs: Sequence[Any], constant: Sequence[bool]) -> None:

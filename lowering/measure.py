@@ -49,7 +49,8 @@ class Measure:
             if micros is None:
                 micros = self._time(match, mask)
                 self._cache.put(key, micros)
-            return Timing(*micros, measured=True)
+            sparse, dense, feature_major = micros
+            return Timing(sparse, dense, feature_major, measured=True)
         finally:
             self.seconds += time.perf_counter() - start
 

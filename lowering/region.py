@@ -64,9 +64,16 @@ def _value(node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def _known(node: Node) -> Tensor:
+    """The value of a member, which being eligible made sure of."""
+    value = _value(node)
+    assert value is not None, node
+    return value
+
+
 def _same_batch(node: Node, members: list[Node]) -> bool:
     """The region runs image by image, so everything in it has one batch size."""
-    return not members or statically_known_true(_value(node).shape[0] == _value(members[0]).shape[0])
+    return not members or statically_known_true(_known(node).shape[0] == _known(members[0]).shape[0])
 
 
 def _eligible(node: Node, members: list[Node]) -> bool:
@@ -85,7 +92,8 @@ def _eligible(node: Node, members: list[Node]) -> bool:
             return x.dim() == 4 and not _is_channel_vector(x)
         return x.dim() == 2 and node.args[0] in members  # rows of a matrix from elsewhere need not be images
     if node.target is _MEAN:
-        dims = sorted(d % x.dim() for d in node.args[1])
+        over: Any = node.args[1]
+        dims = sorted(d % x.dim() for d in over)
         return x.dim() == 4 and dims == [2, 3] and len(node.args) <= 3
     return node.target in _RESHAPES and _is_channel_vector(x) and _is_channel_vector(value)
 
@@ -137,7 +145,7 @@ class _Program:
         return self.packed.index(node)
 
     def add(self, node: Node) -> None:
-        a = node.args
+        a: Any = node.args
         if node.target in _RESHAPES:
             self._values[node] = self.value(a[0])
             return
@@ -158,9 +166,8 @@ class _Program:
 
 
 def _activations(node: Node) -> list[Node]:
-    if node.target is _GEMM:
-        return [n for n in (node.args[0], node.args[6], node.args[7]) if n is not None]
-    return [node.args[0]]
+    positions = (0, 6, 7) if node.target is _GEMM else (0,)
+    return [n for p in positions if isinstance(n := node.args[p], Node)]
 
 
 def _replace(candidate: _Region) -> None:
@@ -170,14 +177,14 @@ def _replace(candidate: _Region) -> None:
         program.add(node)
     results = [n for n in members if any(u not in program.members for u in n.users)]
     last = members[-1]
-    fakes = [_value(n) for n in program.inputs]
+    fakes = [_known(n) for n in program.inputs]
     numbers = list(dict.fromkeys(program.value(n) for n in results))
     with last.graph.inserting_after(last):
         call = last.graph.call_function(_REGION, (program.inputs, program.packed, program.code, numbers))
     call.meta = {k: v for k, v in last.meta.items() if k == "stack_trace"}
     mode = next(m for m in (getattr(f, "fake_mode", None) for f in fakes) if m is not None)
     with mode:
-        weights = [_value(n) for n in program.packed]
+        weights = [_known(n) for n in program.packed]
         call.meta["example_value"] = ops.fake(fakes, weights, program.code, numbers)
     anchor = call
     for node in results:
@@ -185,7 +192,7 @@ def _replace(candidate: _Region) -> None:
         with last.graph.inserting_after(anchor):
             anchor = last.graph.call_function(operator.getitem, (call, position))
         anchor.meta["example_value"] = call.meta["example_value"][position]
-        shape = _value(node).shape
+        shape = _known(node).shape
         if anchor.meta["example_value"].dim() != len(shape):
             anchor = _as_shape(anchor, node)
         node.replace_all_uses_with(anchor, delete_user_cb=lambda user: user not in program.members)
@@ -196,9 +203,9 @@ def _replace(candidate: _Region) -> None:
 def _as_shape(anchor: Node, node: Node) -> Node:
     """Give a channel vector back the rank it had."""
     with anchor.graph.inserting_after(anchor):
-        if _value(node).dim() == 2:
+        if _known(node).dim() == 2:
             new = anchor.graph.call_function(aten.flatten.using_ints, (anchor, 1))
         else:
-            new = anchor.graph.call_function(aten.unflatten.int, (anchor, 1, [_value(node).shape[1], 1, 1]))
+            new = anchor.graph.call_function(aten.unflatten.int, (anchor, 1, [_known(node).shape[1], 1, 1]))
     new.meta = dict(node.meta)
     return new

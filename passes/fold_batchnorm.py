@@ -7,6 +7,8 @@ Fires for constant weights and statistics outside training; the convolution must
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -20,6 +22,7 @@ def fold_batchnorm(gm: GraphModule, ctx: Context) -> int:
     if not ctx.inference:
         return 0
     folded = 0
+    node: Node
     for node in list(gm.graph.nodes):
         conv = node.args[0] if is_call(node, aten.batch_norm.default) else None
         if is_call(conv, aten.conv2d.default) and sole_user(conv) is node and _constant(conv, node, ctx):
@@ -48,7 +51,8 @@ def _fold(conv: Node, norm: Node, ctx: Context) -> None:
 
     def build(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         rest = iter(tensors)
-        w, b, gamma, beta, mean, var = [next(rest) if has else None for has in given]
+        operands: list[Any] = [next(rest) if has else None for has in given]
+        w, b, gamma, beta, mean, var = operands
         scale = torch.rsqrt(var + eps) if gamma is None else gamma * torch.rsqrt(var + eps)
         shift = (0.0 if b is None else b) - mean
         shift = shift * scale if beta is None else shift * scale + beta

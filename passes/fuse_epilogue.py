@@ -62,11 +62,17 @@ def _fuse_residual(node: Node) -> bool:
 
 
 def _fuse_activation(node: Node) -> bool:
-    user = sole_user(node)
+    user, view = sole_user(node), None
+    if is_call(user, aten.unflatten.int):  # a 1x1 map between linear kernels: the activation moves in front of the view
+        view, user = user, sole_user(user)
     name = activation_name(user) if user is not None else None
     if name is None or node.args[-1] != "none" or mutation_between(node, user):
         return False
-    _move_to(node, user)
+    if view is None:
+        _move_to(node, user)
+    else:
+        user.replace_all_uses_with(view)
+        user.graph.erase_node(user)
     node.update_arg(len(node.args) - 1, name)
     return True
 

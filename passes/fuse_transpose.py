@@ -9,12 +9,14 @@ one operand. It is rewritten only when every exit is the inverse permute; one ot
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
 from ..context import Context
 from .fuse_epilogue import activation_name
-from .graph import aten, call, is_call, replace, shape
+from .graph import argument, aten, call, is_call, replace, shape
 
 _TO_LAST, _TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 _FEATURE_DIM = 10
@@ -32,7 +34,7 @@ def fuse_transpose(gm: GraphModule, ctx: Context) -> int:
 
 
 def _is_permute(node: Node, order: list[int]) -> bool:
-    return is_call(node, aten.permute.default) and [d % 4 for d in node.args[1]] == order and len(node.args[1]) == 4
+    return is_call(node, aten.permute.default) and [d % 4 for d in argument(node, "dims")] == order
 
 
 def _region(start: Node) -> tuple[list[Node], list[Node]] | None:
@@ -57,14 +59,14 @@ def _region(start: Node) -> tuple[list[Node], list[Node]] | None:
 
 def _convertible(node: Node) -> bool:
     if is_call(node, aten.layer_norm.default):
-        return len(node.args[1]) == 1
+        return len(argument(node, "normalized_shape")) == 1
     if is_call(node, torch.ops.fxprune.tile_gemm.default):
-        return node.args[_FEATURE_DIM] == -1 and node.args[6] is None
+        return argument(node, "feature_dim") == -1 and argument(node, "residual") is None
     return activation_name(node) is not None
 
 
 def _rewrite(start: Node, inner: list[Node], exits: list[Node]) -> int:
-    moved: dict[Node, Node] = {start: start.args[0]}
+    moved: dict[Any, Any] = {start: start.args[0]}
     for node in inner:
         x = moved[node.args[0]]
         if is_call(node, aten.layer_norm.default):
@@ -92,6 +94,5 @@ def _channel_norm(node: Node, x: Node) -> Node:
     y = call(node, aten.mul.Tensor, centred, call(node, aten.rsqrt.default, call(node, aten.add.Scalar, variance, eps)))
     for operand, target in zip(operands, (aten.mul.Tensor, aten.add.Tensor), strict=True):
         if operand is not None:
-            channels = shape(operand)[0]
-            y = call(node, target, y, call(node, aten.reshape.default, operand, [channels, 1, 1]))
+            y = call(node, target, y, call(node, aten.reshape.default, operand, [*(shape(operand) or ()), 1, 1]))
     return y

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ def same_dtype(*nodes: Any) -> bool:
     return len(dtypes) == 1 and None not in dtypes
 
 
-def is_call(node: Any, *targets: Any) -> bool:
+def is_call(node: Any, *targets: Any) -> TypeGuard[Node]:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
@@ -126,8 +126,7 @@ def replace(old: Node, new: Node) -> None:
     Raises :class:`~fxprune.errors.VerificationError` when shape or dtype would change.
     """
     before, after = fake(old), fake(new)
-    known = before is not None and after is not None
-    if known and not (same_shape(old, new) and before.dtype == after.dtype):
+    if before is not None and after is not None and not (same_shape(old, new) and before.dtype == after.dtype):
         given, expected = (f"{t.dtype} {tuple(t.shape)}" for t in (after, before))
         raise VerificationError(stage="rewrite", what=f"{old} -> {new}", given=given, expected=expected)
     old.replace_all_uses_with(new)

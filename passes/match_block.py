@@ -8,6 +8,7 @@ Every value between two convolutions must feed nothing else, but for the gate's 
 from __future__ import annotations
 
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument
 
 from ..context import Context
 from ..match import Block, Match
@@ -69,7 +70,7 @@ def _gate(node: Node) -> Node | None:
 
 
 def _expand(depthwise: Match, by_node: dict[Node, Match]) -> Match | None:
-    node = depthwise.x
+    node: Argument = depthwise.x
     while isinstance(node, Node) and sole_user(node) is not None:
         match = by_node.get(node)
         if match is not None:

@@ -27,7 +27,8 @@ def match_conv(node: Node, ctx: Context, depthwise: bool) -> Match | None:
     """Match one ``aten.conv2d`` as depthwise, or as pointwise (1x1, one group, no padding)."""
     x, weight = argument(node, "input"), argument(node, "weight")
     value = ctx.weights.value(weight)
-    if value is None or value.dim() != 4 or shape(x) is None or len(shape(x)) != 4:
+    dims = shape(x)
+    if value is None or value.dim() != 4 or dims is None or len(dims) != 4:
         return None
     groups, kernel = argument(node, "groups"), (value.shape[2], value.shape[3])
     stride, dilation = pair(argument(node, "stride")), pair(argument(node, "dilation"))
@@ -48,7 +49,7 @@ def match_conv(node: Node, ctx: Context, depthwise: bool) -> Match | None:
         name=parameter.rpartition(".")[0] or parameter,
         parameter=parameter,
         value=value,
-        geometry=Geometry(shape(x), shape(node) or (), kernel, stride, padding, dilation),
+        geometry=Geometry(dims, shape(node) or (), kernel, stride, padding, dilation),
     )
 
 

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from ..context import Context
 from ..match import Geometry, Match
 from ..weights import qualified_name
-from .graph import aten, is_call, shape
+from .graph import argument, aten, is_call, shape
 from .match_depthwise import match_conv
 
 
@@ -26,6 +26,7 @@ def match_gemm(gm: GraphModule, ctx: Context) -> int:
 
 
 def _linear(node: Node, ctx: Context) -> Match | None:
+    operands: tuple[int, int | None]
     if is_call(node, aten.linear.default):
         (x, operand, *rest), operands, stored_nk = node.args, (0, 2), True
         bias = rest[0] if rest else None
@@ -56,8 +57,8 @@ def _linear(node: Node, ctx: Context) -> Match | None:
 def _weight(operand: Any, stored_nk: bool) -> tuple[Any, bool]:
     """Look through a transpose of a weight; returns (weight node, whether it is stored (K, N))."""
     swapped = is_call(operand, aten.t.default)
-    swapped |= is_call(operand, aten.permute.default) and list(operand.args[1]) == [1, 0]
-    swapped |= is_call(operand, aten.transpose.int) and sorted(d % 2 for d in operand.args[1:3]) == [0, 1]
+    swapped |= is_call(operand, aten.permute.default) and list(argument(operand, "dims")) == [1, 0]
+    swapped |= is_call(operand, aten.transpose.int) and sorted(argument(operand, d) % 2 for d in ("dim0", "dim1")) == [0, 1]
     if swapped:
         return operand.args[0], stored_nk
     return operand, not stored_nk

@@ -110,7 +110,8 @@ def _mean(input: Any, dim: Any, keepdim: bool = False) -> Call:
 def _global_average_pool(input: Any, output_size: Any) -> Call | None:
     """Pooling to one pixel is a mean over the pixels."""
     one = output_size == 1 or (isinstance(output_size, (tuple, list)) and list(output_size) == [1, 1])
-    images = fake(input) is not None and fake(input).dim() == 4
+    value = fake(input)
+    images = value is not None and value.dim() == 4
     return (aten.mean.dim, (input, [2, 3], True)) if one and images else None
 
 
@@ -260,7 +261,7 @@ def _mutates(node: Node) -> bool:
         return True
     if isinstance(node.target, torch._ops.OpOverload):
         return bool(node.target._schema.is_mutable)
-    position = {F.hardtanh: 3, F.dropout: 3}.get(node.target, 1)
+    position = 3 if node.target in (F.hardtanh, F.dropout) else 1
     flags = (F.relu, F.relu6, F.silu, F.hardswish, F.hardsigmoid, F.hardtanh, F.dropout)
     return node.target in flags and len(node.args) > position and bool(node.args[position])
 

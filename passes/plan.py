@@ -25,6 +25,8 @@ from .graph import fake
 _MIN_SPARSITY = 0.05
 # a dense convolution between feature-major kernels also pays for its own reorders, which its timing does not show
 _LEAVE_REGION = 1.3
+# a kernel this small is mostly the cost of its call, which it loses inside a region
+_JOIN_REGION = 3.0
 _OPERATOR = {"depthwise": "depthwise_taps", "pointwise": "tile_gemm", "linear": "tile_gemm"}
 
 
@@ -148,13 +150,11 @@ def _live(match: Match, ctx: Context) -> bool:
 
 def _decide_alone(match: Match, pattern: str, mask: LayerMask | None, ctx: Context) -> None:
     refusal = _refusal(match, mask, ctx)
-    if mask is None and not refusal and _is_one_pixel(match) and ctx.extra.get("rewrites"):
+    if mask is None and not refusal and ctx.extra.get("rewrites") and _joins_region(match):
         timing = ctx.measure(match, None)
-        chosen = timing.sparse * ctx.config.min_speedup <= timing.dense
-        gain = f"{timing.dense / max(timing.sparse, 1e-9):.2f}x of the convolution"
-        ctx.decisions.append(
-            _decision(match, None, chosen, timing, "", f"no zeros, a 1x1 map runs as a linear layer: {gain}")
-        )
+        bound = _JOIN_REGION * timing.dense if match.value.dim() == 4 else timing.dense / ctx.config.min_speedup
+        gain = f"no zeros, one row per image beside the region: {timing.dense / max(timing.sparse, 1e-9):.2f}x of dense"
+        ctx.decisions.append(_decision(match, None, timing.sparse <= bound, timing, "", gain))
         return
     if mask is None or refusal:
         ctx.decisions.append(Decision(match, mask, False, refusal or "no zeros", pattern=pattern))
@@ -164,9 +164,9 @@ def _decide_alone(match: Match, pattern: str, mask: LayerMask | None, ctx: Conte
     ctx.decisions.append(_decision(match, mask, chosen, timing, pattern))
 
 
-def _is_one_pixel(match: Match) -> bool:
-    """A 1x1 convolution of a 1x1 map: between feature-major kernels a convolution call is mostly overhead."""
-    return match.kind == "linear" and match.value.dim() == 4
+def _joins_region(match: Match) -> bool:
+    """One row per image: a 1x1 convolution of a 1x1 map (squeeze-and-excite) or a classifier behind the pooling."""
+    return match.value.dim() == 4 or len(match.geometry.x) == 2
 
 
 def _decision(match: Match, mask: LayerMask | None, chosen: bool, timing: Timing, pattern: str, why: str = "") -> Decision:

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +55,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(CACHES, ignore_errors=True)
+
+
+@pytest.fixture(params=("scalar", "avx2", "avx512"))
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set this machine has."""
+    before = torch.ops.fxprune.isa()
+    try:
+        torch.ops.fxprune.set_isa(request.param)
+    except RuntimeError:
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    torch.ops.fxprune.set_isa(before)
 
 
 @pytest.fixture

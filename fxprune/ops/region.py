@@ -2,7 +2,8 @@
 
     record: code, count, then ``count`` arguments
     depthwise (0): x, weight, taps, bias, kernel h w, stride h w, padding h w, dilation h w, activation
-    gemm (1):      x, values, index, tile_ptr, columns, bias, residual, gate, out_features, granularity, feature_dim, activation
+    gemm (1):      x, values, index, tile_ptr, columns, bias, residual, gate, out_features, granularity, feature_dim,
+                   activation
     mean (2):      x          over the pixels, (B, C, *) -> (B, C)
 
 x, residual and gate are values: first the inputs, then one per step. Weights are indices into ``packed``; -1 is absent.
@@ -54,17 +55,24 @@ def _interpret(
     for code, a in records(program):
         if code == DEPTHWISE:
             windows = [a[4:6], a[6:8], a[8:10], a[10:12]]
-            weights = (packed[a[1]], packed[a[2]], optional(packed, a[3]))
-            values.append(depthwise(values[a[0]], *weights, *windows, activation.NAMES[a[12]]))
+            operands = [packed[a[1]], packed[a[2]], optional(packed, a[3])]
+            values.append(depthwise(_as_image(values[a[0]]), *operands, *windows, activation.NAMES[a[12]]))
         elif code == GEMM:
-            gate = optional(values, a[7])
+            operand, residual, gate = values[a[0]], optional(values, a[6]), optional(values, a[7])
             gate = gate.flatten(1) if gate is not None else None
-            weights = [packed[i] for i in a[1:5]]
-            operands = (*weights, optional(packed, a[5]), optional(values, a[6]), gate)
-            values.append(gemm(values[a[0]], *operands, a[8], a[9], a[10], activation.NAMES[a[11]]))
+            if a[10] == -1:
+                operand = operand.flatten(1)
+                residual = residual.flatten(1) if residual is not None else None
+            operands = [*(packed[i] for i in a[1:5]), optional(packed, a[5]), residual, gate]
+            values.append(gemm(operand, *operands, a[8], a[9], a[10], activation.NAMES[a[11]]))
         else:
             values.append(values[a[0]].flatten(2).mean(2))
     return [values[i] for i in outputs]
+
+
+def _as_image(value: Tensor) -> Tensor:
+    """A channel vector (B, C) is an image of one pixel."""
+    return value.unflatten(1, (value.shape[1], 1, 1)) if value.dim() == 2 else value
 
 
 def reference(x: list[Tensor], packed: list[Tensor], program: list[int], outputs: list[int]) -> list[Tensor]:
@@ -83,13 +91,15 @@ def setup_context(ctx: Any, inputs: Args, output: list[Tensor]) -> None:
 
 def backward(ctx: Any, *grads: Tensor) -> Args:
     """Refuse: training graphs keep their operators apart."""
-    raise RuntimeError("fxprune::region has no gradient: regions are formed for inference only. Compile with gradients enabled.")
+    raise RuntimeError(
+        "fxprune::region has no gradient: regions are formed for inference only. Compile with gradients enabled."
+    )
 
 
 def samples() -> Iterator[Args]:
     """A depthwise-separable block with squeeze-and-excite and a residual; a chain with a strided depthwise step."""
     gen = torch.Generator().manual_seed(0)
-    for batch, channels, size, stride in ((1, 6, 9, 1), (3, 5, 8, 2)):
+    for batch, channels, size, stride in ((1, 6, 8, 1), (3, 5, 8, 2)):
         window = depthwise_taps.random_taps(channels, 9, gen)
         expand = tile_gemm.tile_pack.random_structure(channels, channels, 4, gen)
         squeeze = tile_gemm.tile_pack.random_structure(channels, channels, 64, gen)

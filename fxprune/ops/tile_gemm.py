@@ -92,11 +92,10 @@ def backward(ctx: Any, grad: Tensor) -> Args:
     if ctx.feature_dim == 1:
         g = grad.reshape(grad.shape[0], ctx.out_features, -1)
         flat = x.reshape(x.shape[0], k, -1)
-        back = torch.matmul(weight.t(), g) if need[0] or need[7] else None
-        if need[0]:
-            grad_x = (back if gate is None else back * gate.unsqueeze(-1)).reshape(x.shape)
-        if need[7]:
-            grad_gate = (back * flat).sum(-1)
+        if need[0] or need[7]:
+            back = torch.matmul(weight.t(), g)
+            grad_x = (back if gate is None else back * gate.unsqueeze(-1)).reshape(x.shape) if need[0] else None
+            grad_gate = (back * flat).sum(-1) if need[7] else None
         if need[1]:
             seen = flat if gate is None else flat * gate.unsqueeze(-1)
             grad_weight = torch.matmul(g, seen.transpose(1, 2)).sum(0)

@@ -87,7 +87,7 @@ BAD: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         ({"stride": [1, 0]}, "stride must lie in"),
         ({"padding": [-1, 0]}, "padding must lie in"),
         ({"dilation": [1, 1 << 40]}, "dilation must lie in"),
-        ({"dilation": [4, 1]}, r"x of shape \(1, 6, 5, 5\) is smaller than the dilated window \(9, 3\)"),
+        ({"dilation": [4, 1]}, r"x of height and width \(5, 5\) is smaller than the dilated window \(9, 3\)"),
         ({"activation": ""}, "unknown activation ''"),
     )),
     *(("tile_pack", _PACK, change, message) for change, message in (
