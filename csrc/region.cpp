@@ -29,10 +29,15 @@ namespace fxprune {
 namespace {
 
 using Shape = std::vector<int64_t>;  // without the batch
+constexpr int64_t kMostFloats = int64_t{1}
+                                << 40;  // of one value and image, so that no sum of them overflows
 
 int64_t floats(const Shape& shape) {
   int64_t size = 1;
-  for (int64_t s : shape) size *= s;
+  for (int64_t s : shape) {
+    STD_TORCH_CHECK(!__builtin_mul_overflow(size, s, &size) && size <= kMostFloats,
+                    "a value of a region is too large");
+  }
   return size;
 }
 
@@ -118,6 +123,7 @@ class Region {
           id >= static_cast<int64_t>(x.size()) && id < static_cast<int64_t>(values_.size()),
           "outputs must name results of steps, got ", id);
       Value& v = values_[id];
+      STD_TORCH_CHECK(v.base == nullptr, "outputs name value ", id, " twice");
       Shape shape = v.shape;
       shape.insert(shape.begin(), batch_);
       results_.push_back(empty_output(inputs_[0], shape));
@@ -183,6 +189,7 @@ class Region {
       (step.code == Step::kDepthwise ? step.depthwise.activation : step.gemm.activation) =
           static_cast<Activation>(activation);
     }
+    floats(result.shape);  // checks its size
     step.out = static_cast<int64_t>(values_.size());
     values_.push_back(std::move(result));
     steps_.push_back(step);

@@ -64,19 +64,21 @@ def register() -> None:
 
 
 def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
-    if not _worth_a_look(example_inputs, config):
-        log.info("no zeros and no plan in this graph: stock %s", config.fallback)
-        return codegen.stock(gm, example_inputs, config)
-
     remember_names(gm)
     symbols = Symbols(example_inputs)
 
+    def stock(inputs: Sequence[Any]) -> Built:
+        return Built(codegen.stock(GraphModule(gm, copy.deepcopy(gm.graph)), inputs, config))
+
     def build(inputs: Sequence[Any]) -> Built:
+        if not _worth_a_look(inputs, config):
+            log.info("no zeros and no plan in this graph: stock %s", config.fallback)
+            return stock(inputs)
         start = time.perf_counter()
         clone, ctx, changed = rewrite(gm, inputs, config)
         _report(ctx, time.perf_counter() - start)
         if not changed:
-            return Built(codegen.stock(GraphModule(gm, copy.deepcopy(gm.graph)), inputs, config))
+            return stock(inputs)
         ctx.counts["form_regions"] = form_regions(clone, ctx)
         packs = ctx.weights.appended()
         clone.recompile()
@@ -101,10 +103,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
             log.warning("rebuilding for changed weights failed; the graph runs dense", exc_info=True)
             return Built(gm.forward)
 
-    first = build(example_inputs)
-    if first.context is None:
-        return first.run
-    return CompiledGraph(gm, build_later, first, example_inputs, freeze=config.freeze)
+    return CompiledGraph(gm, build_later, build(example_inputs), example_inputs, freeze=config.freeze)
 
 
 def rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> tuple[GraphModule, Context, bool]:

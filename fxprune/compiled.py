@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fxprune.context import Context
-from fxprune.plan import generation
+from fxprune.plan import generation, lookup
 from fxprune.weights import StructureChanged
 
 log = logging.getLogger(__name__)
@@ -75,9 +75,17 @@ class Variant:
 
     def current(self) -> bool:
         """True when the packed weights are what the weights are now, after repacking if that is enough."""
-        if self._stale or (self._masked and generation() != self._plans):
+        if generation() != self._plans:
+            if self._masked or (self.context is None and self._planned()):
+                return False
+            self._plans = generation()
+        if self._stale:
             return False
         return not self._watched or self._now() == self._stamp or self.refresh()
+
+    def _planned(self) -> bool:
+        """True when a weight of a graph that stayed dense was pruned since."""
+        return any(lookup(tensor) is not None for _, tensor in self._bound)
 
     def refresh(self) -> bool:
         """Repack from the current weights; ``False`` when their support no longer fits the packed structure."""

@@ -45,7 +45,7 @@ class Config:
     freeze: weights will not change after compile: no checks per call, remaining constants folded.
     require_sparse: raise when a pruned layer stays dense.
     fallback: what compiles the rest of the graph, and what a failed rewrite falls back to.
-    verify: check every pass numerically on the example inputs (slow).
+    verify: run the rewritten graph beside the original on the example inputs and compare (slow).
     dump: folder for the numbered graphs before and after each pass.
     tolerance: bound of ``verify`` against an fp64 run, relative.
     mode / inductor: Inductor's mode and options for the rest of the graph.

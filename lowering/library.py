@@ -62,7 +62,7 @@ def load() -> bool:
                     _definitions.define(schema)
                 warnings.warn(
                     FxPruneWarning(
-                        f"fxprune runs without its C++ kernels, on slow references: {reason}. Build them with "
+                        f"fxprune runs without its C++ kernels, compiled layers stay dense: {reason}. Build them with "
                         "`python setup.py build_ext --inplace` or reinstall where a C++ compiler is found."
                     ),
                     stacklevel=2,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..errors import NotLowered
+from ..graph import fake
 from .kernels import KernelTables
 
 
@@ -31,13 +29,8 @@ def lower(gm: GraphModule, tables: KernelTables) -> dict[str, int]:
 def _choose(name: str, node: Node, tables: KernelTables) -> str:
     reasons = []
     for impl in tables.candidates(name):
-        reason = impl.supports(*[_meta(a) for a in node.args[:2]])
+        reason = impl.supports(*[fake(a) for a in node.args[:2]])
         if reason is None:
             return impl.provider
         reasons.append(f"{impl.provider}: {reason}")
     raise NotLowered(op=f"fxprune::{name}", reasons="; ".join(reasons) or "none is registered")
-
-
-def _meta(arg: Any) -> Tensor | None:
-    value = arg.meta.get("example_value", arg.meta.get("val")) if isinstance(arg, Node) else None
-    return value if isinstance(value, Tensor) else None

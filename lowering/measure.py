@@ -47,8 +47,9 @@ class Measure:
             key = self._key(match, mask)
             micros = self._cache.get(key)
             if micros is None:
-                micros = self._time(match, mask)
-                self._cache.put(key, micros)
+                micros, settled = self._time(match, mask)
+                if settled:
+                    self._cache.put(key, micros)
             sparse, dense, feature_major = micros
             return Timing(sparse, dense, feature_major, measured=True)
         finally:
@@ -63,13 +64,12 @@ class Measure:
         window = (g.kernel, g.stride, g.padding, g.dilation)
         return repr((match.kind, shape, match.matrix_shape, *window, unit, round(kept * 20)))
 
-    def _time(self, match: Match, mask: LayerMask | None) -> list[float]:
+    def _time(self, match: Match, mask: LayerMask | None) -> tuple[list[float], bool]:
         x = torch.randn([_concrete(s) for s in match.geometry.x])
         with torch.inference_mode():
             runs = [sparse_call(match, mask, self._units(match.kind), x), *dense_calls(match, x)]
-            micros = interleave(runs, _ROUNDS[self._config.autotune])
-        dense = min(micros[1:])
-        return [micros[0], dense, micros[1]]
+            micros, settled = interleave(runs, _ROUNDS[self._config.autotune])
+        return [micros[0], min(micros[1:]), micros[1]], settled
 
     def _predict(self, match: Match, mask: LayerMask | None) -> Timing:
         from .. import cost  # sympy is slow to import
@@ -124,22 +124,26 @@ def one_pixel(match: Match) -> bool:
     return match.kind == "linear" and match.value.dim() == 4
 
 
-def interleave(runs: list[Callable[[], Any]], rounds: int) -> list[float]:
-    """Return the fastest microseconds per call of each, over interleaved bursts."""
+def interleave(runs: list[Callable[[], Any]], rounds: int) -> tuple[list[float], bool]:
+    """Return the fastest microseconds of each, over interleaved bursts of single calls, and whether they settled.
+
+    A busy neighbour stops one thread of a call for milliseconds, so a burst is only as good as its best call.
+    """
     repeats = []
     for run in runs:
         run()
-        start = time.perf_counter()
-        run()
-        repeats.append(max(1, min(50, math.ceil(_BURST_SECONDS / max(time.perf_counter() - start, 1e-7)))))
+        repeats.append(max(2, min(50, math.ceil(_BURST_SECONDS * 1e6 / max(_micros(run), 0.1)))))
     samples: list[list[float]] = [[] for _ in runs]
     while len(samples[0]) < rounds or (len(samples[0]) < 8 * rounds and not all(map(_settled, samples))):
         for i, run in enumerate(runs):
-            start = time.perf_counter()
-            for _ in range(repeats[i]):
-                run()
-            samples[i].append((time.perf_counter() - start) / repeats[i] * 1e6)
-    return [min(taken) for taken in samples]
+            samples[i].append(min(_micros(run) for _ in range(repeats[i])))
+    return [min(taken) for taken in samples], all(map(_settled, samples))
+
+
+def _micros(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e6
 
 
 def _settled(samples: list[float]) -> bool:

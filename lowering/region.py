@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..context import Context
+from ..graph import fake, mutates
 from ..ops import activation
 from ..ops import region as ops
 
@@ -48,7 +49,7 @@ def form_regions(gm: GraphModule, ctx: Context) -> int:
         eligible = _eligible(node, current.nodes)
         if eligible and _same_batch(node, current.nodes):
             current.nodes.append(node)
-        elif eligible or _writes(node) or any(n in current.nodes for n in node.all_input_nodes):
+        elif eligible or mutates(node) or any(n in current.nodes for n in node.all_input_nodes):
             found.append(current)
             current = _Region([node] if _eligible(node, []) else [])
     for candidate in [*found, current]:
@@ -59,14 +60,9 @@ def form_regions(gm: GraphModule, ctx: Context) -> int:
     return formed
 
 
-def _value(node: Any) -> Tensor | None:
-    value = node.meta.get("example_value", node.meta.get("val")) if isinstance(node, Node) else None
-    return value if isinstance(value, Tensor) else None
-
-
-def _known(node: Node) -> Tensor:
+def _known(node: Any) -> Tensor:
     """The value of a member, which being eligible made sure of."""
-    value = _value(node)
+    value = fake(node)
     assert value is not None, node
     return value
 
@@ -79,12 +75,12 @@ def _same_batch(node: Node, members: list[Node]) -> bool:
 def _eligible(node: Node, members: list[Node]) -> bool:
     if node.op != "call_function":
         return False
-    value = _value(node)
+    value = fake(node)
     if value is None or value.dtype != torch.float32:
         return False
     if node.target is _DEPTHWISE:
         return True
-    x = _value(node.args[0])
+    x = fake(node.args[0])
     if x is None:
         return False
     if node.target is _GEMM:
@@ -103,16 +99,8 @@ def _is_channel_vector(value: Tensor) -> bool:
     return value.dim() == 2 or (value.dim() == 4 and list(value.shape[2:]) == [1, 1])
 
 
-def _writes(node: Node) -> bool:
-    if node.op == "call_method":
-        return str(node.target).endswith("_")
-    schema = getattr(node.target, "_schema", None)
-    name = getattr(node.target, "__name__", "")
-    return bool(schema.is_mutable) if schema is not None else node.op == "call_function" and name.endswith("_")
-
-
 def _trim(candidate: _Region) -> None:
-    """Drop what does not end in a kernel: a mean or reshape at the end is Inductor's, unless a kernel follows."""
+    """Drop the views at both ends, and a mean no kernel is in front of: they are Inductor's."""
     while candidate.nodes and candidate.nodes[-1].target in _RESHAPES:
         candidate.nodes.pop()
     while candidate.nodes and candidate.nodes[0].target in (*_RESHAPES, _MEAN):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..context import Context
-from .graph import argument, aten, call, is_call, mutation_between, replace, sole_user
+from ..graph import argument, aten, call, is_call, mutation_between, replace, sole_user
 
 
 def fold_batchnorm(gm: GraphModule, ctx: Context) -> int:

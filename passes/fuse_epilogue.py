@@ -2,6 +2,7 @@
 
     act(tile_gemm(x, w) + skip)  =>  tile_gemm(x, w, residual=skip, activation=act)
     act(depthwise_taps(x, w))    =>  depthwise_taps(x, w, activation=act)
+    act(unflatten(tile_gemm(x, w)))  =>  unflatten(tile_gemm(x, w, activation=act))
 
 Does not fire when the kernel's result has another user, or when an activation sits between kernel and add.
 """
@@ -14,7 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..context import Context
-from .graph import aten, is_call, mutation_between, same_dtype, same_shape, sole_user
+from ..graph import aten, is_call, mutation_between, same_dtype, same_shape, sole_user
 
 _RESIDUAL = 6
 _ACTIVATIONS: dict[Any, str] = {
@@ -66,7 +67,7 @@ def _fuse_activation(node: Node) -> bool:
     if is_call(user, aten.unflatten.int):  # a 1x1 map between linear kernels: the activation moves in front of the view
         view, user = user, sole_user(user)
     name = activation_name(user) if user is not None else None
-    if name is None or node.args[-1] != "none" or mutation_between(node, user):
+    if user is None or name is None or node.args[-1] != "none" or mutation_between(node, user):
         return False
     if view is None:
         _move_to(node, user)

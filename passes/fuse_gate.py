@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..context import Context
-from .graph import aten, call, is_call, mutation_between, same_dtype, same_shape, shape, sole_user
+from ..graph import aten, call, is_call, mutation_between, same_dtype, same_shape, shape, sole_user
 
 _X, _GATE, _FEATURE_DIM = 0, 7, 10
 

@@ -15,8 +15,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..context import Context
+from ..graph import argument, aten, call, is_call, replace, shape
 from .fuse_epilogue import activation_name
-from .graph import argument, aten, call, is_call, replace, shape
 
 _TO_LAST, _TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 _FEATURE_DIM = 10

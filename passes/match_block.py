@@ -11,8 +11,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
 from ..context import Context
+from ..graph import aten, is_call, same_shape, sole_user
 from ..match import Block, Match
-from .graph import aten, is_call, same_shape, sole_user
 
 _POINTWISE = (
     aten.batch_norm.default,

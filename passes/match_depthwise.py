@@ -8,9 +8,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..context import Context
+from ..graph import argument, aten, is_call, pair, shape
 from ..match import Geometry, Match
 from ..weights import qualified_name
-from .graph import argument, aten, is_call, pair, shape
 
 
 def match_depthwise(gm: GraphModule, ctx: Context) -> int:

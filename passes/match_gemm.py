@@ -7,9 +7,9 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from ..context import Context
+from ..graph import argument, aten, is_call, shape
 from ..match import Geometry, Match
 from ..weights import qualified_name
-from .graph import argument, aten, is_call, shape
 from .match_depthwise import match_conv
 
 

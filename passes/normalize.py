@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from ..context import Context
-from .graph import aten, fake
+from ..graph import aten, fake
 
 Call = tuple[Any, tuple[Any, ...]]
 Rule = Callable[..., "Call | None"]

@@ -14,12 +14,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..context import Context, Decision, Timing
+from ..graph import fake
 from ..match import Match
 from ..plan import lookup
 from ..planner import choose_masks
 from ..sparsity import dcp, tile
 from ..sparsity.pattern import LayerMask
-from .graph import fake
 
 # below this fraction of zeros a weight counts as dense: timing noise is larger than the gain
 _MIN_SPARSITY = 0.05
@@ -35,12 +35,11 @@ def plan(gm: GraphModule, ctx: Context) -> int:
     wanted = _masks_from_options(ctx)
     found = {m.node: _mask(m, ctx, wanted) for m in ctx.matches}
     convs = [m for m in ctx.matches if m.kind != "linear"]
-    ctx.extra["rewrites"] = any(mask is not None for _, mask in found.values())
     for region in _regions(convs):
         _decide_region(region, found, ctx)
-    for match in ctx.matches:
-        if match.kind == "linear":
-            _decide_alone(match, *found[match.node], ctx)
+    linears = [m for m in ctx.matches if m.kind == "linear"]
+    for match in sorted(linears, key=lambda m: found[m.node][1] is None):  # those without zeros join what was chosen
+        _decide_alone(match, *found[match.node], ctx)
     order = {m.node: i for i, m in enumerate(ctx.matches)}
     ctx.decisions.sort(key=lambda d: order[d.match.node])
     return 0
@@ -150,11 +149,12 @@ def _live(match: Match, ctx: Context) -> bool:
 
 def _decide_alone(match: Match, pattern: str, mask: LayerMask | None, ctx: Context) -> None:
     refusal = _refusal(match, mask, ctx)
-    if mask is None and not refusal and ctx.extra.get("rewrites") and _joins_region(match):
+    if mask is None and not refusal and _joins_region(match) and any(d.chosen for d in ctx.decisions):
         timing = ctx.measure(match, None)
-        bound = _JOIN_REGION * timing.dense if match.value.dim() == 4 else timing.dense / ctx.config.min_speedup
+        convolution = match.value.dim() == 4
+        chosen = timing.sparse * (1 / _JOIN_REGION if convolution else ctx.config.min_speedup) <= timing.dense
         gain = f"no zeros, one row per image beside the region: {timing.dense / max(timing.sparse, 1e-9):.2f}x of dense"
-        ctx.decisions.append(_decision(match, None, timing.sparse <= bound, timing, "", gain))
+        ctx.decisions.append(_decision(match, None, chosen, timing, "", gain))
         return
     if mask is None or refusal:
         ctx.decisions.append(Decision(match, mask, False, refusal or "no zeros", pattern=pattern))

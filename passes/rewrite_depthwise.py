@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ..context import Context, Decision
+from ..graph import aten, call, replace
 from ..sparsity import dcp
-from .graph import aten, call, replace
 
 
 def rewrite_depthwise(gm: GraphModule, ctx: Context) -> int:

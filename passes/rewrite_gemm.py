@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..context import Context, Decision
+from ..graph import aten, call, replace
 from ..match import Match
 from ..sparsity import tile
 from ..sparsity.pattern import LayerMask
-from .graph import aten, call, replace
 from .rewrite_depthwise import exact
 
 

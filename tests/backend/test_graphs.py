@@ -88,7 +88,7 @@ def test_a_dense_subgraph_beside_a_pruned_one() -> None:
         parameter.data.masked_fill_(parameter.data == 0, 1.0)
     fast = compiled(model)
     assert_exact(run(fast.call, rows()), run(model, rows()))
-    assert [isinstance(g, CompiledGraph) for g in fast.graphs] == [True, False]
+    assert [isinstance(g, CompiledGraph) and g.context is not None for g in fast.graphs] == [True, False]
 
 
 def test_a_break_on_data_takes_both_branches() -> None:

@@ -69,11 +69,18 @@ def test_an_unpruned_convolution_joins_a_winning_region(timed: Callable[..., Non
     with torch.no_grad():
         for layer in (model.pw, model.fc):
             layer.weight.masked_fill_(layer.weight == 0, 1.0)
-    timed(dw=(5.0, 20.0, 20.0), pw=(15.0, 20.0, 30.0))
+    timed(dw=(5.0, 20.0, 20.0), pw=(15.0, 20.0, 30.0), fc=(3.0, 2.0, 2.0))
     found = decided(model, image())
     assert found["dw"].chosen and found["pw"].chosen and found["pw"].mask is None
     assert found["pw"].reason.startswith("no zeros, joins its feature-major region")
-    assert not found["fc"].chosen and found["fc"].reason == "no zeros"
+    assert not found["fc"].chosen and found["fc"].reason == "no zeros, one row per image beside the region: 0.67x of dense"
+
+
+def test_an_unpruned_classifier_joins_only_when_it_is_faster(timed: Callable[..., None]) -> None:
+    model = pruned(mobile(), image(), ignored_layers=("fc",))
+    timed(dw=(5.0, 20.0, 20.0), pw=(5.0, 20.0, 30.0), fc=(1.0, 2.0, 2.0))
+    found = decided(model, image())
+    assert found["fc"].chosen and found["fc"].mask is None
 
 
 def test_a_loser_leaves_nothing_sparse_in_the_graph(timed: Callable[..., None]) -> None:

@@ -168,3 +168,14 @@ def test_variants_are_bounded() -> None:
     finally:
         module._MOST = limit
     assert len(graph._variants) == 3
+
+
+def test_a_model_compiled_dense_first_runs_sparse_once_pruned() -> None:
+    """Dynamo shares the graph between the model and its pruned copy, and between before and after."""
+    model = mlp()
+    fast = compiled(model)
+    assert_exact(run(fast.call, rows()), run(model, rows()))
+    assert not fast.contexts
+    fxprune.prune(model, rows(), sparsity=0.5, inplace=True)
+    assert_exact(run(fast.call, rows()), run(model, rows()))
+    assert all(d.chosen for d in fast.contexts[-1].decisions), "the graph looked again after prune(inplace=True)"

@@ -14,8 +14,9 @@ preload=
 for runtime in asan ubsan stdc++; do
     preload=$preload${preload:+:}$("$CXX" -print-file-name=lib$runtime.so)
 done
-# The interpreter and torch allocate for the life of the process, which is no leak of ours.
-ASAN_OPTIONS=detect_leaks=0
+# The interpreter and torch allocate for the life of the process, which is no leak of ours. A corrupted size that is too
+# large must come back as an error, as it does without the sanitizer.
+ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1
 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 export FXPRUNE_LIBRARY ASAN_OPTIONS UBSAN_OPTIONS
 

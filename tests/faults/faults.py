@@ -33,6 +33,7 @@ fold_batchnorm, normalize, match_depthwise = (
     module(f"passes.{n}") for n in ("fold_batchnorm", "normalize", "match_depthwise")
 )
 fuse_epilogue, fuse_gate, fuse_transpose = (module(f"passes.fuse_{n}") for n in ("epilogue", "gate", "transpose"))
+forming = module("lowering.region")
 rewrite_depthwise, rewrite_gemm = module("passes.rewrite_depthwise"), module("passes.rewrite_gemm")
 
 
@@ -165,6 +166,27 @@ def doubled(real: Any) -> Any:
     return pack
 
 
+def room_reused(real: Any) -> Any:
+    """Whatever reads an input of a region finds the latest result of its shape."""
+
+    def add(self: Any, node: Any) -> None:
+        real(self, node)
+        for value in self.inputs:
+            if value.meta["example_value"].shape == node.meta["example_value"].shape:
+                self._values[value] = self._values[node]
+
+    return add
+
+
+def next_residual(real: Any) -> Any:
+    def add(self: Any, node: Any) -> None:
+        real(self, node)
+        if "tile_gemm" in str(node.target) and node.args[6] is not None:
+            self.code[-6] += 1
+
+    return add
+
+
 FAULTS: tuple[Fault, ...] = (
     Fault("wrong tile order", tile.Tile, "pack", packed(shift("values")), kill.linear),
     Fault("tail dropped", tile.Tile, "pack", packed(drop_tail), kill.linear),
@@ -220,5 +242,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault("regions split", planning, "_regions", alone, kill.regions),
     Fault("time keyed without the shape", measure.Measure, "_key", constant("k"), kill.shapes_timed),
     Fault("broken cache trusted", measure, "_is_timing", constant(True), kill.broken_cache),
+    Fault("room of a live value reused", forming._Program, "add", room_reused, kill.lived),
+    Fault("residual number off by one", forming._Program, "add", next_residual, kill.lived),
+    Fault("mutation ignored by a region", forming, "mutates", constant(False), kill.written),
     Fault("verify blind", verify, "_error", constant(0.0), kill.verified),
 )

@@ -12,6 +12,7 @@ import torch
 
 from tests import test_errors, test_plan, test_prune, test_verify
 from tests.backend import test_graphs, test_modes, test_never_slower, test_options, test_training, test_weights_change
+from tests.lowering import test_region
 from tests.passes import (
     test_fold_batchnorm,
     test_fuse_epilogue,
@@ -96,4 +97,6 @@ shapes_timed = with_patches(test_never_slower.test_another_shape_or_thread_count
 broken_cache = with_patches(test_never_slower.test_a_corrupted_cache_is_ignored_and_replaced, '{"a": [1, 2]}')
 mutations = [test_normalize.mutated_and_read, test_normalize.view_then_mutated, test_normalize.iadd_with_reader]
 normalize_twins = every(test_normalize.test_a_visible_mutation_keeps_its_meaning, mutations)
+lived = test_region.test_a_value_lives_until_its_last_reader
+written = every(test_region.test_a_write_closes_the_region, [test_region.add_])
 verified = every(test_verify.test_a_wrong_model_is_caught, ["values"])

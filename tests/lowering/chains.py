@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,36 +18,33 @@ from fxprune.config import Config
 from fxprune.ops import region as ops
 from tests.oracle import FORCED, assert_same, copied, integer_model, widened, zero_some
 
-Hook = Callable[[Tensor], Any]
-
 
 class Inverted(nn.Module):
     """An inverted residual with squeeze-and-excite: 1x1, depthwise, mean, two layers to a gate, 1x1, residual.
 
-    between: called with the depthwise result; what it returns takes the result's place.
+    seen: the depthwise result is read once more, after everything else.
     """
 
-    def __init__(self, channels: int = 16, gated: bool = True, residual: bool = True, between: Hook | None = None) -> None:
+    def __init__(
+        self, channels: int = 16, gated: bool = True, residual: bool = True, seen: bool = False, widen: int = 2
+    ) -> None:
         super().__init__()
-        wide = 2 * channels
+        wide = widen * channels
         self.expand, self.bn1 = nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide)
         self.depthwise, self.bn2 = nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False), nn.BatchNorm2d(wide)
         self.squeeze, self.excite = nn.Conv2d(wide, 64, 1), nn.Conv2d(64, wide, 1)
         self.project, self.bn3 = nn.Conv2d(wide, channels, 1, bias=False), nn.BatchNorm2d(channels)
-        self.gated, self.residual, self.between = gated, residual, between
+        self.gated, self.residual, self.seen = gated, residual, seen
 
     def forward(self, x: Tensor) -> Any:
         y = F.relu6(self.bn1(self.expand(x)))
-        y = F.relu6(self.bn2(self.depthwise(y)))
-        extra = None
-        if self.between is not None:
-            y, extra = self.between(y)
+        middle = y = F.relu6(self.bn2(self.depthwise(y)))
         if self.gated:
             gate = F.relu(self.squeeze(y.mean((2, 3), keepdim=True)))
             y = y * F.relu6(self.excite(gate))
         y = self.bn3(self.project(y))
         y = y + x if self.residual else y
-        return y if extra is None else (y, extra)
+        return (y, torch.cumsum(middle, 1)) if self.seen else y
 
 
 def sparse(model: nn.Module, seed: int = 0) -> nn.Module:

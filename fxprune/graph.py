@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..errors import VerificationError
+from fxprune.errors import VerificationError
 
 aten = torch.ops.aten
 

@@ -1,0 +1,95 @@
+"""Random programs of ``fxprune::region`` against its reference; corrupted ones raise or are still right."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fxprune.ops import region
+from tests.csrc.kernels import OPS, every_isa
+from tests.csrc.programs import Program, corrupted, program
+from tests.oracle import assert_same, widened
+
+CORRUPTED = 2000
+
+
+def compare(case: Program, repro: str) -> None:
+    expected, exact = region.reference(*case), region.reference(*widened(list(case)))
+    before = torch.get_num_threads()
+    try:
+        for isa in every_isa():
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                assert_same(OPS.region(*case), expected, exact, f"{repro} on {isa}, {threads} threads", trusted=False)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.fuzz
+@given(st.integers(0, 2**30))
+def test_random_programs(seed: int) -> None:
+    compare(program(seed), f"program({seed})")
+
+
+def test_the_programs_are_worth_it() -> None:
+    """Most results are not zero, and every kind of step and operand occurs."""
+    codes: set[int] = set()
+    operands = {"residual": 0, "gate": 0, "row-major": 0, "several outputs": 0}
+    zeros = []
+    for seed in range(200):
+        x, packed, code, outputs = program(seed)
+        for number, a in region.records(code):
+            codes.add(number)
+            if number == region.GEMM:
+                operands["residual"] += a[6] >= 0
+                operands["gate"] += a[7] >= 0
+                operands["row-major"] += a[10] == -1
+        operands["several outputs"] += len(outputs) > 1
+        last = region.reference(x, packed, code, outputs)[-1]
+        zeros.append((last == 0).float().mean().item())
+    assert codes == {region.DEPTHWISE, region.GEMM, region.MEAN}
+    assert min(operands.values()) >= 10, operands
+    assert sum(zeros) / len(zeros) < 0.5
+
+
+HUGE = """
+import torch, fxprune
+fxprune.register()
+weight = [torch.ones(4), torch.arange(4).int(), torch.tensor([0, 4]).int(), torch.tensor([0]).int()]
+first, second = [1, 12, 0, 0, 1, 2, 3, -1, -1, -1, 2**58, 1, 1, 0], [1, 12, 1, 0, 1, 2, 3, -1, -1, -1, 1, 1, 1, 0]
+try:
+    torch.ops.fxprune.region([torch.ones(1, 4, 8, 8)], weight, [*first, *second], [2])
+except (RuntimeError, MemoryError):
+    print("refused")
+"""
+
+
+def test_a_size_that_overflows_is_refused() -> None:
+    done = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["refused"], done.stderr
+
+
+def test_an_output_named_twice_is_refused() -> None:
+    x, packed, code, outputs = next(region.samples())
+    with pytest.raises(RuntimeError, match="twice"):
+        OPS.region(x, packed, code, [*outputs, *outputs])
+
+
+def test_corrupted_programs_raise_or_are_right() -> None:
+    refused = 0
+    for seed in range(CORRUPTED):
+        case = corrupted(seed)
+        try:
+            given: list[Tensor] = OPS.region(*case)
+        except (RuntimeError, MemoryError):
+            refused += 1
+            continue
+        repro = f"corrupted({seed})"
+        assert_same(given, region.reference(*case), region.reference(*widened(list(case))), repro, trusted=False)
+    assert refused > CORRUPTED // 2
