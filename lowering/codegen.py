@@ -34,8 +34,8 @@ def compile_rest(
     if config.fallback == "eager":
         return gm.forward
     # Inductor would check the sizes of every packed weight on every call; a region checks what it reads itself
-    fixed = {"layout_optimization": False, "size_asserts": False, "joint_custom_pre_pass": Salt()}
-    patches = {**fixed, **_patches(config)}
+    ours = {"layout_optimization": False, "size_asserts": False, "joint_custom_pre_pass": Salt()}
+    patches = {**ours, **_patches(config)}
     if not config.freeze or torch.is_grad_enabled():
         return _compile(gm, example_inputs, patches)
     live = [i for i, fixed in enumerate(constant) if not fixed]

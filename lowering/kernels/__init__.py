@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...context import Unit
+from ...graph import fake
 from ...match import Match
 from . import cpu, reference
 from .impl import Impl
@@ -21,7 +22,7 @@ class KernelTables:
 
     def supports(self, op: str, match: Match) -> str | None:
         """Return ``None`` when a compiled kernel runs the match, else every provider's reason."""
-        x = match.x.meta.get("example_value", match.x.meta.get("val"))
+        x = fake(match.x)
         reasons = []
         for impl in self.candidates(op):
             if impl.provider == "reference":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -33,15 +32,6 @@ channels = st.sampled_from([1, 16, 31, 32, 33, 40, 72, 88, 120, 144, 200, 240])
 windows = st.sampled_from([1, 9, 15, 25, 49, 81])
 ratios = st.floats(0.0, 0.98)
 seeds = st.integers(0, 2**32 - 1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: on a busy machine the threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def importances(net: str, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -18,15 +18,6 @@ from fxprune.sparsity.pattern import Packed, Pattern, Tiling, keep_largest
 each_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.name)
 sizes = st.sampled_from([1, 2, 7, 8, 9, 16, 31, 33, 65, 70])
 seeds = st.integers(0, 2**32 - 1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: on a busy machine the threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def case(pattern: Pattern, n: int, k: int, granularity: int, seed: int) -> tuple[Tensor, Tensor, Tiling, list[int]]:

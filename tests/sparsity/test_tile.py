@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -30,15 +29,6 @@ MIXED = {**CONVS, **BERT_LAYER}
 sizes = st.sampled_from([1, 3, 8, 31, 64, 65, 130])
 ratios = st.floats(0.0, 0.97)
 seeds = st.integers(0, 2**32 - 1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: on a busy machine the threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def uniform(shapes: dict[str, tuple[int, int]], seed: int = 0) -> dict[str, Tensor]:
