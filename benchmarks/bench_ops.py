@@ -73,9 +73,23 @@ def linear(m: int, k: int, n: int, sparsity: float, g: int = 64, act: str = "non
     x, bias = torch.randn(m, k, generator=gen), torch.randn(n, generator=gen)
     calls = {
         "ours": lambda: torch.ops.fxprune.tile_gemm(x, *packed, bias, None, None, n, g, -1, act),
-        "linear": lambda: F.linear(x, weight, bias),
+        **dense_linear(x, weight, bias),
     }
     return calls, 2.0 * m * packed[0].numel()
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Calls:
+    """Return the dense calls: plain, and those whose weights are packed ahead, as Inductor's freezing does."""
+    m = x.shape[0]
+    onednn = torch.ops.mkldnn._reorder_linear_weight(weight, m)
+    calls: Calls = {
+        "linear": lambda: F.linear(x, weight, bias),
+        "oneDNN packed": lambda: torch.ops.mkldnn._linear_pointwise(x, onednn, bias, "none", [], ""),
+    }
+    if torch.backends.mkl.is_available():
+        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, m)
+        calls["MKL packed"] = lambda: torch.ops.mkl._mkl_linear(x, packed, weight, bias, m)
+    return calls
 
 
 def depthwise(b: int, c: int, side: int, k: int, stride: int, taps: int, act: str = "none") -> tuple[Calls, float]:
