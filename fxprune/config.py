@@ -15,7 +15,7 @@ _CHOICES = {
     "importance": ("magnitude",),
     "scope": ("layer", "global"),
     "ranking": ("corrected", "published"),
-    "recalibrate": ("auto", "deterministic", "off"),
+    "recalibration": ("deprune", "deterministic", "off"),
     "autotune": ("fast", "full", "off"),
     "fallback": ("inductor", "eager"),
 }
@@ -34,7 +34,7 @@ class Config:
     importance: "magnitude", or a callable ``(name, weight) -> element scores`` of the weight's shape.
     ignored_layers: layer names or globs that stay as they are.
     group: channels per DR group (DEPrune, Sec. 4.1). balance: equal counts per group (BWT).
-    recalibrate: "auto" measures the gain of each rounding (HSR), "deterministic" needs no timing, "off".
+    recalibration: "deprune" measures the gain of each rounding (HSR as published), "deterministic" needs no timing, "off".
     granularity: output features per tile, an int or a dict by kind; ``None`` takes the kernel's own.
     columns: let `tile` remove whole output features (2-D). ``None``: only for linear layers, because the
         outputs of a 1x1 convolution may feed a depthwise one (DEPrune, Sec. 4.2).
@@ -57,7 +57,7 @@ class Config:
     ignored_layers: tuple[str, ...] = ()
     group: int = 32
     balance: bool = True
-    recalibrate: str = "deterministic"
+    recalibration: str = "deterministic"
     granularity: int | Mapping[str, int] | None = None
     columns: bool | Mapping[str, bool] | None = None
     scope: str = "layer"

@@ -115,12 +115,12 @@ def _tap_masks(
             share,
             group=config.group,
             balance=config.balance,
-            recalibrate=config.recalibrate,
+            recalibration=config.recalibration,
             tile=tile,
-            gain=gain if config.recalibrate == "auto" else None,
+            gain=gain if config.recalibration == "deprune" else None,
         )
         kept = sum(int(layer.mask.sum()) for layer in masks.values())
-        if abs(kept - wanted) <= _TOLERANCE * total or tile // 2 < step or config.recalibrate == "off":
+        if abs(kept - wanted) <= _TOLERANCE * total or tile // 2 < step or config.recalibration == "off":
             return masks
         tile //= 2
 
@@ -139,7 +139,7 @@ def _tile_masks(
             continue
         row = unit(kind)
         columns = config.by_kind("columns", kind)
-        recalibrate = config.recalibrate != "off"
+        recalibration = config.recalibration != "off"
         masks.update(
             tile.plan_layers(
                 {n: importances[n] for n in names},
@@ -148,8 +148,8 @@ def _tile_masks(
                 columns=kind == "linear" if columns is None else columns,
                 scope=config.scope,
                 ranking=config.ranking,
-                step=row.k_step if recalibrate else 1,
-                column_step=row.column_step if recalibrate else None,
+                step=row.k_step if recalibration else 1,
+                column_step=row.column_step if recalibration else None,
             )
         )
     return masks

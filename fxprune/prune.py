@@ -133,7 +133,7 @@ def _apply(choice: Choice, parameters: dict[str, nn.Parameter]) -> LayerPlan:
 
 def _gain(matches: list[Match], config: Config) -> Callable[[str, int, int], float] | None:
     """HSR's alpha: microseconds between two kept counts per DR group of one depthwise layer (Sec. 5.2)."""
-    if config.recalibrate != "auto":
+    if config.recalibration != "deprune":
         return None
     by_name = {m.parameter: m for m in matches}
     measure = Measure(config, KernelTables().unit)
@@ -147,7 +147,7 @@ def _gain(matches: list[Match], config: Config) -> Callable[[str, int, int], flo
                 {parameter: match.matrix(match.value.detach()).abs()},
                 {parameter: 1.0 - count / total},
                 group=config.group,
-                recalibrate="off",
+                recalibration="off",
             )
             share[count] = measure(match, plan[parameter]).sparse
         return abs(share[kept] - share[rounded])

@@ -111,7 +111,7 @@ def plan_layers(
     *,
     group: int = GROUP,
     balance: bool = True,
-    recalibrate: str = "deterministic",
+    recalibration: str = "deterministic",
     tile: int = 32,
     gain: Callable[[str, int, int], float] | None = None,
     step: int = 1,
@@ -121,16 +121,16 @@ def plan_layers(
     importances: element scores (C, T) by layer; the largest are kept, ties to the lower index.
     sparsity: fraction of zeros by layer. balance: the same ratio in every group (BWT, Sec. 5.1), else one
     threshold per layer (DCP, Sec. 4.2: exactly ``n - round(sparsity * n)`` taps stay, at least 1 a group).
-    recalibrate: "off"; "deterministic": kept counts per group become multiples of ``tile`` while the total
-    sparsity stays within 0.3 points; "auto": HSR (Sec. 5.2) by ``gain(layer, kept, floor)``, the time that
+    recalibration: "off"; "deterministic": kept counts per group become multiples of ``tile`` while the total
+    sparsity stays within 0.3 points; "deprune": HSR (Sec. 5.2) by ``gain(layer, kept, floor)``, the time that
     rounding the layer down saves. HSR fixes how many layers are rounded down, so where that misses the
-    target by more than 0.3 points, and where there is no ``gain``, "auto" is "deterministic".
+    target by more than 0.3 points, and where there is no ``gain``, "deprune" is "deterministic".
     step: multiple of kept counts the kernel needs; it holds in every mode.
 
     Raises :class:`ConfigError` and :class:`NonFiniteWeight`.
     """
-    if recalibrate not in ("auto", "off", "deterministic"):
-        raise ConfigError(name="recalibrate", given=recalibrate, expected="'auto', 'off' or 'deterministic'")
+    if recalibration not in ("deprune", "off", "deterministic"):
+        raise ConfigError(name="recalibration", given=recalibration, expected="'deprune', 'off' or 'deterministic'")
     pattern = Dcp()
     tilings, scores, kept, wanted = {}, {}, {}, 0.0
     for name, importance in importances.items():
@@ -146,7 +146,7 @@ def plan_layers(
         wanted += (1.0 - ratio) * sum(sizes)
     total = sum(sum(k.sizes) for k in kept.values())
     target = 1.0 - wanted / max(total, 1)
-    result = _recalibrate(kept, recalibrate, tile, gain, step, target)
+    result = _recalibrate(kept, recalibration, tile, gain, step, target)
     plan = {}
     for name, tiling in tilings.items():
         counts = result.counts[name] if result else kept[name].counts
@@ -166,7 +166,7 @@ def _recalibrate(
     unit = step if mode == "off" else math.lcm(tile, step)
     if unit == 1:
         return None
-    if mode == "auto" and gain is not None:
+    if mode == "deprune" and gain is not None:
         result = recalibrate_counts(kept, unit, gain)
         if abs(result.sparsity - target) <= TOLERANCE:
             return result

@@ -49,7 +49,7 @@ def build(recipe: Recipe, pruning: str) -> torch.nn.Module:
     model = integer_model(Built(recipe), recipe.seed)
     if pruning == "plan":
         try:
-            return fxprune.prune(model, inputs(recipe), sparsity=0.6, granularity=4, recalibrate="off").model
+            return fxprune.prune(model, inputs(recipe), sparsity=0.6, granularity=4, recalibration="off").model
         except NothingToPrune:
             return model
     if pruning == "by_hand":

@@ -55,7 +55,7 @@ def test_the_paper_s_networks_have_their_layers() -> None:
 @given(c=channels, t=windows, ratio=ratios, seed=seeds)
 def test_dcp_keeps_the_exact_number_of_largest_taps(c: int, t: int, ratio: float, seed: int) -> None:
     e = torch.randn(c, t, generator=torch.Generator().manual_seed(seed)).abs()
-    layer = one(e, ratio, balance=False, recalibrate="off")
+    layer = one(e, ratio, balance=False, recalibration="off")
     groups = layer.tiling.tiles
     expected = max(c * t - round(ratio * c * t), groups)
     assert sum(layer.counts) == int(layer.mask.sum()) == expected
@@ -69,7 +69,7 @@ def test_dcp_keeps_the_exact_number_of_largest_taps(c: int, t: int, ratio: float
 @given(c=channels, t=windows, ratio=ratios, group=st.sampled_from([1, 8, 32, 36]), seed=seeds)
 def test_bwt_gives_every_group_the_same_ratio(c: int, t: int, ratio: float, group: int, seed: int) -> None:
     e = torch.randn(c, t, generator=torch.Generator().manual_seed(seed)).abs()
-    layer = one(e, ratio, group=group, recalibrate="off")
+    layer = one(e, ratio, group=group, recalibration="off")
     full, tail = divmod(c, group)
     size = group * t
     assert layer.counts[:full] == (max(size - round(ratio * size), 1),) * full
@@ -81,14 +81,14 @@ def test_bwt_gives_every_group_the_same_ratio(c: int, t: int, ratio: float, grou
 
 def test_ties_prune_the_higher_index() -> None:
     for balance in (True, False):
-        layer = one(torch.ones(32, 9), 0.5, balance=balance, recalibrate="off")
+        layer = one(torch.ones(32, 9), 0.5, balance=balance, recalibration="off")
         assert layer.mask.flatten()[:144].all() and not layer.mask.flatten()[144:].any()
 
 
 def test_a_channel_may_vanish_but_a_group_may_not() -> None:
     e = torch.ones(64, 9)
     e[:32] = 1e-6
-    layer = one(e, 0.9, balance=False, recalibrate="off")
+    layer = one(e, 0.9, balance=False, recalibration="off")
     assert layer.counts[0] == 1 and sum(layer.counts) == 64 * 9 - round(0.9 * 64 * 9)
 
 
@@ -134,7 +134,7 @@ def test_auto_uses_the_gain_and_falls_back_to_the_budget() -> None:
         asked.append((name, kept, floor))
         return float(e[name].shape[0])
 
-    plan = dcp.plan_layers(e, sparsity, recalibrate="auto", gain=gain)
+    plan = dcp.plan_layers(e, sparsity, recalibration="deprune", gain=gain)
     assert {name for name, *_ in asked} == set(e)
     assert all(kept - 32 < floor < kept and floor % 32 == 0 for _, kept, floor in asked)
     assert all(layer.note.startswith("8u8o: ") for layer in plan.values())
@@ -142,17 +142,17 @@ def test_auto_uses_the_gain_and_falls_back_to_the_budget() -> None:
     def lopsided(name: str, kept: int, floor: int) -> float:
         return 1e6 if e[name].shape[0] == 1152 else 1.0
 
-    plan = dcp.plan_layers(e, sparsity, recalibrate="auto", gain=lopsided)
+    plan = dcp.plan_layers(e, sparsity, recalibration="deprune", gain=lopsided)
     assert abs(achieved(plan) - 0.848) <= 0.003
     deterministic = dcp.plan_layers(e, sparsity)
-    without = dcp.plan_layers(e, sparsity, recalibrate="auto")
+    without = dcp.plan_layers(e, sparsity, recalibration="deprune")
     assert {n: m.counts for n, m in without.items()} == {n: m.counts for n, m in deterministic.items()}
 
 
 def test_step_holds_in_every_mode() -> None:
     e = importances("mobilenet_v3_small")
-    for mode, unit in (("off", 12), ("deterministic", 96), ("auto", 96)):
-        plan = dcp.plan_layers(e, dict.fromkeys(e, 0.6), recalibrate=mode, step=12)
+    for mode, unit in (("off", 12), ("deterministic", 96), ("deprune", 96)):
+        plan = dcp.plan_layers(e, dict.fromkeys(e, 0.6), recalibration=mode, step=12)
         for layer in plan.values():
             size = layer.tiling.shape[1] * 32
             assert all(count % unit == 0 or count == size for count in layer.counts[: layer.tiling.shape[0] // 32])
@@ -209,7 +209,7 @@ def test_mistakes_are_explained() -> None:
     with pytest.raises(ConfigError, match="sparsity"):
         one(e, 1.0)
     with pytest.raises(ConfigError, match="'always'"):
-        one(e, 0.5, recalibrate="always")
+        one(e, 0.5, recalibration="always")
     e[0, 0] = math.inf
     with pytest.raises(NonFiniteWeight, match="1 non-finite"):
         one(e, 0.5)
