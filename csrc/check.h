@@ -98,13 +98,9 @@ inline Activation check_activation(const Text& name) {
   STD_TORCH_CHECK(false, "unknown activation '", name.value, "'; legal: ", legal);
 }
 
-// Checks a packed depthwise weight against the geometry in `a`, and completes that: tap words,
-// output size and the pointer to the tap masks. Returns their owner.
-inline Tensor check_taps(const Tensor& weight, const Tensor& taps_in, DepthwiseTaps* a) {
-  a->tap_words = (a->kernel() + 63) / 64;
-  check_shape(weight, "weight", {a->channels, a->kernel()});
-  check_tensor(taps_in, "taps", element_types().int64, "int64");
-  check_shape(taps_in, "taps", {a->channels, a->tap_words});
+// Sets the output size of a convolution.
+template <class Conv>
+void check_window(Conv* a) {
   const int64_t window_h = a->dilation_h * (a->kernel_h - 1) + 1,
                 window_w = a->dilation_w * (a->kernel_w - 1) + 1;
   const int64_t reach_h = a->height + 2 * a->pad_h - window_h,
@@ -114,6 +110,16 @@ inline Tensor check_taps(const Tensor& weight, const Tensor& taps_in, DepthwiseT
                   ") with padding (", a->pad_h, ", ", a->pad_w, ")");
   a->out_h = reach_h / a->stride_h + 1;
   a->out_w = reach_w / a->stride_w + 1;
+}
+
+// Checks a packed depthwise weight against the geometry in `a`, and completes that: tap words,
+// output size and the pointer to the tap masks. Returns their owner.
+inline Tensor check_taps(const Tensor& weight, const Tensor& taps_in, DepthwiseTaps* a) {
+  a->tap_words = (a->kernel() + 63) / 64;
+  check_shape(weight, "weight", {a->channels, a->kernel()});
+  check_tensor(taps_in, "taps", element_types().int64, "int64");
+  check_shape(taps_in, "taps", {a->channels, a->tap_words});
+  check_window(a);
   const Tensor taps = taps_in.is_contiguous() ? taps_in : torch::stable::contiguous(taps_in);
   a->taps = reinterpret_cast<const uint64_t*>(data<int64_t>(taps));
   if (const int64_t used = a->kernel() % 64; used != 0) {
@@ -179,6 +185,29 @@ struct TileStructure {
     return t.is_contiguous() ? t : torch::stable::contiguous(t);
   }
 };
+
+// Checks a tile-packed weight against the convolution in `a`, and completes that.
+inline TileStructure check_conv(const Tensor& index, const Tensor& tile_ptr, const Tensor& columns,
+                                int64_t granularity, int64_t out_features, TileConv* a) {
+  check_window(a);
+  STD_TORCH_CHECK(a->groups >= 1 && a->channels % a->groups == 0 && out_features % a->groups == 0,
+                  "groups must divide ", a->channels, " input and ", out_features,
+                  " output channels, got ", a->groups);
+  constexpr int64_t kMost = int64_t{1} << 24;
+  const int64_t window = a->kernel_h * a->kernel_w, channels = a->group_channels();
+  STD_TORCH_CHECK(window <= kMost && channels * window <= kMost, "a group of ", channels,
+                  " channels under a window of ", window, " elements is too large");
+  TileStructure structure(index, tile_ptr, columns, granularity, out_features, channels * window,
+                          a);
+  a->m = a->out_h * a->out_w;
+  for (int64_t t = 0; t < a->tiles && a->groups > 1; ++t) {
+    const int64_t last = a->columns[a->first_column(t + 1) - 1];
+    STD_TORCH_CHECK(a->group_of(t) == last / (a->n / a->groups),
+                    "a tile must lie inside one group, got output features ",
+                    a->columns[a->first_column(t)], " to ", last, " in tile ", t);
+  }
+  return structure;
+}
 
 }  // namespace fxprune
 

@@ -8,6 +8,7 @@
 #include "fxprune/tile_pack.h"
 #include "parallel.h"
 #include "run.h"
+#include "run_conv.h"
 
 namespace fxprune {
 namespace {
@@ -115,6 +116,51 @@ Tensor tile_gemm_cpu(const Tensor& x_in, const Tensor& values_in, const Tensor& 
   return out;
 }
 
+// ---- tile_conv ----
+
+Tensor tile_conv_cpu(const Tensor& x_in, const Tensor& values_in, const Tensor& index,
+                     const Tensor& tile_ptr, const Tensor& columns, const OptionalTensor& bias_in,
+                     const OptionalTensor& residual_in, int64_t out_features, int64_t granularity,
+                     const IntList& kernel_size, const IntList& stride, const IntList& padding,
+                     const IntList& dilation, int64_t groups, const Text& activation) {
+  check_pair(kernel_size, "kernel_size", 1);
+  check_pair(stride, "stride", 1);
+  check_pair(padding, "padding", 0);
+  check_pair(dilation, "dilation", 1);
+  TileConv a{};
+  a.activation = check_activation(activation);
+  check_tensor(x_in, "x", element_types().float32, "float32");
+  STD_TORCH_CHECK(x_in.dim() == 4, "x must have shape (B, C, H, W), got ", shape_of(x_in));
+  a.batch = x_in.size(0), a.channels = x_in.size(1), a.height = x_in.size(2),
+  a.width = x_in.size(3);
+  a.kernel_h = kernel_size[0], a.kernel_w = kernel_size[1];
+  a.stride_h = stride[0], a.stride_w = stride[1];
+  a.pad_h = padding[0], a.pad_w = padding[1];
+  a.dilation_h = dilation[0], a.dilation_w = dilation[1];
+  a.groups = groups;
+  const TileStructure structure =
+      check_conv(index, tile_ptr, columns, granularity, out_features, &a);
+  check_shape(values_in, "values", {structure.values});
+  const std::vector<int64_t> shape = {a.batch, a.n, a.out_h, a.out_w};
+  const OptionalTensor bias = float_input(bias_in, "bias", {out_features});
+  const OptionalTensor residual = float_input(residual_in, "residual", shape);
+  const Tensor x = float_input(x_in, "x"), values = float_input(values_in, "values");
+  Tensor out = empty_output(x, shape);
+  if (a.batch == 0 || a.n == 0) return out;
+  a.x = data<float>(x);
+  a.values = data<float>(values);
+  a.bias = data_or_null(bias);
+  a.residual = data_or_null(residual);
+  a.out = static_cast<float*>(out.mutable_data_ptr());
+
+  const ConvTables tables(&a);
+  STD_TORCH_CHECK(tables.fits(),
+                  "the rows of x that one output row reads are too large, x has shape ",
+                  shape_of(x_in));
+  run_tile_conv(a, threads());
+  return out;
+}
+
 // ---- tile_pack, tile_unpack ----
 
 Tensor tile_pack_cpu(const Tensor& weight_in, const Tensor& index, const Tensor& tile_ptr,
@@ -187,6 +233,10 @@ STABLE_TORCH_LIBRARY(fxprune, m) {
       "Tensor? residual, Tensor? gate, int out_features, int granularity, int feature_dim, "
       "str activation=\"none\") -> Tensor");
   m.def(
+      "tile_conv(Tensor x, Tensor values, Tensor index, Tensor tile_ptr, Tensor columns, Tensor? "
+      "bias, Tensor? residual, int out_features, int granularity, int[] kernel_size, int[] stride, "
+      "int[] padding, int[] dilation, int groups, str activation=\"none\") -> Tensor");
+  m.def(
       "tile_pack(Tensor weight, Tensor index, Tensor tile_ptr, Tensor columns, int granularity, "
       "int nnz) -> Tensor");
   m.def(
@@ -204,6 +254,7 @@ STABLE_TORCH_LIBRARY(fxprune, m) {
 STABLE_TORCH_LIBRARY_IMPL(fxprune, CPU, m) {
   m.impl("depthwise_taps", TORCH_BOX(&fxprune::depthwise_taps_cpu));
   m.impl("tile_gemm", TORCH_BOX(&fxprune::tile_gemm_cpu));
+  m.impl("tile_conv", TORCH_BOX(&fxprune::tile_conv_cpu));
   m.impl("tile_pack", TORCH_BOX(&fxprune::tile_pack_cpu));
   m.impl("tile_unpack", TORCH_BOX(&fxprune::tile_unpack_cpu));
 #ifdef FXPRUNE_SANITIZE

@@ -27,6 +27,8 @@ SCHEMAS = (
     'int[] padding, int[] dilation, str activation="none") -> Tensor',
     f"tile_gemm(Tensor x, Tensor values, {_TILES}, Tensor? bias, Tensor? residual, Tensor? gate, "
     'int out_features, int granularity, int feature_dim, str activation="none") -> Tensor',
+    f"tile_conv(Tensor x, Tensor values, {_TILES}, Tensor? bias, Tensor? residual, int out_features, int granularity, "
+    'int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, str activation="none") -> Tensor',
     f"tile_pack(Tensor weight, {_TILES}, int granularity, int nnz) -> Tensor",
     f"tile_unpack(Tensor values, {_TILES}, int granularity, int out_features, int in_features) -> Tensor",
     "region(Tensor[] x, Tensor[] packed, int[] program, int[] outputs) -> Tensor[]",

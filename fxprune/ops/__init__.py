@@ -1,11 +1,12 @@
 """The semantic operators. Adding one is a file here and its name in ``OPS``."""
 
-from fxprune.ops import depthwise_taps, region, tile_gemm, tile_pack
+from fxprune.ops import depthwise_taps, region, tile_conv, tile_gemm, tile_pack
 from fxprune.ops.operator import Operator
 
 OPS: tuple[Operator, ...] = (
     depthwise_taps.OPERATOR,
     tile_gemm.OPERATOR,
+    tile_conv.OPERATOR,
     tile_pack.PACK,
     tile_pack.UNPACK,
     region.OPERATOR,

@@ -31,7 +31,7 @@ BAD = [
     for i, (args, message) in enumerate(op.bad_samples())
 ]
 # pack and unpack scatter into zeros, and relu6 stops most gradients: what is left must not be all zeros
-ZEROS = {"tile_pack": 0.97, "tile_unpack": 0.97, "tile_gemm": 0.75, "region": 0.75}
+ZEROS = {"tile_pack": 0.97, "tile_unpack": 0.97, "tile_gemm": 0.75, "tile_conv": 0.75, "region": 0.75}
 EXACT = ("none", "relu", "relu6")
 WITHOUT_GRADIENT = {"region"}
 DIFFERENTIABLE = [case for case in CASES if case.values[0].name not in WITHOUT_GRADIENT]

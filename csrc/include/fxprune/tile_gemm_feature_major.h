@@ -1,5 +1,8 @@
 // Tile-wise GEMM on feature-major activations: vectors run along pixels, weights are broadcast.
 //
+// Rows of x are found by their number (kRows) or, for a convolution, through a table of offsets
+// (kTaps); then only some lanes of a vector are pixels of the result.
+//
 // Register tile: up to V::kTileRows output features x V::kTileVecs vectors of pixels, any narrower
 // one exact. A wider tile is cut into such strips, which share the index list. The last few pixels
 // of an image, where they would leave most of a vector empty (7 x 7 = 3 * 16 + 1), are computed
@@ -18,6 +21,15 @@
 
 namespace fxprune {
 
+// How a strip finds the rows of x. kFarRows asks for them ahead.
+enum class Source { kRows, kFarRows, kTaps };
+
+// Where the lanes of a vector of pixels go.
+struct PixelLanes {
+  uint32_t bits;  // the lanes that are pixels of the result
+  int32_t to;     // and where their values follow each other in a plane of it
+};
+
 template <class V>
 struct FeatureMajor {
   using Reg = typename V::Reg;
@@ -27,6 +39,8 @@ struct FeatureMajor {
   struct Strip {
     const float* x;  // first pixel of the block in row 0
     int64_t ldx;
+    const int32_t* table;     // kTaps: offset of each row; ldx is unused
+    const PixelLanes* lanes;  // kTaps: of the block's vectors, `to` counted from out
     const int32_t* index;
     int64_t k;
     const float* w;  // [k][rows], row stride ldw
@@ -36,20 +50,27 @@ struct FeatureMajor {
     const float* residual;  // at the block's first pixel of feature 0, or null
     float* out;             // same
     int64_t ldo;
-    int64_t tail;  // lanes of the last vector that exist
+    int64_t tail;   // lanes of the last vector that exist
+    int64_t count;  // pixels of the result in the block
     Clamp clamp;
     Activation activation;
   };
 
   static constexpr int64_t kDistance = 6;  // rows of x asked for ahead
 
-  template <int Rows, int Vecs, bool Prefetch = false>
+  // Offset of the row of x that belongs to index entry i.
+  template <Source S>
+  static int64_t row_of(const int32_t* index, const int32_t* table, int64_t ldx, int64_t i) {
+    return S == Source::kTaps ? int64_t{table[index[i]]} : index[i] * ldx;
+  }
+
+  template <int Rows, int Vecs, Source S>
   static void strip(const Strip& s) {
     const auto tail = V::first(s.tail);
     const int64_t k = s.k, ldx = s.ldx,
                   ldw = s.ldw;  // locals: a store to out could change what s refers to
     const float *x0 = s.x, *w = s.w;
-    const int32_t *index = s.index, *columns = s.columns;
+    const int32_t *index = s.index, *columns = s.columns, *table = s.table;
     Reg acc[Rows][Vecs];
     FXPRUNE_UNROLL
     for (int r = 0; r < Rows; ++r) {
@@ -58,8 +79,8 @@ struct FeatureMajor {
       for (int v = 0; v < Vecs; ++v) acc[r][v] = start;
     }
     for (int64_t i = 0; i < k; ++i, w += ldw) {
-      const float* row = x0 + index[i] * ldx;
-      if (Prefetch) {
+      const float* row = x0 + row_of<S>(index, table, ldx, i);
+      if (S == Source::kFarRows) {
         const float* later = x0 + index[std::min(i + kDistance, k - 1)] * ldx;
         for (int v = 0; v < Vecs; ++v) __builtin_prefetch(later + v * kW);
         __builtin_prefetch(later + Vecs * kW - 1);
@@ -81,6 +102,11 @@ struct FeatureMajor {
       FXPRUNE_UNROLL
       for (int r = 0; r < Rows; ++r) {
         const float* from = residual + columns[r] * ldo;
+        if (S == Source::kTaps) {
+          for (int v = 0; v < Vecs; ++v)
+            acc[r][v] = V::add(acc[r][v], V::spread(from + s.lanes[v].to, s.lanes[v].bits));
+          continue;
+        }
         FXPRUNE_UNROLL
         for (int v = 0; v + 1 < Vecs; ++v) acc[r][v] = V::add(acc[r][v], V::load(from + v * kW));
         acc[r][Vecs - 1] = V::add(acc[r][Vecs - 1], V::load(from + kLast, tail));
@@ -91,6 +117,14 @@ struct FeatureMajor {
     FXPRUNE_UNROLL
     for (int r = 0; r < Rows; ++r) {
       float* to = out + columns[r] * ldo;
+      if (S == Source::kTaps) {
+        FXPRUNE_UNROLL
+        for (int v = 0; v < Vecs; ++v) {
+          const PixelLanes lanes = s.lanes[v];
+          V::compress(to + lanes.to, lanes.bits, V::min(high, V::max(low, acc[r][v])));
+        }
+        continue;
+      }
       FXPRUNE_UNROLL
       for (int v = 0; v + 1 < Vecs; ++v)
         V::store(to + v * kW, V::min(high, V::max(low, acc[r][v])));
@@ -98,26 +132,26 @@ struct FeatureMajor {
     }
     if (!is_clamp(s.activation)) {
       for (int r = 0; r < Rows; ++r)
-        activate<V>(s.activation, s.out + s.columns[r] * s.ldo, kLast + s.tail);
+        activate<V>(s.activation, s.out + s.columns[r] * s.ldo, s.count);
     }
   }
 
   using Kernel = void (*)(const Strip&);
 
-  template <int... I>
+  template <Source S, int... I>
   static constexpr std::array<Kernel, sizeof...(I)> table(std::integer_sequence<int, I...>) {
-    return {{&strip<I / kVecs + 1, I % kVecs + 1>...}};
+    return {{&strip<I / kVecs + 1, I % kVecs + 1, S>...}};
   }
 
   template <int... I>
   static constexpr std::array<Kernel, sizeof...(I)> prefetching_table(
       std::integer_sequence<int, I...>) {
-    return {{&strip<kRows, I + 1, true>...}};
+    return {{&strip<kRows, I + 1, Source::kFarRows>...}};
   }
 
   // The last Pixels of an image: lanes are the strip's output features. Several chains of sums hide
   // the latency of a multiply-add, which a single one per pixel would not.
-  template <int Pixels>
+  template <int Pixels, Source S>
   static void edge(const Strip& s, int rows) {
     constexpr int kChains = Pixels == 1 ? 8 : Pixels == 2 ? 4 : 2;
     const auto mask = V::first(rows);
@@ -134,14 +168,14 @@ struct FeatureMajor {
       FXPRUNE_UNROLL
       for (int c = 0; c < kChains; ++c, w += ldw) {
         const Reg weight = V::load(w, mask);
-        const float* x = s.x + s.index[i + c] * ldx;
+        const float* x = s.x + row_of<S>(s.index, s.table, ldx, i + c);
         FXPRUNE_UNROLL
         for (int p = 0; p < Pixels; ++p) acc[p][c] = V::fma(weight, V::set1(x[p]), acc[p][c]);
       }
     }
     for (; i < k; ++i, w += ldw) {
       const Reg weight = V::load(w, mask);
-      const float* x = s.x + s.index[i] * ldx;
+      const float* x = s.x + row_of<S>(s.index, s.table, ldx, i);
       FXPRUNE_UNROLL
       for (int p = 0; p < Pixels; ++p) acc[p][0] = V::fma(weight, V::set1(x[p]), acc[p][0]);
     }
@@ -163,6 +197,11 @@ struct FeatureMajor {
     }
   }
 
+  template <Source S>
+  static constexpr std::array<void (*)(const Strip&, int), 4> edges() {
+    return {{&edge<1, S>, &edge<2, S>, &edge<3, S>, &edge<4, S>}};
+  }
+
   static constexpr int kMostEdge = kW >= 8 ? 4 : 0;
   // Pixels of an image computed by edge(); none where the image is a single vector, which has no
   // full one to follow.
@@ -178,6 +217,7 @@ struct FeatureMajor {
     s.residual = a.residual ? a.residual + image * a.n * a.m + pixel : nullptr;
     s.out = a.out + image * a.n * a.m + pixel;
     s.tail = (pixels - 1) % kW + 1;
+    s.count = pixels;
     s.clamp = clamp_of(a.activation);
     s.activation = a.activation;
     return s;
@@ -234,7 +274,8 @@ struct FeatureMajor {
 template <class V>
 void tile_gemm_feature_major(const TileGemm& a, const TileSpan& span, float* scratch) {
   using M = FeatureMajor<V>;
-  static constexpr auto kKernels = M::table(std::make_integer_sequence<int, M::kRows * M::kVecs>());
+  static constexpr auto kKernels =
+      M::template table<Source::kRows>(std::make_integer_sequence<int, M::kRows * M::kVecs>());
   static constexpr auto kPrefetching =
       M::prefetching_table(std::make_integer_sequence<int, M::kVecs>());
   const float* values = a.values + a.tile_ptr[span.tile_begin] * a.granularity;
@@ -263,8 +304,7 @@ void tile_gemm_feature_major(const TileGemm& a, const TileSpan& span, float* scr
     first += here;
   }
   if (edge > 0) {
-    static constexpr void (*kEdges[])(const typename M::Strip&, int) = {
-        &M::template edge<1>, &M::template edge<2>, &M::template edge<3>, &M::template edge<4>};
+    static constexpr auto kEdges = M::template edges<Source::kRows>();
     const auto s = M::strip_at(a, span.image, a.m - edge, edge);
     M::each_strip(a, span, values, s,
                   [&](const typename M::Strip& strip, int rows) { kEdges[edge - 1](strip, rows); });

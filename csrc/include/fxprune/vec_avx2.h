@@ -48,6 +48,17 @@ struct Avx2 {
     for (int i = 0; i < kWidth; ++i) lanes[i] = b >> i & 1 ? *p++ : 0.0f;
     return load(lanes);
   }
+  // The same, reading nothing but what it returns.
+  static Reg spread(const float* p, uint32_t b) { return expand(p, b); }
+  // Writes the lanes of b to p[0], p[1], ..., in order.
+  static void compress(float* p, uint32_t b, Reg a) {
+    if (b == 0xFFu) return store(p, a);
+    alignas(32) float lanes[kWidth];
+    store(lanes, a);
+    for (int i = 0; i < kWidth; ++i) {
+      if (b >> i & 1) *p++ = lanes[i];
+    }
+  }
   static Mask bits(uint32_t b) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(b)), lane), lane);

@@ -52,6 +52,15 @@ struct Avx512 {
   static Reg expand(const float* p, uint32_t b) {
     return _mm512_maskz_expand_ps(static_cast<Mask>(b), _mm512_loadu_ps(p));
   }
+  // The same, reading nothing but what it returns.
+  static Reg spread(const float* p, uint32_t b) {
+    return _mm512_maskz_expandloadu_ps(static_cast<Mask>(b), p);
+  }
+  // Writes the lanes of b to p[0], p[1], ..., in order.
+  static void compress(float* p, uint32_t b, Reg a) {
+    if (b == 0xFFFFu) return store(p, a);
+    store(p, first(__builtin_popcount(b)), _mm512_maskz_compress_ps(static_cast<Mask>(b), a));
+  }
   static Mask bits(uint32_t b) { return static_cast<Mask>(b); }
   static Mask first(int64_t n) { return static_cast<Mask>(n >= 16 ? 0xFFFFu : (1u << n) - 1u); }
   // Lanes p[0], p[2], ..., p[30]; bit i of `b` permits the read of p[i].

@@ -44,6 +44,12 @@ struct Scalar {
     for (int i = 0; i < kWidth; ++i) lanes[i] = b >> i & 1 ? *p++ : 0.0f;
     return load(lanes);
   }
+  static Reg spread(const float* p, uint32_t b) { return expand(p, b); }
+  static void compress(float* p, uint32_t b, Reg a) {
+    for (int i = 0; i < kWidth; ++i) {
+      if (b >> i & 1) *p++ = a[i];
+    }
+  }
   static Mask bits(uint32_t b) { return b & 15u; }
   static Mask first(int64_t n) { return n >= 4 ? 15u : (1u << n) - 1u; }
   static Reg load_even(const float* p, uint32_t b) {

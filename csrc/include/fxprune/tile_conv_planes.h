@@ -1,0 +1,137 @@
+// Tile-wise convolution: the copy of a band into planes, and the GEMM strips over it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "fxprune/tile_conv.h"
+#include "fxprune/tile_gemm_feature_major.h"
+
+namespace fxprune {
+
+template <class V>
+struct ConvPlanes {
+  static constexpr int64_t kW = V::kWidth;
+
+  // to[i] = x[begin + i * stride], zero outside [0, width), for i in [0, count). May write up to a
+  // vector beyond, which is the next row's and written later.
+  static void copy_row(const float* x, int64_t width, int64_t begin, int64_t stride, int64_t count,
+                       float* to) {
+    if (stride == 1) {
+      const int64_t left = std::clamp<int64_t>(-begin, 0, count),
+                    right = std::clamp<int64_t>(width - begin, left, count);
+      for (int64_t i = 0; i < left; i += kW) V::store(to + i, V::zero());
+      const float* from = x + begin;
+      int64_t i = left;
+      for (; i + kW <= right; i += kW) V::store(to + i, V::load(from + i));
+      if (i < right) {
+        V::store(to + i, V::load(from + i, V::first(right - i)));
+        i += kW;
+      }
+      for (; i < count; i += kW) V::store(to + i, V::zero());
+    } else if (stride == 2) {
+      for (int64_t i = 0; i < count; i += kW) {
+        const int64_t at = begin + 2 * i, low = std::clamp<int64_t>(-at, 0, 2 * kW),
+                      high = std::clamp<int64_t>(width - at, low, 2 * kW);
+        const uint64_t mask = (uint64_t{1} << high) - (uint64_t{1} << low);
+        V::store(to + i, V::load_even(x + at, static_cast<uint32_t>(mask)));
+      }
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = begin + i * stride;
+        to[i] = at >= 0 && at < width ? x[at] : 0.0f;
+      }
+    }
+  }
+};
+
+// Fills channels [begin, end) of a band's copy, which has room for two vectors behind the last.
+template <class V>
+void conv_planes(const TileConv& a, const ConvSpan& span, int64_t begin, int64_t end, float* copy) {
+  using P = ConvPlanes<V>;
+  const int64_t first = span.band * a.band_rows * a.stride_h;
+  float* to = copy + begin * a.channel_size();
+  for (int64_t c = begin; c < end; ++c) {
+    const float* plane = a.x + (span.image * a.channels + c) * a.height * a.width;
+    for (int64_t r = 0; r < a.row_planes; ++r) {
+      for (int64_t s = 0; s < a.column_planes; ++s) {
+        for (int64_t i = 0; i < a.plane_rows; ++i, to += a.pitch) {
+          const int64_t y = first + a.row_begin[r] + i * a.stride_h;
+          const bool inside = y >= 0 && y < a.height;
+          P::copy_row(plane + (inside ? y * a.width : 0), inside ? a.width : 0, a.column_begin[s],
+                      a.stride_w, a.pitch, to);
+        }
+        for (int64_t i = 0; i < a.gap; i += P::kW) V::store(to + i, V::zero());
+        to += a.gap;
+      }
+    }
+  }
+}
+
+template <class V>
+void tile_conv(const TileConv& a, const ConvSpan& span, const float* copy) {
+  using M = FeatureMajor<V>;
+  static constexpr auto kKernels =
+      M::template table<Source::kTaps>(std::make_integer_sequence<int, M::kRows * M::kVecs>());
+  static constexpr auto kEdges = M::template edges<Source::kTaps>();
+  const float* values = a.values + a.tile_ptr[span.tile_begin] * a.granularity;
+  const TileSpan tiles = {span.image, 0, 0, span.tile_begin, span.tile_end};
+  const int64_t start = span.band * a.band_rows * a.out_w, rows = a.rows_of(span.band);
+  const int64_t length = (rows - 1) * a.pitch + a.out_w;
+  const int64_t group_size = a.group_channels() * a.channel_size(), group_features = a.n / a.groups;
+
+  // The last pixels are edge pixels where they are one run of the result.
+  int64_t edge = M::edge_pixels(length);
+  if (edge > a.out_w) edge = 0;
+  const int64_t vecs = (length - edge + M::kW - 1) / M::kW,
+                blocks = (vecs + M::kVecs - 1) / M::kVecs;
+
+  // A strip from position `at` of the band on, whose first pixel of the result is `to`.
+  const auto strip_at = [&](int64_t at, int64_t to, int64_t count) {
+    auto s = M::strip_at(a, span.image, start + to, count);
+    s.x = copy + at;
+    s.table = a.table;
+    return s;
+  };
+  const auto each = [&](typename M::Strip s, const auto& f) {
+    const float* x = s.x;
+    M::each_strip(a, tiles, values, s, [&](const typename M::Strip& strip, int features) {
+      if (a.groups == 1) return f(strip, features);
+      auto moved = strip;
+      moved.x = x + strip.columns[0] / group_features * group_size;
+      f(moved, features);
+    });
+  };
+
+  int64_t first = 0, x = 0, to = 0;  // first: vector; x, to: column and pixel of its first lane
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int here = static_cast<int>(vecs / blocks + (b < vecs % blocks));
+    PixelLanes lanes[M::kVecs];
+    const int64_t origin = to;
+    for (int v = 0; v < here; ++v) {
+      const int64_t exist = std::min<int64_t>(M::kW, length - edge - (first + v) * M::kW);
+      lanes[v] = {0, static_cast<int32_t>(to - origin)};
+      for (int64_t lane = 0; lane < M::kW; ++lane) {
+        if (lane < exist && x < a.out_w) {
+          lanes[v].bits |= 1u << lane;
+          ++to;
+        }
+        if (++x == a.pitch) x = 0;
+      }
+    }
+    auto s = strip_at(first * M::kW, origin, to - origin);
+    s.lanes = lanes;
+    s.tail = std::min<int64_t>(M::kW, length - edge - (first + here - 1) * M::kW);
+    each(s, [&](const typename M::Strip& strip, int features) {
+      kKernels[(features - 1) * M::kVecs + here - 1](strip);
+    });
+    first += here;
+  }
+  if (edge > 0) {
+    each(strip_at(length - edge, rows * a.out_w - edge, edge),
+         [&](const typename M::Strip& strip, int features) { kEdges[edge - 1](strip, features); });
+  }
+}
+
+}  // namespace fxprune

@@ -1,0 +1,122 @@
+// Runs a prepared tile-wise convolution on the thread pool: the layout of its input, and how its
+// work is cut. Nothing that decides a result depends on the number of threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "fxprune/kernels.h"
+#include "parallel.h"
+
+namespace fxprune {
+
+// How one axis is cut into planes (see tile_conv.h). Tap t reads plane[t] from shift[t] on.
+struct ConvAxis {
+  std::vector<int64_t> begin, plane, shift;
+
+  // One plane per phase of the stride that a tap needs; with `own`, one per tap, whose rows then
+  // need no positions beyond those of the result.
+  ConvAxis(int64_t taps, int64_t stride, int64_t padding, int64_t dilation, bool own) {
+    for (int64_t t = 0; t < taps; ++t) {
+      const int64_t at = t * dilation, phase = own ? at : at % stride;
+      const auto found = std::find(begin.begin(), begin.end(), phase - padding);
+      plane.push_back(found - begin.begin());
+      shift.push_back(own ? 0 : at / stride);
+      if (found == begin.end()) begin.push_back(phase - padding);
+    }
+  }
+  int64_t reach() const { return *std::max_element(shift.begin(), shift.end()); }
+};
+
+// The layout of a convolution's copy. Fills the arguments' pointers into it, so it must outlive
+// the run.
+class ConvTables {
+ public:
+  explicit ConvTables(TileConv* a)
+      : rows_(a->kernel_h, a->stride_h, a->pad_h, a->dilation_h, false),
+        columns_(a->kernel_w, a->stride_w, a->pad_w, a->dilation_w, own_planes(*a)) {
+    a->row_planes = static_cast<int64_t>(rows_.begin.size());
+    a->column_planes = static_cast<int64_t>(columns_.begin.size());
+    a->row_begin = rows_.begin.data();
+    a->column_begin = columns_.begin.data();
+    // A row's right padding is the next row's left padding, and the last row's is the gap.
+    a->pitch = own_planes(*a)
+                   ? a->out_w
+                   : std::max(a->out_w, (a->width + a->pad_w + a->stride_w - 1) / a->stride_w);
+    a->gap = (a->pad_w + a->stride_w - 1) / a->stride_w;
+    const int64_t reach = rows_.reach(),
+                  row = a->channels * a->row_planes * a->column_planes * a->pitch;
+    const int64_t fit = std::clamp<int64_t>(kCopy / std::max<int64_t>(row, 1) - reach, 1, a->out_h);
+    a->bands = (a->out_h + fit - 1) / fit;
+    if (a->bands > 1) a->bands = std::min(a->out_h, (a->bands + 1) / 2 * 2);
+    a->band_rows = (a->out_h + a->bands - 1) / a->bands;
+    a->bands = (a->out_h + a->band_rows - 1) / a->band_rows;
+    a->plane_rows = a->band_rows + reach;
+    const double floats =
+        double(row) * double(a->plane_rows) + double(a->gap) * double(a->channels);
+    fits_ = floats < double(1 << 30);
+    if (!fits_) return;
+    table_.reserve(a->k);
+    for (int64_t c = 0; c < a->group_channels(); ++c) {
+      for (int64_t r = 0; r < a->kernel_h; ++r) {
+        for (int64_t s = 0; s < a->kernel_w; ++s) {
+          const int64_t plane =
+              (c * a->row_planes + rows_.plane[r]) * a->column_planes + columns_.plane[s];
+          table_.push_back(static_cast<int32_t>(plane * a->plane_size() +
+                                                rows_.shift[r] * a->pitch + columns_.shift[s]));
+        }
+      }
+    }
+    a->table = table_.data();
+  }
+  // False when a copy of the rows that one output row reads is too large.
+  bool fits() const { return fits_; }
+
+ private:
+  // Floats of a band's copy, so that it stays in L2 beside the weights.
+  static constexpr int64_t kCopy = 128 * 1024;
+  // Small images: positions between rows would be a large part of all.
+  static bool own_planes(const TileConv& a) { return a.out_w <= 8 && a.kernel_w > 1; }
+
+  ConvAxis rows_, columns_;
+  std::vector<int32_t> table_;
+  bool fits_;
+};
+
+// What this thread's copy holds.
+struct HeldBand {
+  int64_t call = 0, image = 0, band = 0, begin = 0, end = 0;
+  bool covers(const HeldBand& b) const {
+    return call == b.call && image == b.image && band == b.band && begin <= b.begin && b.end <= end;
+  }
+};
+
+inline void run_tile_conv(const TileConv& a, int64_t pool) {
+  static std::atomic<int64_t> calls{0};
+  const Kernels& k = kernels();
+  const int64_t call = ++calls, bands = a.batch * a.bands;
+  int64_t parts = 1;
+  if (pool > 1 && bands < 4 * pool)
+    parts = std::clamp<int64_t>((4 * pool + bands - 1) / bands, 1, std::max<int64_t>(a.tiles, 1));
+  for_each_unit(bands * parts, pool, [&](int64_t unit) {
+    static thread_local HeldBand held;
+    const int64_t part = unit % parts, image = unit / parts / a.bands,
+                  band = unit / parts % a.bands;
+    const ConvSpan span = {image, band, tile_cut(a, part, parts), tile_cut(a, part + 1, parts)};
+    HeldBand need = {call, image, band, 0, 0};
+    if (span.tile_begin < span.tile_end) {
+      need.begin = a.group_of(span.tile_begin) * a.group_channels();
+      need.end = (a.group_of(span.tile_end - 1) + 1) * a.group_channels();
+    }
+    float* copy = scratch(a.channels * a.channel_size() + 2 * k.width);
+    if (!held.covers(need)) {
+      k.conv_planes(a, span, need.begin, need.end, copy);
+      held = need;
+    }
+    k.tile_conv(a, span, copy);
+  });
+}
+
+}  // namespace fxprune

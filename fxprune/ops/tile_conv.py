@@ -1,0 +1,168 @@
+"""``fxprune::tile_conv``: a convolution whose weight is cut in tiles of output channels, each with its own K rows.
+
+    y[b, n] = act(sum over kept k = (c, r, s) of w[n, k] * x[b, c, oy*sh + r*dh - ph, ox*sw + s*dw - pw] + bias[n] + residual[b, n])
+
+The weight (N, C/groups, KH, KW) is packed as the matrix (N, K), K = C/groups * KH * KW, in the tiles of tile-wise
+sparsity (SC'20), as for ``tile_gemm``. With groups, a tile lies inside one group and its index counts that group's K.
+An implicit GEMM: the (K, pixels) matrix is never built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.ops import activation as act
+from fxprune.ops import tile_pack
+from fxprune.ops.operator import Args, Operator
+
+aten = torch.ops.aten
+
+
+def reference(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    tile_ptr: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_features: int,
+    granularity: int,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str = "none",
+) -> Tensor:
+    """Unpack and convolve densely. x: (B, C, H, W) -> (B, N, OH, OW) contiguous."""
+    channels = x.shape[1] // groups
+    k = channels * kernel_size[0] * kernel_size[1]
+    weight = tile_pack.unpack_reference(values, index, tile_ptr, columns, granularity, out_features, k)
+    window = weight.reshape(out_features, channels, *kernel_size)
+    y = aten.conv2d.default(x.contiguous(), window, bias, stride, padding, dilation, groups)
+    if residual is not None:
+        y = y + residual
+    return act.FORWARD[activation](y).contiguous()
+
+
+def fake(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    tile_ptr: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_features: int,
+    granularity: int,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str = "none",
+) -> Tensor:
+    size = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+    return x.new_empty((x.shape[0], out_features, *size))
+
+
+def setup_context(ctx: Any, inputs: Args, output: Tensor) -> None:
+    *tensors, ctx.out_features, ctx.granularity, ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation = inputs[:-2]
+    ctx.groups, ctx.activation = inputs[-2:]
+    ctx.save_for_backward(*tensors)
+
+
+def backward(ctx: Any, grad: Tensor) -> Args:
+    x, values, index, tile_ptr, columns, bias, residual = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    geometry = (ctx.stride, ctx.padding, ctx.dilation)
+    if ctx.activation != "none":
+        packed = (values, index, tile_ptr, columns)
+        shape = (ctx.out_features, ctx.granularity, ctx.kernel_size, *geometry, ctx.groups)
+        pre = torch.ops.fxprune.tile_conv(x, *packed, bias, residual, *shape, "none")
+        grad = act.BACKWARD[ctx.activation](grad, pre)
+    channels = x.shape[1] // ctx.groups
+    k = channels * ctx.kernel_size[0] * ctx.kernel_size[1]
+    structure = (index, tile_ptr, columns, ctx.granularity)
+    weight = torch.ops.fxprune.tile_unpack(values, *structure, ctx.out_features, k)
+    window = weight.reshape(ctx.out_features, channels, *ctx.kernel_size)
+    wanted = [need[0], need[1], False]
+    none = (False, [0, 0], ctx.groups)
+    grad_x, grad_window, _ = aten.convolution_backward.default(grad, x, window, None, *geometry, *none, wanted)
+    grad_values = None
+    if need[1]:
+        matrix = grad_window.reshape(ctx.out_features, k)
+        grad_values = torch.ops.fxprune.tile_pack(matrix, *structure, values.shape[0])
+    grad_bias = grad.sum((0, 2, 3)) if bias is not None and need[5] else None
+    grad_residual = grad if residual is not None and need[6] else None
+    return grad_x if need[0] else None, grad_values, None, None, None, grad_bias, grad_residual, *[None] * 8
+
+
+def random_structure(n: int, k: int, g: int, groups: int, gen: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (values, index, tile_ptr, columns) of a random tile-wise mask, each tile in one group; for samples and tests."""
+    if groups == 1:
+        return tile_pack.random_structure(n, k, g, gen)
+    lists = [torch.nonzero(torch.rand(k, generator=gen) < 0.6).reshape(-1) for _ in range(n // g)]
+    ptr = torch.tensor([0, *[len(rows) for rows in lists]]).cumsum(0)
+    values = torch.randn(int(ptr[-1]) * g, generator=gen)
+    return values, torch.cat(lists).int(), ptr.int(), torch.arange(n).int()
+
+
+def _sample(
+    x_shape: tuple[int, int, int, int],
+    n: int,
+    g: int,
+    kernel: tuple[int, int],
+    window: tuple[int, int, int],
+    groups: int,
+    name: str,
+    extras: str = "",
+) -> Args:
+    gen = torch.Generator().manual_seed(sum(x_shape) * 13 + n * 5 + g)
+    stride, padding, dilation = ([size, size] for size in window)
+    k = x_shape[1] // groups * kernel[0] * kernel[1]
+    packed = random_structure(n, k, g, groups, gen)
+    x = torch.randn(*x_shape, generator=gen)
+    size = [(x_shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+    bias = torch.randn(n, generator=gen) if "b" in extras else None
+    residual = torch.randn(x_shape[0], n, *size, generator=gen) if "r" in extras else None
+    return x, *packed, bias, residual, n, g, list(kernel), stride, padding, dilation, groups, name
+
+
+def samples() -> Iterator[Args]:
+    yield _sample((1, 5, 7, 7), 9, 4, (3, 3), (1, 1, 1), 1, "none", "b")
+    yield _sample((2, 3, 9, 11), 10, 8, (3, 3), (2, 1, 1), 1, "relu6", "br")
+    yield _sample((1, 4, 12, 13), 6, 8, (1, 5), (1, 2, 1), 1, "silu")
+    yield _sample((2, 8, 6, 10), 8, 2, (3, 3), (1, 1, 2), 2, "none", "br")
+    yield _sample((1, 3, 10, 9), 6, 2, (3, 2), (3, 1, 1), 3, "gelu", "b")
+    yield _sample((1, 2, 7, 20), 5, 8, (7, 7), (1, 3, 1), 1, "hardswish", "b")
+
+
+def bad_samples() -> Iterator[tuple[Args, str]]:
+    good = list(_sample((1, 5, 7, 7), 9, 4, (3, 3), (1, 1, 1), 1, "none", "b"))
+
+    def broken(position: int, value: Any) -> Args:
+        return tuple(value if i == position else a for i, a in enumerate(good))
+
+    yield broken(0, good[0][0]), r"x"
+    yield broken(0, good[0].double()), r"float32"
+    yield broken(0, good[0][..., :1, :1, :0]), r"x"
+    yield broken(1, good[1][:-1]), r"values"
+    yield broken(2, good[2] + 100), r"index"
+    yield broken(3, good[3] + 1), r"tile_ptr"
+    yield broken(4, good[4] + 100), r"columns"
+    yield broken(5, good[5][:3]), r"bias"
+    yield broken(6, good[0]), r"residual"
+    yield broken(8, 0), r"granularity"
+    yield broken(9, [3]), r"kernel_size"
+    yield broken(10, [0, 1]), r"stride"
+    yield broken(13, 2), r"groups"
+    yield broken(14, "swish"), r"activation"
+
+
+OPERATOR = Operator("tile_conv", reference, fake, setup_context, backward, samples, bad_samples)
