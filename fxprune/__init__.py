@@ -21,6 +21,7 @@ from fxprune.compiled import refresh  # noqa: E402
 from fxprune.config import Config  # noqa: E402
 from fxprune.explain import explain  # noqa: E402
 from fxprune.prune import PruneResult, prune  # noqa: E402
+from fxprune.sensitivity import sensitivity  # noqa: E402
 from fxprune.verify import verify  # noqa: E402
 
 __version__ = "0.1.0"
@@ -33,5 +34,6 @@ __all__ = [
     "prune",
     "refresh",
     "register",
+    "sensitivity",
     "verify",
 ]

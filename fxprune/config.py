@@ -12,7 +12,7 @@ from fxprune.errors import ConfigError, UnknownOption, nearest
 KINDS = ("depthwise", "pointwise", "linear")
 
 _CHOICES = {
-    "importance": ("magnitude",),
+    "importance": ("magnitude", "l1", "l2", "taylor", "wanda", "random"),
     "scope": ("layer", "global"),
     "ranking": ("corrected", "published"),
     "recalibration": ("deprune", "deterministic", "off"),
@@ -31,7 +31,9 @@ class Config:
     sparsity: fraction of zeros, a float or a dict by kind ("depthwise", "pointwise", "linear") or by
         layer-name glob; later, more specific keys win. ``None`` prunes nothing.
     pattern: "auto" (dcp for depthwise, tile for the rest), a pattern name, or a dict by kind.
-    importance: "magnitude", or a callable ``(name, weight) -> element scores`` of the weight's shape.
+    importance: "magnitude" (= "l1", ``|w|``), "l2" (``w^2``), "random"; with calibration data "taylor" (``(g*w)^2``)
+        and "wanda" (``|w|`` times the norm of its input); or a callable ``(name, weight) -> element scores`` of
+        the weight's shape. seed: of "random".
     ignored_layers: layer names or globs that stay as they are.
     group: channels per DR group (DEPrune, Sec. 4.1). balance: equal counts per group (BWT).
     recalibration: "deprune" measures the gain of each rounding (HSR as published), "deterministic" needs no timing, "off".
@@ -54,6 +56,7 @@ class Config:
     sparsity: float | Mapping[str, float] | None = None
     pattern: str | Mapping[str, str] = "auto"
     importance: str | Callable[..., Any] = "magnitude"
+    seed: int = 0
     ignored_layers: tuple[str, ...] = ()
     group: int = 32
     balance: bool = True
@@ -95,6 +98,8 @@ class Config:
         for value in self.columns.values() if isinstance(self.columns, Mapping) else (self.columns,):
             if value is not None:
                 _check_type("columns", value, bool, "True, False or None, or a dict by kind")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**31:
+            raise ConfigError(name="seed", given=self.seed, expected="an integer from 0 to 2**31 - 1")
         _check_number("min_speedup", self.min_speedup, 0.0, 100.0)
         _check_number("tolerance", self.tolerance, 0.0, 1.0)
         _check_positive("group", self.group)

@@ -85,6 +85,31 @@ class NonFiniteWeight(FxPruneError, ValueError):
     )
 
 
+class MissingCalibration(FxPruneError, ValueError):
+    """An option needs calibration data and none was given; ``torch.compile`` and ``explain`` take none."""
+
+    template = (
+        "{option} needs calibration data. Pass calibration=[batch, ...] to fxprune.prune, each batch what the model "
+        "takes; for 'taylor' also loss_fn=, with batches (inputs, targets). Inside torch.compile use 'magnitude', "
+        "'l2' or 'random', or prune first."
+    )
+
+
+class CalibrationError(FxPruneError, ValueError):
+    """The calibration data do not fit the model or the request."""
+
+    template = "the calibration data cannot be used: {reason}. {remedy}"
+
+
+class DropTooLarge(FxPruneError, ValueError):
+    """Even the lowest sparsity that was tried costs more than ``max_drop``."""
+
+    template = (
+        "no sparsity keeps eval_fn within max_drop={max_drop}: dense {dense:.6g}, and {metric:.6g} at {scale:.1%} of the "
+        "sparsity asked for, the least tried. Raise max_drop, or exclude layers that fxprune.sensitivity names."
+    )
+
+
 class NotLowered(FxPruneError, RuntimeError):
     """A semantic operator has no implementation that supports it."""
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fxprune.config import KINDS, Config
-from fxprune.errors import ConfigError, NonFiniteWeight, UnknownLayer, UnknownPattern, nearest
+from fxprune.errors import NonFiniteWeight, UnknownLayer, UnknownPattern, nearest
+from fxprune.importance import element_scores
 from fxprune.match import Match
 from fxprune.sparsity import PATTERNS, dcp, tile
 from fxprune.sparsity.pattern import LayerMask
@@ -160,14 +161,7 @@ def _importance(match: Match, config: Config) -> Tensor:
     finite = torch.isfinite(weight)
     if not finite.all():
         raise NonFiniteWeight(name=match.name, count=int((~finite).sum()))
-    if callable(config.importance):
-        scores = config.importance(match.name, weight)
-        if not isinstance(scores, Tensor) or scores.shape != weight.shape:
-            given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise ConfigError(name="importance", given=given, expected=f"a tensor of shape {tuple(weight.shape)}")
-    else:
-        scores = weight.abs()
-    return match.matrix(scores).float().contiguous()
+    return match.matrix(element_scores(match, config)).float().contiguous()
 
 
 def _hits(key: str, match: Match) -> bool:

@@ -4,33 +4,44 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from fxprune.calibration import Calibration, LossFn
 from fxprune.capture import capture, detect
+from fxprune.compensate import Refit, refit_layers, write_refit
 from fxprune.config import KINDS, Config
-from fxprune.errors import ConfigError, NothingToPrune
+from fxprune.errors import ConfigError, MissingCalibration, NothingToPrune
+from fxprune.importance import calibrate
 from fxprune.lowering.kernels import KernelTables
 from fxprune.lowering.measure import Measure
 from fxprune.match import Match
 from fxprune.plan import LayerPlan, Plan, PrunedWeight, register
 from fxprune.planner import Choice, choose_masks, hits
 from fxprune.report import Table
+from fxprune.search import Search, check_search, largest_scale, metric, scaled
 from fxprune.sparsity import dcp
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """model: a plain module with zeros. plan: pattern, tiles and counts. sparsity: achieved, by the keys asked for."""
+    """model: a plain module with zeros. plan: pattern, tiles and counts. sparsity: achieved, by the keys asked for.
+
+    search: with ``max_drop``, the share of the sparsity, the metric and the evaluations.
+    """
 
     model: nn.Module
     plan: Plan
     sparsity: dict[str, float]
     report: Table
+    search: Search | None = None
+
+
+Decided = tuple[dict[str, Choice], dict[str, Refit]]  # by parameter: the mask, and refitted values if asked for
 
 
 def prune(
@@ -40,6 +51,11 @@ def prune(
     sparsity: float | Mapping[str, float],
     inplace: bool = False,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    calibration: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
+    compensate: bool | str = False,
+    eval_fn: Callable[[nn.Module], float] | None = None,
+    max_drop: float | None = None,
     **options: Any,
 ) -> PruneResult:
     """Prune ``model`` and return a copy (the model itself with ``inplace=True``).
@@ -48,23 +64,53 @@ def prune(
         them once, in evaluation mode, to find its layers.
     sparsity: fraction of zeros; a float, or a dict by kind ("depthwise", "pointwise", "linear") or layer glob.
     filter_fn: ``(module, fqn) -> bool``; layers it refuses stay as they are.
+    calibration: batches, each what the model takes (tensor, tuple or dict), or with ``loss_fn`` (inputs, targets); for
+        ``importance="taylor"`` and ``"wanda"`` and for ``compensate``. An iterator is read into memory.
+    loss_fn: ``(output, targets) -> scalar``; without it "taylor" needs a model whose output has ``.loss``.
+    compensate: refit the remaining weights by least squares to the dense outputs on ``calibration``; with
+        "sequential" each layer after those that run before it (one pass over the data per layer).
+    eval_fn, max_drop: find by bisection the largest share of ``sparsity`` at which ``eval_fn(model) -> float``, higher
+        is better, is at most ``max_drop`` below that of the dense model; ``result.search`` says how.
     options: fields of :class:`fxprune.Config`.
 
     Raises an error of :mod:`fxprune.errors` and changes nothing when the request makes no sense.
     Sources: DEPrune (NeurIPS 2024) Sec. 4-5 for ``dcp``, tile-wise sparsity (SC'20) for ``tile``.
     """
     config = Config.from_options({"sparsity": sparsity, **options})
+    data = Calibration.of(calibration, loss_fn)
+    if compensate not in (False, True, "sequential"):
+        raise ConfigError(name="compensate", given=compensate, expected='True, False or "sequential"')
+    if compensate and data is None:
+        raise MissingCalibration(option=f"compensate={compensate!r}")
+    check_search(eval_fn, max_drop)
     matches = prunable(model, example_inputs, config, filter_fn)
+    config = calibrate(config, model, matches, data)
+
+    def decide(scale: float = 1.0) -> Decided:
+        chosen = masks(matches, scaled(config, scale))
+        if not compensate or data is None:
+            return chosen, {}
+        return chosen, refit_layers(model, chosen, data, compensate == "sequential")
+
+    search: Search | None = None
+    if eval_fn is None or max_drop is None:
+        decided = decide()
+    else:
+        decided, search = largest_scale(decide, lambda d: _evaluate(eval_fn, model, d), max_drop)
+    target = model if inplace else copy.deepcopy(model)
+    layers = _write(target, decided)
+    return PruneResult(target, Plan(layers), _achieved(layers, sparsity), _table(layers, decided[1], search), search)
+
+
+def masks(matches: Sequence[Match], config: Config) -> dict[str, Choice]:
+    """Choose the masks of ``config.sparsity``, by parameter in the order of ``matches``."""
     chosen = choose_masks(matches, config, KernelTables().unit, _gain(matches, config))
     if not chosen:
         raise NothingToPrune(
-            reason=f"sparsity={sparsity!r} asks nothing of the {len(matches)} prunable layer(s) found",
+            reason=f"sparsity={config.sparsity!r} asks nothing of the {len(matches)} prunable layer(s) found",
             remedy="Run fxprune.explain(model, example_inputs) for the layers and their kinds.",
         )
-    target = model if inplace else copy.deepcopy(model)
-    parameters = dict(target.named_parameters(remove_duplicate=False))
-    layers = [_apply(choice, parameters) for choice in chosen.values()]
-    return PruneResult(target, Plan(layers), _achieved(layers, sparsity), _table(layers))
+    return {m.parameter: chosen[m.parameter] for m in matches if m.parameter in chosen}
 
 
 def prunable(
@@ -108,6 +154,22 @@ def _shared(match: Match, matched: set[Any]) -> bool:
     return False
 
 
+def _evaluate(eval_fn: Callable[[nn.Module], float], model: nn.Module, decided: Decided | None) -> float:
+    """Return the metric of a copy of the model, dense or pruned."""
+    trial = copy.deepcopy(model)
+    if decided is not None:
+        _write(trial, decided)
+    return metric(eval_fn, trial)
+
+
+def _write(target: nn.Module, decided: Decided) -> list[LayerPlan]:
+    chosen, refits = decided
+    parameters = dict(target.named_parameters(remove_duplicate=False))
+    for name, values in refits.items():
+        write_refit(chosen[name].match, values, parameters)
+    return [_apply(choice, parameters) for choice in chosen.values()]
+
+
 @torch.no_grad()
 def _apply(choice: Choice, parameters: dict[str, nn.Parameter]) -> LayerPlan:
     match, layer = choice.match, choice.layer
@@ -131,7 +193,7 @@ def _apply(choice: Choice, parameters: dict[str, nn.Parameter]) -> LayerPlan:
     )
 
 
-def _gain(matches: list[Match], config: Config) -> Callable[[str, int, int], float] | None:
+def _gain(matches: Sequence[Match], config: Config) -> Callable[[str, int, int], float] | None:
     """HSR's alpha: microseconds between two kept counts per DR group of one depthwise layer (Sec. 5.2)."""
     if config.recalibration != "deprune":
         return None
@@ -172,12 +234,18 @@ def _weighted(layers: list[LayerPlan]) -> float:
     return sum(s * layer.sparsity for s, layer in zip(sizes, layers, strict=True)) / max(sum(sizes), 1)
 
 
-def _table(layers: list[LayerPlan]) -> Table:
+def _table(layers: list[LayerPlan], refits: dict[str, Refit], search: Search | None) -> Table:
     head = ("layer", "kind", "pattern", "shape", "target", "sparsity", "kept per tile", "note")
+    if refits:
+        head += ("output error", "refitted")
     rows = []
     for layer in layers:
         kept = f"{min(layer.counts)}..{max(layer.counts)}" if layer.counts else "-"
         shape = "x".join(map(str, layer.shape))
         numbers = (f"{layer.target:.1%}", f"{layer.sparsity:.1%}")
-        rows.append((layer.name, layer.kind, layer.pattern, shape, *numbers, kept, layer.note))
-    return Table("pruned layers", head, rows)
+        row = (layer.name, layer.kind, layer.pattern, shape, *numbers, kept, layer.note)
+        if refits:
+            values = refits.get(layer.parameter)
+            row += (f"{values.before:.2%}", f"{values.after:.2%}") if values else ("-", "not recorded")
+        rows.append(row)
+    return Table("pruned layers", head, rows, search.summary() if search else {})
