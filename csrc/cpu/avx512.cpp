@@ -22,6 +22,7 @@
 #include "fxprune/channel_mean.h"
 #include "fxprune/depthwise_planes.h"
 #include "fxprune/tile_gemm_feature_major.h"
+#include "fxprune/tile_gemm_panel.h"
 #include "fxprune/tile_gemm_row_major.h"
 #include "fxprune/tile_pack.h"
 #include "fxprune/vec_avx512.h"

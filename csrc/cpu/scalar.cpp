@@ -4,6 +4,7 @@
 #include "fxprune/kernels.h"
 #include "fxprune/math_scalar.h"
 #include "fxprune/tile_gemm_feature_major.h"
+#include "fxprune/tile_gemm_panel.h"
 #include "fxprune/tile_gemm_row_major.h"
 #include "fxprune/tile_pack.h"
 #include "fxprune/vec_scalar.h"
