@@ -89,9 +89,7 @@ def depthwise(rounds: int) -> Iterator[dict[str, Any]]:
         for variant, (balance, recalibration) in VARIANTS.items():
             gain = (lambda n, kept, floor: float(kept - floor)) if recalibration == "deprune" else None
             asked = dict.fromkeys(scores, wanted)
-            plans[variant] = dcp.plan_layers(
-                scores, asked, balance=balance, recalibrate={"deprune": "auto"}.get(recalibration, recalibration), gain=gain
-            )
+            plans[variant] = dcp.plan_layers(scores, asked, balance=balance, recalibration=recalibration, gain=gain)
         total = dict.fromkeys((*VARIANTS, "dense"), 0.0)
         for parameter, match in layers.items():
             x = torch.randn([int(s) for s in match.geometry.x])

@@ -91,9 +91,36 @@ inline TileGrid row_major_grid(const TileGemm& a, int64_t pool) {
   return g;
 }
 
+// On a panel: each unit copies what it multiplies, so pixels or rows are cut before tiles.
+inline TileGrid panel_grid(const TileGemm& a, bool feature_major, const Kernels& k, int64_t pool) {
+  const int64_t unit = feature_major ? 1 : k.width;  // of length
+  const int64_t vecs = (a.m + k.width - 1) / k.width, images = feature_major ? a.batch : 1;
+  constexpr int64_t kFloats = 256 * 1024;  // of a panel that stays in L2
+  int64_t most = std::clamp<int64_t>(kFloats / std::max<int64_t>(a.k * k.width, 1), 3, kPanelVecs);
+  if (getenv("PV")) most = atoi(getenv("PV"));
+  const int64_t share = getenv("PV") ? 8 : std::max<int64_t>(4, (images * vecs + pool - 1) / pool);
+  TileGrid g{images, feature_major ? vecs : a.m, std::min(most, share) * unit, 1, 1};
+  g.length_parts = (g.length + g.step - 1) / g.step;
+  g.step = ((g.length + g.length_parts - 1) / g.length_parts + unit - 1) / unit * unit;
+  if (pool > 1 && images * g.length_parts < pool) {
+    g.tile_parts = std::clamp<int64_t>(2 * pool, 1, std::max<int64_t>(a.tiles, 1));
+  }
+  return g;
+}
+
+inline void run_tile_gemm_panel(const TileGemm& a, bool feature_major, int64_t pool) {
+  const Kernels& k = kernels();
+  const TileGrid grid = panel_grid(a, feature_major, k, pool);
+  const auto kernel = feature_major ? k.tile_gemm_panel_feature_major : k.tile_gemm_panel_row_major;
+  for_each_unit(grid.units(), pool, [&](int64_t unit) {
+    kernel(a, tile_unit(a, grid, unit), scratch(panel_scratch(a, k.width)));
+  });
+}
+
 // values: how many weights are packed.
 inline void run_tile_gemm(const TileGemm& a, bool feature_major, int64_t values, int64_t pool) {
   const Kernels& k = kernels();
+  if (uses_panel(a, feature_major, k.width)) return run_tile_gemm_panel(a, feature_major, pool);
   const TileGrid grid = feature_major ? feature_major_grid(a, k, pool) : row_major_grid(a, pool);
   const auto kernel = feature_major ? k.tile_gemm_feature_major : k.tile_gemm_row_major;
   for_each_unit(grid.units(), pool, [&](int64_t unit) {
@@ -106,7 +133,7 @@ inline void run_tile_gemm(const TileGemm& a, bool feature_major, int64_t values,
 constexpr int64_t kExpandedTile = 160 * 1024;
 
 inline bool can_expand_depthwise(const TileGemm& g) {
-  return g.kept == g.n && g.tiles > 0 && g.granularity * g.m <= kExpandedTile;
+  return !uses_panel(g, true, kernels().width) && g.kept == g.n && g.tiles > 0 && g.granularity * g.m <= kExpandedTile;
 }
 
 // A feature-major GEMM and the depthwise convolution of its result, tile by tile: the expanded

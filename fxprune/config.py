@@ -29,8 +29,10 @@ class Config:
     """Options of :func:`fxprune.prune` and of ``torch.compile(backend="hwprune", options=...)``.
 
     sparsity: fraction of zeros, a float or a dict by kind ("depthwise", "pointwise", "linear") or by
-        layer-name glob; later, more specific keys win. ``None`` prunes nothing.
-    pattern: "auto" (dcp for depthwise, tile for the rest), a pattern name, or a dict by kind.
+        layer-name glob; later, more specific keys win. ``None`` prunes nothing, except in :func:`fxprune.prune` with
+        an n:m pattern, whose sparsity is 1 - n/m.
+    pattern: "auto" (dcp for depthwise, tile for the rest), a pattern name, or a dict by kind: dcp, tile, unstructured,
+        "2:4" or any n:m, block (block:32x32), tvw (tvw:2:4), tew (tew:0.05).
     importance: "magnitude" (= "l1", ``|w|``), "l2" (``w^2``), "random"; with calibration data "taylor" (``(g*w)^2``)
         and "wanda" (``|w|`` times the norm of its input); or a callable ``(name, weight) -> element scores`` of
         the weight's shape. seed: of "random".
@@ -41,6 +43,7 @@ class Config:
     columns: let `tile` remove whole output features (2-D). ``None``: only for linear layers, because the
         outputs of a 1x1 convolution may feed a depthwise one (DEPrune, Sec. 4.2).
     scope: rank tiles per "layer" or over all layers ("global"). ranking: "corrected" or "published".
+    apriori: for `tile`, `tvw` and `tew`: share of columns and rows that an element-wise mask settles before the ranking.
     min_speedup: a match must be at least this much faster than dense to leave dense.
     autotune: "fast" measures with few rounds, "full" with many, "off" trusts the cost model.
     cache_dir: where measured times are kept; ``None`` is the user's cache folder.
@@ -65,6 +68,7 @@ class Config:
     columns: bool | Mapping[str, bool] | None = None
     scope: str = "layer"
     ranking: str = "corrected"
+    apriori: float = 0.0
     min_speedup: float = 1.02
     autotune: str = "fast"
     cache_dir: str | None = None
@@ -102,6 +106,7 @@ class Config:
             raise ConfigError(name="seed", given=self.seed, expected="an integer from 0 to 2**31 - 1")
         _check_number("min_speedup", self.min_speedup, 0.0, 100.0)
         _check_number("tolerance", self.tolerance, 0.0, 1.0)
+        _check_number("apriori", self.apriori, 0.0, 0.5)
         _check_positive("group", self.group)
         sizes = self.granularity.values() if isinstance(self.granularity, Mapping) else (self.granularity,)
         for size in sizes:

@@ -14,12 +14,10 @@ from fxprune.config import KINDS, Config
 from fxprune.errors import NonFiniteWeight, UnknownLayer, UnknownPattern, nearest
 from fxprune.importance import element_scores
 from fxprune.match import Match
-from fxprune.sparsity import PATTERNS, dcp, tile
-from fxprune.sparsity.pattern import LayerMask
+from fxprune.sparsity import PATTERNS, get
+from fxprune.sparsity.pattern import Ask, LayerMask
 
 Gain = Callable[[str, int, int], float]
-
-_TOLERANCE = 0.005  # of the weights: how far the achieved sparsity of a model may be from what was asked
 
 
 @dataclass(frozen=True)
@@ -38,12 +36,11 @@ def pattern_of(match: Match, config: Config) -> str:
     legal = [p.name for p in PATTERNS if match.kind in p.kinds]
     if name == "auto":
         return legal[0]
-    if name not in [p.name for p in PATTERNS]:
-        raise UnknownPattern(name=name, context="", nearest=nearest(name, legal), legal=", ".join(legal))
-    if name not in legal and not isinstance(config.pattern, str):
+    applies = match.kind in get(name).kinds
+    if not applies and not isinstance(config.pattern, str):
         context = f" for {match.kind} layers"
         raise UnknownPattern(name=name, context=context, nearest=legal[0], legal=", ".join(legal))
-    return name if name in legal else ""
+    return name if applies else ""
 
 
 def targets(matches: Sequence[Match], config: Config) -> dict[str, float]:
@@ -66,7 +63,8 @@ def targets(matches: Sequence[Match], config: Config) -> dict[str, float]:
                 if key not in KINDS and _hits(key, match):
                     value = given
         else:
-            value = wanted or 0.0
+            pattern = pattern_of(match, config) if wanted is None else ""
+            value = wanted or (get(pattern).fixed if pattern else 0.0) or 0.0
         if any(_hits(key, match) for key in config.ignored_layers):
             continue
         if value and pattern_of(match, config):
@@ -91,69 +89,11 @@ def choose_masks(
     for pattern, layers in by_pattern.items():
         importances = {name: _importance(m, config) for name, m in layers.items()}
         share = {name: asked[name] for name in layers}
-        if pattern == "dcp":
-            masks = _tap_masks(importances, share, config, unit("depthwise").k_step, gain)
-        else:
-            masks = _tile_masks(layers, importances, share, config, unit)
+        kinds = {name: m.kind for name, m in layers.items()}
+        masks = get(pattern).choose(Ask(importances, share, kinds, config, unit, gain))
         for name, mask in masks.items():
             chosen[name] = Choice(layers[name], pattern, mask, share[name])
     return chosen
-
-
-def _tap_masks(
-    importances: dict[str, Tensor], share: dict[str, float], config: Config, step: int, gain: Gain | None
-) -> dict[str, LayerMask]:
-    """Recalibrate with the paper's tile, or with the largest half of it that meets the target.
-
-    A whole network meets it at once; one small layer has too few taps for multiples of 32 per group.
-    """
-    tile = dcp.GROUP
-    wanted = sum((1.0 - share[name]) * scores.numel() for name, scores in importances.items())
-    total = max(sum(scores.numel() for scores in importances.values()), 1)
-    while True:
-        masks = dcp.plan_layers(
-            importances,
-            share,
-            group=config.group,
-            balance=config.balance,
-            recalibration=config.recalibration,
-            tile=tile,
-            gain=gain if config.recalibration == "deprune" else None,
-        )
-        kept = sum(int(layer.mask.sum()) for layer in masks.values())
-        if abs(kept - wanted) <= _TOLERANCE * total or tile // 2 < step or config.recalibration == "off":
-            return masks
-        tile //= 2
-
-
-def _tile_masks(
-    layers: dict[str, Match],
-    importances: dict[str, Tensor],
-    share: dict[str, float],
-    config: Config,
-    unit: Callable[[str], Any],
-) -> dict[str, LayerMask]:
-    masks: dict[str, LayerMask] = {}
-    for kind in ("pointwise", "linear"):
-        names = [n for n, m in layers.items() if m.kind == kind]
-        if not names:
-            continue
-        row = unit(kind)
-        columns = config.by_kind("columns", kind)
-        recalibration = config.recalibration != "off"
-        masks.update(
-            tile.plan_layers(
-                {n: importances[n] for n in names},
-                {n: share[n] for n in names},
-                granularity=config.by_kind("granularity", kind) or row.granularity,
-                columns=kind == "linear" if columns is None else columns,
-                scope=config.scope,
-                ranking=config.ranking,
-                step=row.k_step if recalibration else 1,
-                column_step=row.column_step if recalibration else None,
-            )
-        )
-    return masks
 
 
 def _importance(match: Match, config: Config) -> Tensor:

@@ -48,7 +48,7 @@ def prune(
     model: nn.Module,
     example_inputs: Any,
     *,
-    sparsity: float | Mapping[str, float],
+    sparsity: float | Mapping[str, float] | None = None,
     inplace: bool = False,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     calibration: Iterable[Any] | None = None,
@@ -63,6 +63,7 @@ def prune(
     example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; the model is run on
         them once, in evaluation mode, to find its layers.
     sparsity: fraction of zeros; a float, or a dict by kind ("depthwise", "pointwise", "linear") or layer glob.
+        With an n:m pattern it is 1 - n/m or left out.
     filter_fn: ``(module, fqn) -> bool``; layers it refuses stay as they are.
     calibration: batches, each what the model takes (tensor, tuple or dict), or with ``loss_fn`` (inputs, targets); for
         ``importance="taylor"`` and ``"wanda"`` and for ``compensate``. An iterator is read into memory.
@@ -217,7 +218,7 @@ def _gain(matches: Sequence[Match], config: Config) -> Callable[[str, int, int],
     return gain
 
 
-def _achieved(layers: list[LayerPlan], asked: float | Mapping[str, float]) -> dict[str, float]:
+def _achieved(layers: list[LayerPlan], asked: float | Mapping[str, float] | None) -> dict[str, float]:
     """Element-weighted sparsity by the keys asked for, and by kind."""
     groups: dict[str, list[LayerPlan]] = {"all": layers}
     for layer in layers:

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstdlib>
 #include <utility>
 
 #include "fxprune/kernels.h"
@@ -22,6 +23,7 @@
 #include "fxprune/depthwise_planes.h"
 #include "fxprune/tile_conv_planes.h"
 #include "fxprune/tile_gemm_feature_major.h"
+#include "fxprune/tile_gemm_panel.h"
 #include "fxprune/tile_gemm_row_major.h"
 #include "fxprune/tile_pack.h"
 #include "fxprune/vec_avx2.h"

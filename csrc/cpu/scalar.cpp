@@ -5,6 +5,7 @@
 #include "fxprune/math_scalar.h"
 #include "fxprune/tile_conv_planes.h"
 #include "fxprune/tile_gemm_feature_major.h"
+#include "fxprune/tile_gemm_panel.h"
 #include "fxprune/tile_gemm_row_major.h"
 #include "fxprune/tile_pack.h"
 #include "fxprune/vec_scalar.h"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fxprune.errors import ConfigError, NonFiniteWeight, TileMismatch
 from fxprune.sparsity.pattern import (
+    Ask,
     Counts,
     LayerMask,
     Packed,
@@ -27,6 +28,7 @@ from fxprune.sparsity.pattern import (
 from fxprune.sparsity.recalibrate import TOLERANCE, Kept, Recalibration, recalibrate_counts
 
 GROUP = 32  # channels per DR group: the GPU tile of the paper, Sec. 4.1
+_NEAR = 0.005  # of the weights: how far the achieved sparsity of a model may be from what was asked
 WORD = 64  # taps per bit word of the packed format
 
 
@@ -35,6 +37,30 @@ class Dcp:
 
     name = "dcp"
     kinds: tuple[str, ...] = ("depthwise",)
+    fixed: float | None = None
+
+    def choose(self, ask: Ask) -> dict[str, LayerMask]:
+        """Recalibrate with the paper's tile, or with the largest half of it that meets the target.
+
+        A whole network meets it at once; one small layer has too few taps for multiples of 32 per group.
+        """
+        config, tile, least = ask.config, GROUP, ask.unit("depthwise").k_step
+        wanted = sum((1.0 - ask.sparsity[name]) * scores.numel() for name, scores in ask.importances.items())
+        total = max(sum(scores.numel() for scores in ask.importances.values()), 1)
+        while True:
+            masks = plan_layers(
+                ask.importances,
+                ask.sparsity,
+                group=config.group,
+                balance=config.balance,
+                recalibration=config.recalibration,
+                tile=tile,
+                gain=ask.gain if config.recalibration == "deprune" else None,
+            )
+            kept = sum(int(layer.mask.sum()) for layer in masks.values())
+            if abs(kept - wanted) <= _NEAR * total or tile // 2 < least or config.recalibration == "off":
+                return masks
+            tile //= 2
 
     def tiles(self, shape: Sequence[int], granularity: int | None = None) -> Tiling:
         """Cut (C, KH*KW) or (C, 1, KH, KW) in groups of ``granularity`` channels (32 by default)."""

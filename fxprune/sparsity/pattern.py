@@ -8,13 +8,14 @@ units, chooses how many each tile keeps, and the pattern turns counts into a mas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fxprune.config import Config
 from fxprune.errors import PackedFormatError
 
 
@@ -72,19 +73,58 @@ class LayerMask:
 
     ``tiling``: the tiles of the kept output features. ``mask``: bool of ``tiling.shape``, True = kept.
     ``counts``: kept units per tile. ``note``: what recalibration did ("9u8o: over"), or "".
+    ``rest``: elements of ``mask`` beside the tiles, which a second kernel adds; ``None`` when there are none.
     """
 
     tiling: Tiling
     mask: Tensor
     counts: tuple[int, ...]
     note: str = ""
+    rest: LayerMask | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Ask:
+    """What a planner asks of a pattern.
+
+    ``importances``: finite element scores >= 0 of each layer's matrix view, by parameter name; ``sparsity``: fraction of
+    zeros of each; ``kinds``: "depthwise", "pointwise" or "linear". ``unit(kind)``: what the kernel row likes
+    (:class:`fxprune.context.Unit`). ``gain(parameter, kept, rounded)``: measured time between two kept counts, or ``None``.
+    """
+
+    importances: Mapping[str, Tensor]
+    sparsity: Mapping[str, float]
+    kinds: Mapping[str, str]
+    config: Config
+    unit: Callable[[str], Any]
+    gain: Callable[[str, int, int], float] | None = None
 
 
 class Pattern(Protocol):
-    """One sparsity pattern: score, select, pack, unpack, check."""
+    """One sparsity pattern: choose masks, pack, unpack, check.
+
+    ``fixed``: the only sparsity the pattern has (n:m), else ``None``.
+    """
 
     name: str
     kinds: tuple[str, ...]
+    fixed: float | None
+
+    def choose(self, ask: Ask) -> dict[str, LayerMask]:
+        """Return the mask of every layer asked about."""
+
+    def pack(self, weight: Tensor, mask: Tensor, tiling: Tiling) -> Packed:
+        """Pack ``weight`` (of ``tiling.shape``) under ``mask``; kept zeros stay in the pack."""
+
+    def unpack(self, packed: Packed) -> Tensor:
+        """Return the dense weight; equals ``weight * mask`` exactly."""
+
+    def check(self, packed: Packed) -> None:
+        """Raise :class:`fxprune.errors.PackedFormatError` on any illegal header or index."""
+
+
+class Counted(Pattern, Protocol):
+    """A pattern whose mask follows from a kept count per tile: what a planner may round or trade."""
 
     def tiles(self, shape: tuple[int, int], granularity: int | None = None) -> Tiling:
         """Return the tiling of a weight of ``shape`` with every output feature kept."""
@@ -104,14 +144,10 @@ class Pattern(Protocol):
     def mask(self, tiling: Tiling, selection: Sequence[Tensor]) -> Tensor:
         """Return the bool mask of ``tiling.shape`` for a selection."""
 
-    def pack(self, weight: Tensor, mask: Tensor, tiling: Tiling) -> Packed:
-        """Pack ``weight`` (of ``tiling.shape``) under ``mask``; kept zeros stay in the pack."""
 
-    def unpack(self, packed: Packed) -> Tensor:
-        """Return the dense weight; equals ``weight * mask`` exactly."""
-
-    def check(self, packed: Packed) -> None:
-        """Raise :class:`fxprune.errors.PackedFormatError` on any illegal header or index."""
+def rename(packed: Packed, pattern: str) -> Packed:
+    """Return the same packed weight as another pattern's."""
+    return replace(packed, pattern=pattern)
 
 
 def keep_largest(scores: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:

@@ -12,12 +12,23 @@ each tile then loses K rows of its own, so a tile is a dense block addressed thr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fxprune.sparsity.pattern import Counts, LayerMask, Packed, Tiling, keep_largest, require, require_layout
+from fxprune.errors import TileMismatch
+from fxprune.sparsity.pattern import (
+    Ask,
+    Counts,
+    LayerMask,
+    Packed,
+    Tiling,
+    keep_largest,
+    require,
+    require_layout,
+)
 from fxprune.sparsity.tile_plan import (
     expand_rows,
     full_tiling,
@@ -30,7 +41,7 @@ from fxprune.sparsity.tile_plan import (
     tile_widths,
 )
 
-__all__ = ["Tile", "infer", "keep_all", "plan_layers"]
+__all__ = ["Tile", "infer", "is_tile_wise", "keep_all", "plan_layers"]
 _LIMIT = 2**31 - 1  # offsets and indices are int32
 
 
@@ -39,6 +50,32 @@ class Tile:
 
     name = "tile"
     kinds: tuple[str, ...] = ("pointwise", "linear")
+    fixed: float | None = None
+
+    def choose(self, ask: Ask, sparsity: Mapping[str, float] | None = None, step: int = 1) -> dict[str, LayerMask]:
+        """Plan each kind with its own granularity, columns and steps.
+
+        ``sparsity`` instead of what was asked for, and a further ``step`` of rows: for patterns built on this one.
+        """
+        sparsity = ask.sparsity if sparsity is None else sparsity
+        config, masks = ask.config, {}
+        for kind in sorted(set(ask.kinds.values())):
+            names = [name for name in ask.importances if ask.kinds[name] == kind]
+            row, columns = ask.unit(kind), config.by_kind("columns", kind)
+            aligned = config.recalibration != "off"
+            plan = plan_layers(
+                {name: ask.importances[name] for name in names},
+                {name: sparsity[name] for name in names},
+                granularity=config.by_kind("granularity", kind) or row.granularity,
+                columns=kind == "linear" if columns is None else columns,
+                scope=config.scope,
+                ranking=config.ranking,
+                step=math.lcm(row.k_step, step) if aligned else 1,
+                column_step=row.column_step if aligned else None,
+                apriori=config.apriori,
+            )
+            masks.update(plan)
+        return {name: masks[name] for name in ask.importances}
 
     def tiles(self, shape: Sequence[int], granularity: int | None = None) -> Tiling:
         """Cut (N, K) in tiles of ``granularity`` output features (64 by default), all of them kept."""
@@ -155,6 +192,15 @@ def keep_all(shape: Sequence[int], granularity: int) -> LayerMask:
     tiling = Tile().tiles(shape, granularity)
     mask = torch.ones(tiling.shape, dtype=torch.bool)
     return LayerMask(tiling, mask, (tiling.shape[1],) * tiling.tiles)
+
+
+def is_tile_wise(mask: Tensor, tiling: Tiling) -> bool:
+    """True when each tile keeps whole rows and nothing is kept outside its output features."""
+    try:
+        _kept_rows(mask, tiling)
+    except TileMismatch:
+        return False
+    return True
 
 
 def _kept_rows(mask: Tensor, tiling: Tiling) -> Tensor:

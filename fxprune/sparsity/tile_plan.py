@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fxprune.errors import ConfigError, NonFiniteWeight, TileMismatch
+from fxprune.sparsity.elements import keep_elements
 from fxprune.sparsity.pattern import LayerMask, Tiling, keep_largest
 from fxprune.sparsity.recalibrate import ceil_to, choose, floor_to
 
@@ -42,6 +43,15 @@ class _Layer:
     ratio: float
     granularity: int
     columns: bool
+    apriori: float = 0.0
+
+    @property
+    def prior(self) -> Tensor | None:
+        """The element-wise mask (N, K) as 0 and 1, when there is apriori tuning."""
+        if not self.apriori:
+            return None
+        (kept,) = keep_elements([self.importance], self.importance.numel() - round(self.ratio * self.importance.numel()))
+        return kept.float()
 
     @property
     def column_ratio(self) -> float:
@@ -59,6 +69,7 @@ def plan_layers(
     ranking: str = "corrected",
     step: int = 1,
     column_step: int | None = None,
+    apriori: float = 0.0,
 ) -> dict[str, LayerMask]:
     """Choose kept output features and kept rows per tile (SC'20, "Pruning Algorithm").
 
@@ -70,6 +81,8 @@ def plan_layers(
     vectors, as the authors' code does, which overshoots and may delete a whole layer.
     step: rows per tile become multiples of it (HSR), nearest first, total unchanged. column_step: kept output
     features become multiples of it, never fewer than one step; ``None`` is 1.
+    apriori: share of the columns, and of the rows of all tiles, that is settled before the ranking ("apriori tuning"): an
+    element-wise mask of the same sparsity says how dense each is; the densest share stays, the emptiest share goes.
 
     Raises :class:`ConfigError`, :class:`TileMismatch` and :class:`NonFiniteWeight`.
     """
@@ -82,6 +95,11 @@ def plan_layers(
     for option, value in (("step", step), ("column_step", column_step or 1)):
         if value < 1:
             raise ConfigError(name=option, given=value, expected="an integer >= 1")
+    most = min([0.5, *(min(s, 1.0 - s) for s in sparsity.values())]) if sparsity and apriori else 0.0
+    if not 0.0 <= apriori <= most:
+        raise ConfigError(
+            name="apriori", given=apriori, expected=f"0 <= apriori <= {most:g}, what is dropped and what is kept"
+        )
     layers = {}
     for name, importance in importances.items():
         ratio = sparsity.get(name, -1.0)
@@ -93,7 +111,7 @@ def plan_layers(
             raise mismatch(importance.shape, width, "it has no elements", "Exclude it with ignored_layers.")
         two_dimensional = columns if isinstance(columns, bool) else columns[name]
         importance = real(importance)
-        layers[name] = _Layer(importance, scale_of(name, importance), ratio, width, two_dimensional)
+        layers[name] = _Layer(importance, scale_of(name, importance), ratio, width, two_dimensional, apriori)
     groups = [list(layers)] if scope == "global" and layers else [[name] for name in layers]
     plan: dict[str, LayerMask] = {}
     for names in groups:
@@ -112,9 +130,13 @@ def _plan_columns(layers: Sequence[_Layer], ranking: str, step: int) -> list[Til
     norms = {i: (layers[i].importance / layers[i].scale).square_().sum(1).sqrt_() * layers[i].scale for i in pruned}
     corrected = ranking == "corrected"
     scores, weights, budget = [], [], 0.0
-    for i, norm in norms.items():
+    for i, norm in list(norms.items()):
         n, k = tilings[i].shape
-        scores.append(_guarded(norm / math.sqrt(k))[None] if corrected else norm[None] / k)
+        score = norm / math.sqrt(k) if corrected else norm / k
+        prior = layers[i].prior
+        if prior is not None:
+            score = norms[i] = _settled(score, prior.mean(1), layers[i].apriori)
+        scores.append(_guarded(score)[None] if corrected else score[None])
         weights.append(torch.full((n,), k if corrected else 1))
         budget += (1.0 - layers[i].column_ratio) * n * (k if corrected else 1)
     kept = _keep_best([s.flatten() for s in scores], weights, budget)
@@ -145,6 +167,10 @@ def _plan_rows(layers: Sequence[_Layer], tilings: Sequence[Tiling], ranking: str
             scores.append(_published_row_scores(layer.importance, tiling, layer.scale))
             weights.append(torch.ones(tiling.tiles * k, dtype=torch.int64))
             budget += (1.0 - (layer.column_ratio or layer.ratio)) * max(tiling.tiles, 1) * k
+        prior = layer.prior
+        if prior is not None:
+            density = tile_view(prior[tiling.columns], tiling.granularity).sum(1) / widths[:, None]
+            scores[-1] = _settled(scores[-1], density, layer.apriori)
     guarded = [(_guarded(s) if corrected else s).flatten() for s in scores]
     kept = _keep_best(guarded, weights, budget)
     counts = [keep.reshape(score.shape).sum(1).tolist() for keep, score in zip(kept, scores, strict=True)]
@@ -217,7 +243,18 @@ def _keep_best(scores: Sequence[Tensor], weights: Sequence[Tensor], budget: floa
     chosen = torch.zeros(len(flat), dtype=torch.bool)
     chosen[order] = weight.cumsum(0) - weight / 2 <= budget
     chosen |= flat == torch.inf
+    chosen &= flat != -torch.inf
     return list(chosen.split([len(s) for s in scores]))
+
+
+def _settled(scores: Tensor, density: Tensor, share: float) -> Tensor:
+    """Make the scores of the densest ``share`` infinite and those of the emptiest negative infinite."""
+    count = round(share * density.numel())
+    order = density.flatten().argsort(descending=True, stable=True)
+    settled = scores.flatten().clone()
+    settled[order[:count]] = torch.inf
+    settled[order[len(order) - count :]] = -torch.inf
+    return settled.reshape(scores.shape)
 
 
 def _guarded(scores: Tensor) -> Tensor:

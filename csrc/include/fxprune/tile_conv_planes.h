@@ -72,8 +72,6 @@ void conv_planes(const TileConv& a, const ConvSpan& span, int64_t begin, int64_t
 template <class V>
 void tile_conv(const TileConv& a, const ConvSpan& span, const float* copy) {
   using M = FeatureMajor<V>;
-  static constexpr auto kKernels =
-      M::template table<Source::kTaps>(std::make_integer_sequence<int, M::kRows * M::kVecs>());
   static constexpr auto kEdges = M::template edges<Source::kTaps>();
   const float* values = a.values + a.tile_ptr[span.tile_begin] * a.granularity;
   const TileSpan tiles = {span.image, 0, 0, span.tile_begin, span.tile_end};
@@ -82,7 +80,7 @@ void tile_conv(const TileConv& a, const ConvSpan& span, const float* copy) {
   const int64_t group_size = a.group_channels() * a.channel_size(), group_features = a.n / a.groups;
 
   // The last pixels are edge pixels where they are one run of the result.
-  int64_t edge = M::edge_pixels(length);
+  int64_t edge = M::edge_pixels(length, a.granularity);
   if (edge > a.out_w) edge = 0;
   const int64_t vecs = (length - edge + M::kW - 1) / M::kW,
                 blocks = (vecs + M::kVecs - 1) / M::kVecs;
@@ -124,7 +122,7 @@ void tile_conv(const TileConv& a, const ConvSpan& span, const float* copy) {
     s.lanes = lanes;
     s.tail = std::min<int64_t>(M::kW, length - edge - (first + here - 1) * M::kW);
     each(s, [&](const typename M::Strip& strip, int features) {
-      kKernels[(features - 1) * M::kVecs + here - 1](strip);
+      M::template kernel<Source::kTaps>(features, here)(strip);
     });
     first += here;
   }

@@ -77,4 +77,18 @@ inline TileSpan tile_unit(const TileGemm& a, const TileGrid& g, int64_t unit) {
           tile_cut(a, part, g.tile_parts), tile_cut(a, part + 1, g.tile_parts)};
 }
 
+// Tiles too narrow to fill a register tile run on a panel of the activations (tile_gemm_panel.h).
+// width: floats per vector.
+inline bool uses_panel(const TileGemm& a, bool feature_major, int64_t width) {
+  return a.granularity <= (feature_major ? 1 : width / 2);
+}
+
+constexpr int kPanelVecs = 8;         // most vectors of pixels or rows in a panel
+constexpr int64_t kPanelChunk = 64;  // output features whose sums are held at once
+
+// Floats of scratch that a unit on a panel needs.
+inline int64_t panel_scratch(const TileGemm& a, int64_t width) {
+  return (a.k + kPanelChunk) * kPanelVecs * width;
+}
+
 }  // namespace fxprune

@@ -138,9 +138,23 @@ struct FeatureMajor {
 
   using Kernel = void (*)(const Strip&);
 
+  // Most vectors of pixels beside `rows` output features: few of those leave room for more sums.
+  static constexpr int kMostVecs = 8;
+  static constexpr int vecs_of(int rows) {
+    return rows > 4 ? kVecs : std::clamp(V::kAccumulators / rows, kVecs, kMostVecs);
+  }
+
   template <Source S, int... I>
   static constexpr std::array<Kernel, sizeof...(I)> table(std::integer_sequence<int, I...>) {
-    return {{&strip<I / kVecs + 1, I % kVecs + 1, S>...}};
+    return {
+        {&strip<I / kMostVecs + 1, std::min(I % kMostVecs + 1, vecs_of(I / kMostVecs + 1)), S>...}};
+  }
+
+  // The strip of `rows` output features and `vecs` vectors, at most vecs_of(rows).
+  template <Source S>
+  static Kernel kernel(int rows, int vecs) {
+    static constexpr auto kKernels = table<S>(std::make_integer_sequence<int, kRows * kMostVecs>());
+    return kKernels[(rows - 1) * kMostVecs + vecs - 1];
   }
 
   template <int... I>
@@ -205,7 +219,10 @@ struct FeatureMajor {
   static constexpr int kMostEdge = kW >= 8 ? 4 : 0;
   // Pixels of an image computed by edge(); none where the image is a single vector, which has no
   // full one to follow.
-  static int64_t edge_pixels(int64_t m) { return m > kW && m % kW <= kMostEdge ? m % kW : 0; }
+  static int64_t edge_pixels(int64_t m, int64_t granularity) {
+    const int64_t most = std::min<int64_t>(kMostEdge, granularity);  // lanes are output features
+    return m > kW && m % kW <= most ? m % kW : 0;
+  }
 
   // A strip over `pixels` pixels from `pixel` on, with everything set that does not depend on the
   // tile.
@@ -274,8 +291,6 @@ struct FeatureMajor {
 template <class V>
 void tile_gemm_feature_major(const TileGemm& a, const TileSpan& span, float* scratch) {
   using M = FeatureMajor<V>;
-  static constexpr auto kKernels =
-      M::template table<Source::kRows>(std::make_integer_sequence<int, M::kRows * M::kVecs>());
   static constexpr auto kPrefetching =
       M::prefetching_table(std::make_integer_sequence<int, M::kVecs>());
   const float* values = a.values + a.tile_ptr[span.tile_begin] * a.granularity;
@@ -283,9 +298,10 @@ void tile_gemm_feature_major(const TileGemm& a, const TileSpan& span, float* scr
     M::scale(a, span, scratch);
     values = scratch;
   }
-  const int64_t edge = span.end * M::kW >= a.m ? M::edge_pixels(a.m) : 0;
+  const int64_t edge = span.end * M::kW >= a.m ? M::edge_pixels(a.m, a.granularity) : 0;
   const int64_t vecs = span.end - span.begin - (edge > 0),
-                blocks = (vecs + M::kVecs - 1) / M::kVecs;
+                most = M::vecs_of(static_cast<int>(std::min<int64_t>(a.granularity, M::kRows))),
+                blocks = (vecs + most - 1) / most;
   // The first strip of a block brings the block's pixels into the near caches. Where they come from
   // beyond L2 it asks for them ahead: rows of an index list are no pattern that the hardware would
   // follow.
@@ -297,8 +313,7 @@ void tile_gemm_feature_major(const TileGemm& a, const TileSpan& span, float* scr
     const auto s = M::strip_at(a, span.image, pixel, std::min<int64_t>(here * M::kW, a.m - pixel));
     bool prefetch = far;
     M::each_strip(a, span, values, s, [&](const typename M::Strip& strip, int rows) {
-      (prefetch && rows == M::kRows ? kPrefetching[here - 1]
-                                    : kKernels[(rows - 1) * M::kVecs + here - 1])(strip);
+      (prefetch && rows == M::kRows ? kPrefetching[here - 1] : M::template kernel<Source::kRows>(rows, here))(strip);
       prefetch = false;
     });
     first += here;

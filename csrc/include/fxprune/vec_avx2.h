@@ -43,6 +43,32 @@ struct Avx2 {
                          power_of_two(_mm256_sub_epi32(whole, half)));
   }
 
+  // How many of the first n <= kWidth integers are below `limit`.
+  static int64_t below(const int32_t* p, int64_t n, int32_t limit) {
+    const __m256i mask = first(n), entries = _mm256_maskload_epi32(p, mask);
+    const __m256i hits = _mm256_and_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(limit), entries), mask);
+    return __builtin_popcount(_mm256_movemask_ps(_mm256_castsi256_ps(hits)));
+  }
+  // to[j][i] = from[i][j] of a kWidth x kWidth square: pairs of rows, then of pairs, then of halves.
+  static void transpose(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
+    Reg a[8], b[8];
+    for (int i = 0; i < 8; ++i) a[i] = load(from + i * ld_from);
+    for (int i = 0; i < 8; i += 2) {
+      b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+      a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xEE);
+      a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+      a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xEE);
+    }
+    for (int i = 0; i < 4; ++i) {
+      store(to + i * ld_to, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+      store(to + (i + 4) * ld_to, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
+  }
+
   static Reg expand(const float* p, uint32_t b) {
     alignas(32) float lanes[kWidth];
     for (int i = 0; i < kWidth; ++i) lanes[i] = b >> i & 1 ? *p++ : 0.0f;

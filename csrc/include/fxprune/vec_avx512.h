@@ -48,6 +48,38 @@ struct Avx512 {
   }
   static Reg scale(Reg a, Reg n) { return _mm512_scalef_ps(a, n); }  // a * 2^n, n integral
 
+  // How many of the first n <= kWidth integers are below `limit`.
+  static int64_t below(const int32_t* p, int64_t n, int32_t limit) {
+    const Mask mask = first(n);
+    const __m512i entries = _mm512_maskz_loadu_epi32(mask, p);
+    return __builtin_popcount(_mm512_mask_cmplt_epi32_mask(mask, entries, _mm512_set1_epi32(limit)));
+  }
+  // to[j][i] = from[i][j] of a kWidth x kWidth square: pairs of rows, pairs of pairs, then quarters.
+  static void transpose(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
+    Reg a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = load(from + i * ld_from);
+    for (int i = 0; i < 16; i += 2) {
+      b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);
+      a[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xEE);
+      a[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+      a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xEE);
+    }
+    for (int i = 0; i < 4; ++i) {  // quarter q of a[i + 4 r] is column i + 4 q of rows 4 r..
+      const Reg p = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88),
+                q = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88),
+                r = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xDD),
+                s = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xDD);
+      store(to + i * ld_to, _mm512_shuffle_f32x4(p, q, 0x88));
+      store(to + (i + 4) * ld_to, _mm512_shuffle_f32x4(r, s, 0x88));
+      store(to + (i + 8) * ld_to, _mm512_shuffle_f32x4(p, q, 0xDD));
+      store(to + (i + 12) * ld_to, _mm512_shuffle_f32x4(r, s, 0xDD));
+    }
+  }
+
   // p[0], p[1], ... in the lanes of b, in order; 0 elsewhere. Reads a whole vector.
   static Reg expand(const float* p, uint32_t b) {
     return _mm512_maskz_expand_ps(static_cast<Mask>(b), _mm512_loadu_ps(p));

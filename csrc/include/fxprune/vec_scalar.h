@@ -39,6 +39,19 @@ struct Scalar {
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }  // NaN in b is returned
   static Reg min(Reg a, Reg b) { return a < b ? a : b; }
 
+  // How many of the first n <= kWidth integers are below `limit`.
+  static int64_t below(const int32_t* p, int64_t n, int32_t limit) {
+    int64_t hits = 0;
+    for (int64_t i = 0; i < n; ++i) hits += p[i] < limit;
+    return hits;
+  }
+  // to[j][i] = from[i][j] of a kWidth x kWidth square.
+  static void transpose(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
+    for (int i = 0; i < kWidth; ++i) {
+      for (int j = 0; j < kWidth; ++j) to[j * ld_to + i] = from[i * ld_from + j];
+    }
+  }
+
   static Reg expand(const float* p, uint32_t b) {
     float lanes[kWidth];
     for (int i = 0; i < kWidth; ++i) lanes[i] = b >> i & 1 ? *p++ : 0.0f;
