@@ -22,7 +22,8 @@ from fxprune.passes import DETECT
 from fxprune.weights import STATE_NAME, Weights
 
 # Every capture is a compile of its own: it must not run into the limit of recompiles, nor use up the user's.
-_NO_LIMITS = {"recompile_limit": 2**30, "accumulated_recompile_limit": 2**30}
+# Recurrent layers are in its graphs: by default Dynamo leaves them out.
+_CAPTURE = {"recompile_limit": 2**30, "accumulated_recompile_limit": 2**30, "allow_rnn": True}
 _ISOLATED: dict[str, Any] = (
     {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 )
@@ -64,7 +65,7 @@ def capture(model: nn.Module, example_inputs: Any) -> list[Captured]:
 
     args, kwargs = arguments(example_inputs)
     try:
-        with evaluating(model), torch.no_grad(), torch._dynamo.config.patch(_NO_LIMITS):
+        with evaluating(model), torch.no_grad(), torch._dynamo.config.patch(_CAPTURE):
             torch.compile(model, backend=keep, dynamic=False, **_ISOLATED)(*args, **kwargs)
     except Exception as error:
         shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (*args, *kwargs.values())]
