@@ -36,8 +36,6 @@ _FLOAT = 4  # bytes
 _ROWS = 6  # rows of x in the row-major kernel's register block
 _NCHW_DEPTHWISE = 1.8  # dense depthwise convolution: time in NCHW over time in channels-last
 _NCHW_POINTWISE = 1.1
-_STEP_US = 2.0  # a time step of a recurrent layer: waking the threads
-_CELL_FLOPS = 60  # per gate of a recurrent cell: exponentials and divisions
 
 
 @dataclass(frozen=True)
@@ -193,13 +191,11 @@ def crossover(
     return next((value for value in range(low + 1, high + 1) if (saved(value) > 0) != wins), None)
 
 
-def predict(
-    match: Match, mask: LayerMask | None, isa: str, inputs: tuple[Match, LayerMask | None] | None = None
-) -> Timing:
+def predict(match: Match, mask: LayerMask | None, isa: str) -> Timing:
     """Return the predicted times of a match, sparse under ``mask`` (everything kept if ``None``) and dense.
 
     isa: the row of :data:`DEVICES` our kernels run as; torch's run as its own best. Symbolic sizes count
-    with their hints. inputs: the match and mask of the weight_ih that a recurrent weight_hh belongs to.
+    with their hints.
     """
     from fxprune.context import Timing
     from fxprune.sparsity import tile
@@ -211,8 +207,6 @@ def predict(
     torchs = device(capability if capability in DEVICES else "scalar", threads)
     x, y = ([_hint(s) for s in shape] for shape in (match.geometry.x, match.geometry.y))
     n, k = match.matrix_shape
-    if match.kind == "rnn":
-        return _predict_recurrent([inputs or (match, mask), (match, mask)], ours, torchs)
     if match.kind == "linear":
         layer = mask or tile.keep_all((n, k), GRANULARITY)
         rows = math.prod(x) // max(k, 1)
@@ -232,26 +226,6 @@ def predict(
         float(dense_conv_cost(torchs, batch=x[0], feature_major=layout, **conv, **window)) for layout in (False, True)
     )
     return Timing(float(sparse), dense, first, measured=False)
-
-
-def _predict_recurrent(pair: Sequence[tuple[Match, LayerMask | None]], ours: Device, torchs: Device) -> Timing:
-    """One direction of a recurrent layer: a product over the inputs of all steps, and one per step with its cell."""
-    from fxprune.context import Timing
-    from fxprune.sparsity import tile
-    from fxprune.sparsity.tile_plan import GRANULARITY
-
-    steps, batch = (_hint(s) for s in pair[1][0].geometry.x[:2])
-    step = replace(ours, overhead_us=_STEP_US), replace(torchs, dense_overhead_us=_STEP_US)
-    sparse = dense = 0.0
-    for (match, mask), times, rows, (us, them) in zip(
-        pair, (1, steps), (steps * batch, batch), ((ours, torchs), step), strict=True
-    ):
-        n, k = match.matrix_shape
-        layer = mask or tile.keep_all((n, k), GRANULARITY)
-        cell = 0.0 if times == 1 else _CELL_FLOPS * batch * n / _rate(us, 1.0)
-        sparse += times * (float(_tile_cost(us, layer, rows, 1, feature_dim=-1)) + cell)
-        dense += times * (float(dense_linear_cost(them, rows=rows, in_features=k, out_features=n)) + cell)
-    return Timing(sparse, dense, dense, measured=False)
 
 
 def size(value: Any) -> sympy.Expr:

@@ -50,6 +50,9 @@ def prune(
     filter_fn: ``(module, fqn) -> bool``; layers it refuses stay as they are.
     options: fields of :class:`fxprune.Config`.
 
+    Where recurrent layers are pruned, ``torch._dynamo.config.allow_rnn`` is switched on for this process: Dynamo calls
+    ``nn.LSTM`` and ``nn.GRU`` outside of its graphs by default, where no backend sees them.
+
     Raises an error of :mod:`fxprune.errors` and changes nothing when the request makes no sense.
     Sources: DEPrune (NeurIPS 2024) Sec. 4-5 for ``dcp``, tile-wise sparsity (SC'20) for ``tile``.
     """
@@ -64,6 +67,8 @@ def prune(
     target = model if inplace else copy.deepcopy(model)
     parameters = dict(target.named_parameters(remove_duplicate=False))
     layers = [_apply(choice, parameters) for choice in chosen.values()]
+    if any(layer.kind == "rnn" for layer in layers):
+        torch._dynamo.config.allow_rnn = True  # else Dynamo leaves the layers out of the graphs it hands to a backend
     return PruneResult(target, Plan(layers), _achieved(layers, sparsity), _table(layers))
 
 

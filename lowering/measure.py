@@ -25,7 +25,7 @@ from ..match import Match
 from ..sparsity import dcp, tile
 from ..sparsity.pattern import LayerMask
 from . import library
-from .measure_rnn import Weight, recurrent_calls
+from .measure_rnn import Weight, as_linear, predicted, recurrent_calls
 
 _ROUNDS = {"fast": 5, "full": 25}
 _BURST_SECONDS = 3e-4
@@ -82,7 +82,10 @@ class Measure:
     def _predict(self, match: Match, mask: LayerMask | None, inputs: Weight | None) -> Timing:
         from .. import cost  # sympy is slow to import
 
-        return cost.predict(match, mask, library.isa() if library.available() else "scalar", inputs)
+        isa = library.isa() if library.available() else "scalar"
+        if inputs is not None:
+            return predicted([cost.predict(*as_linear(w), isa) for w in (inputs, (match, mask))], _concrete(match.geometry.x[0]))
+        return cost.predict(match, mask, isa)
 
 
 def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> Callable[[], Tensor]:

@@ -1,18 +1,20 @@
-"""Calls that time one direction of a recurrent layer: our operators, and torch's."""
+"""What one direction of a recurrent layer takes: calls that time ours and torch's, and a prediction from its two GEMMs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..context import Unit
+from ..context import Timing, Unit
 from ..match import Match
 from ..sparsity import tile
 from ..sparsity.pattern import LayerMask
 
 Weight = tuple[Match, LayerMask | None]
+_STEP_US = 2.0  # a time step besides its product: waking the threads, the cell
 
 
 def recurrent_calls(inputs: Weight, hidden: Weight, unit: Unit, steps: int, batch: int) -> list[Callable[[], Any]]:
@@ -41,3 +43,14 @@ def _packed(weight: Weight, unit: Unit) -> tuple[list[Any], int]:
     layer = mask or tile.keep_all(match.matrix_shape, unit.granularity)
     packed = tile.Tile().pack(match.value.detach(), layer.mask, layer.tiling).tensors
     return [packed[n] for n in ("values", "index", "tile_ptr", "columns")], layer.tiling.granularity
+
+
+def as_linear(weight: Weight) -> Weight:
+    """Return a recurrent weight as the linear layer over the rows of all steps that it is but for their order."""
+    return replace(weight[0], kind="linear", recurrent=None), weight[1]
+
+
+def predicted(parts: Sequence[Timing], steps: int) -> Timing:
+    """Return the time of a direction from the predictions of its weights as linear layers."""
+    sparse, dense = (sum(times) + steps * _STEP_US for times in zip(*((p.sparse, p.dense) for p in parts), strict=True))
+    return Timing(sparse, dense, dense, measured=False)
