@@ -244,6 +244,9 @@ STABLE_TORCH_LIBRARY(fxprune, m) {
       "int out_features, "
       "int in_features) -> Tensor");
   m.def("region(Tensor[] x, Tensor[] packed, int[] program, int[] outputs) -> Tensor[]");
+  m.def(
+      "rnn_steps(Tensor gates, Tensor h, Tensor? c, Tensor values, Tensor index, Tensor tile_ptr, "
+      "Tensor columns, Tensor? bias, int granularity, bool reverse) -> Tensor[]");
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");
 #ifdef FXPRUNE_SANITIZE

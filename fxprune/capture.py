@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from fxprune.config import Config
-from fxprune.context import Context
+from fxprune.context import Context, Refusal
 from fxprune.errors import CaptureError
 from fxprune.lowering.kernels import KernelTables
 from fxprune.lowering.measure import Measure
@@ -22,7 +22,8 @@ from fxprune.passes import DETECT
 from fxprune.weights import STATE_NAME, Weights
 
 # Every capture is a compile of its own: it must not run into the limit of recompiles, nor use up the user's.
-_NO_LIMITS = {"recompile_limit": 2**30, "accumulated_recompile_limit": 2**30}
+# Recurrent layers are in its graphs: by default Dynamo leaves them out.
+_CAPTURE = {"recompile_limit": 2**30, "accumulated_recompile_limit": 2**30, "allow_rnn": True}
 _ISOLATED: dict[str, Any] = (
     {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 )
@@ -30,10 +31,14 @@ _ISOLATED: dict[str, Any] = (
 
 @dataclass(frozen=True)
 class Captured:
-    """One graph Dynamo saw, with the real tensors it was called with."""
+    """One graph Dynamo saw, with the real tensors it was called with.
+
+    outside: recurrent layers of the model that are in none of its graphs; the first graph has them.
+    """
 
     gm: GraphModule
     inputs: tuple[Any, ...]
+    outside: tuple[Refusal, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,24 @@ def capture(model: nn.Module, example_inputs: Any) -> list[Captured]:
 
     args, kwargs = arguments(example_inputs)
     try:
-        with evaluating(model), torch.no_grad(), torch._dynamo.config.patch(_NO_LIMITS):
+        with evaluating(model), torch.no_grad(), torch._dynamo.config.patch(_CAPTURE):
             torch.compile(model, backend=keep, dynamic=False, **_ISOLATED)(*args, **kwargs)
     except Exception as error:
         shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (*args, *kwargs.values())]
         remedy = "Check that model(*example_inputs) runs; a tuple is positional arguments, a dict keyword arguments."
         cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise CaptureError(inputs=shapes, cause=cause, remedy=remedy) from error
-    return graphs
+    return [replace(graph, outside=() if i else _outside(model, graphs)) for i, graph in enumerate(graphs)]
+
+
+def _outside(model: nn.Module, graphs: Sequence[Captured]) -> tuple[Refusal, ...]:
+    inputs = {id(value) for graph in graphs for value in graph.inputs}
+    reason = "in no graph: Dynamo breaks around its call, as it does for packed sequences"
+    return tuple(
+        Refusal(name or type(layer).__name__, "rnn", f"{layer.input_size}->{layer.hidden_size}", reason)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.RNNBase) and not any(id(p) in inputs for p in layer.parameters())
+    )
 
 
 def detect(graph: Captured, config: Config, inference: bool = True) -> Context:
@@ -81,6 +96,7 @@ def detect(graph: Captured, config: Config, inference: bool = True) -> Context:
     clone = GraphModule(graph.gm, copied)
     tables = KernelTables()
     ctx = Context(config, Weights(clone, graph.inputs), inference, tables, Measure(config, tables.unit))
+    ctx.refused += graph.outside
     for detection in DETECT:
         detection(clone, ctx)
     return ctx

@@ -31,7 +31,8 @@ class Unit:
     column_step: int = 1
 
 
-Measure = Callable[[Match, "LayerMask | None"], "Timing"]
+# (match, mask), and for a recurrent weight_hh the match and mask of its weight_ih
+Measure = Callable[..., "Timing"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,16 @@ class Decision:
         return (value == 0).sum().item() / max(value.numel(), 1)
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A call that no match could be made of, and why."""
+
+    name: str
+    kind: str
+    shape: str
+    reason: str
+
+
 @dataclass
 class Context:
     """State of one compile; passes read it and add to it, nothing outlives it."""
@@ -77,6 +88,7 @@ class Context:
     matches: list[Match] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from torch import nn
 from fxprune.backend import rewrite
 from fxprune.capture import capture
 from fxprune.config import Config
-from fxprune.context import Decision
+from fxprune.context import Decision, Refusal
 from fxprune.report import Table
 
 _HEAD = ("layer", "kind", "shape", "pattern", "sparsity", "kernel", "kernel us", "dense us", "decision")
@@ -26,13 +26,16 @@ def explain(model: nn.Module, example_inputs: Any, **options: Any) -> Table:
     """
     config = dataclasses.replace(Config.from_options(options), require_sparse=False, dump=None, verify=False)
     decisions: list[Decision] = []
+    refused: list[Refusal] = []
     blocks = 0
     for graph in capture(model, example_inputs):
         with torch.no_grad():
             _, ctx, _ = rewrite(graph.gm, graph.inputs, config)
         decisions += ctx.decisions
+        refused += [*graph.outside, *ctx.refused]
         blocks += len(ctx.blocks)
     rows = [_row(d) for d in decisions]
+    rows += [(r.name, r.kind, r.shape, "-", "-", "dense", "-", "-", r.reason) for r in refused]
     return Table("matches", _HEAD, rows, _summary(decisions, blocks))
 
 
@@ -41,6 +44,8 @@ def _row(decision: Decision) -> tuple[str, ...]:
     sparse = f"{timing.sparse:.1f}" if timing else "-"
     dense = f"{timing.dense:.1f}" if timing else "-"
     verdict = f"chosen: {decision.reason}" if decision.chosen else decision.reason
+    if match.kind == "rnn" and decision.chosen and not torch._dynamo.config.allow_rnn:
+        verdict = f"set torch._dynamo.config.allow_rnn = True before compile, or it is in no graph; then {verdict}"
     pattern = decision.pattern or "-"
     return (
         match.name,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import VerificationError
 
@@ -113,7 +114,7 @@ def call(anchor: Node, target: Any, *args: Any) -> Node:
         node = graph.call_function(target, args)
     node.meta = {k: v for k, v in anchor.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")}
     values = torch.fx.map_arg(args, lambda n: n.meta.get("example_value", n.meta.get("val")))
-    mode = next((m for n in node.all_input_nodes if (m := getattr(fake(n), "fake_mode", None))), None)
+    mode = next((m for value in tree_leaves(values) if (m := getattr(value, "fake_mode", None))), None)
     if mode is not None:
         with mode, torch.no_grad():
             node.meta["example_value"] = target(*values)

@@ -29,15 +29,29 @@ class Geometry:
         return text
 
 
+@dataclass(frozen=True)
+class Recurrent:
+    """Which weight of an LSTM or GRU call: layer, direction (1 runs backwards), and position in its parameter list.
+
+    hidden: ``weight_hh``, which multiplies the hidden state at every step; else ``weight_ih``, which multiplies the inputs.
+    """
+
+    layer: int
+    direction: int
+    position: int
+    hidden: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Match:
     """One prunable call.
 
-    kind: "depthwise", "pointwise" (1x1 convolution) or "linear".
+    kind: "depthwise", "pointwise" (1x1 convolution), "linear" or "rnn" (one weight of an LSTM or GRU call).
     node: the ATen call; ``x`` and ``bias`` are read from its arguments ``operands`` (x, bias), because an earlier
         rewrite may have replaced them. weight: the placeholder or attribute behind the weight operand.
     name: the layer's qualified name ("blocks.1.0.conv_dw"); ``parameter``: the weight's.
     value: the real weight. ``transposed``: the operand is stored (K, N) instead of (N, K).
+    recurrent: set for kind "rnn", whose matches share one node; ``name`` is then the weight's own.
     """
 
     kind: str
@@ -49,6 +63,7 @@ class Match:
     value: Tensor
     geometry: Geometry
     transposed: bool = False
+    recurrent: Recurrent | None = None
 
     @property
     def x(self) -> Node:

@@ -49,12 +49,11 @@ def targets(matches: Sequence[Match], config: Config) -> dict[str, float]:
     Globs beat kinds, and a later glob beats an earlier one. Raises :class:`~fxprune.errors.UnknownLayer`.
     """
     wanted = config.sparsity
-    names = sorted({m.name for m in matches})
     if isinstance(wanted, Mapping):
         for key in wanted:
-            _known(key, names, "sparsity")
+            _known(key, matches, "sparsity")
     for key in config.ignored_layers:
-        _known(key, names, "ignored_layers")
+        _known(key, matches, "ignored_layers")
     result: dict[str, float] = {}
     for match in matches:
         if isinstance(wanted, Mapping):
@@ -109,12 +108,13 @@ def _hits(key: str, match: Match) -> bool:
 
 
 def hits(key: str, name: str, parameter: str) -> bool:
-    """True when a glob names a layer or its weight."""
-    return fnmatch.fnmatchcase(name, key) or fnmatch.fnmatchcase(parameter, key)
+    """True when a glob names a layer or its weight, or the module that holds several."""
+    return any(fnmatch.fnmatchcase(known, key) for known in (name, parameter, parameter.rpartition(".")[0]))
 
 
-def _known(key: str, names: list[str], option: str) -> None:
-    if key in KINDS or any(fnmatch.fnmatchcase(n, key) or fnmatch.fnmatchcase(n + ".weight", key) for n in names):
+def _known(key: str, matches: Sequence[Match], option: str) -> None:
+    if key in KINDS or any(_hits(key, match) for match in matches):
         return
+    names = sorted({m.name for m in matches})
     close = nearest(key, [*KINDS, *names])
     raise UnknownLayer(name=key, option=option, nearest=close, kinds=", ".join(KINDS))

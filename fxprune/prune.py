@@ -62,7 +62,7 @@ def prune(
 
     example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; the model is run on
         them once, in evaluation mode, to find its layers.
-    sparsity: fraction of zeros; a float, or a dict by kind ("depthwise", "pointwise", "linear") or layer glob.
+    sparsity: fraction of zeros; a float, or a dict by kind ("depthwise", "pointwise", "linear", "rnn") or layer glob.
         With an n:m pattern it is 1 - n/m or left out.
     filter_fn: ``(module, fqn) -> bool``; layers it refuses stay as they are.
     calibration: batches, each what the model takes (tensor, tuple or dict), or with ``loss_fn`` (inputs, targets); for
@@ -73,6 +73,9 @@ def prune(
     eval_fn, max_drop: find by bisection the largest share of ``sparsity`` at which ``eval_fn(model) -> float``, higher
         is better, is at most ``max_drop`` below that of the dense model; ``result.search`` says how.
     options: fields of :class:`fxprune.Config`.
+
+    Where recurrent layers are pruned, ``torch._dynamo.config.allow_rnn`` is switched on for this process: Dynamo calls
+    ``nn.LSTM`` and ``nn.GRU`` outside of its graphs by default, where no backend sees them.
 
     Raises an error of :mod:`fxprune.errors` and changes nothing when the request makes no sense.
     Sources: DEPrune (NeurIPS 2024) Sec. 4-5 for ``dcp``, tile-wise sparsity (SC'20) for ``tile``.
@@ -100,6 +103,8 @@ def prune(
         decided, search = largest_scale(decide, lambda d: _evaluate(eval_fn, model, d), max_drop)
     target = model if inplace else copy.deepcopy(model)
     layers = _write(target, decided)
+    if any(layer.kind == "rnn" for layer in layers):
+        torch._dynamo.config.allow_rnn = True  # else Dynamo leaves the layers out of the graphs it hands to a backend
     return PruneResult(target, Plan(layers), _achieved(layers, sparsity), _table(layers, decided[1], search), search)
 
 
@@ -134,7 +139,7 @@ def prunable(
                 found.append(match)
     if not found:
         raise NothingToPrune(
-            reason=f"no depthwise, 1x1 or linear layer among the {len(graphs)} captured graph(s)",
+            reason=f"no depthwise, 1x1, linear or recurrent layer among the {len(graphs)} captured graph(s)",
             remedy="Supported kinds: " + ", ".join(KINDS) + ".",
         )
     return found

@@ -19,7 +19,7 @@ from . import library
 
 def stock(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
     """Compile a graph that holds none of our operators exactly as ``backend="inductor"`` would."""
-    if config.fallback == "eager":
+    if config.fallback == "eager" or _unrolls(gm):
         return gm.forward
     return _compile(gm, example_inputs, _patches(config))
 
@@ -31,7 +31,7 @@ def compile_rest(
 
     constant: per input, whether it is a weight; with ``freeze`` those are folded into the compiled code.
     """
-    if config.fallback == "eager":
+    if config.fallback == "eager" or _unrolls(gm):
         return gm.forward
     # Inductor would check the sizes of every packed weight on every call; a region checks what it reads itself
     ours = {"layout_optimization": False, "size_asserts": False, "joint_custom_pre_pass": Salt()}
@@ -43,6 +43,15 @@ def compile_rest(
     with torch._inductor.config.patch(freezing=True):
         run = _compile(gm, [example_inputs[i] for i in live], {**patches, "freezing": True})
     return lambda *args: run(*[args[i] for i in live])
+
+
+def _unrolls(gm: GraphModule) -> bool:
+    """True for a graph whose recurrent layers Inductor would unroll over time: minutes of compilation, for each length.
+
+    Only an LSTM in inference stays one call there. Without ``allow_rnn`` these layers run eagerly as well.
+    """
+    names = {getattr(n.target, "__name__", "").partition(".")[0] for n in gm.graph.nodes if n.op == "call_function"}
+    return bool(names & {"gru", "rnn_tanh", "rnn_relu"}) or ("lstm" in names and torch.is_grad_enabled())
 
 
 def _compile(gm: GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:

@@ -32,6 +32,8 @@ SCHEMAS = (
     f"tile_pack(Tensor weight, {_TILES}, int granularity, int nnz) -> Tensor",
     f"tile_unpack(Tensor values, {_TILES}, int granularity, int out_features, int in_features) -> Tensor",
     "region(Tensor[] x, Tensor[] packed, int[] program, int[] outputs) -> Tensor[]",
+    f"rnn_steps(Tensor gates, Tensor h, Tensor? c, Tensor values, {_TILES}, Tensor? bias, int granularity, "
+    "bool reverse) -> Tensor[]",
     "isa() -> str",
     "set_isa(str name) -> ()",
 )

@@ -25,13 +25,17 @@ from ..match import Match
 from ..sparsity import dcp, tile
 from ..sparsity.pattern import LayerMask
 from . import library
+from .measure_rnn import Weight, as_linear, predicted, recurrent_calls
 
 _ROUNDS = {"fast": 5, "full": 25}
 _BURST_SECONDS = 3e-4
 
 
 class Measure:
-    """Callable ``(match, mask) -> Timing``; ``mask=None`` times the kernel with everything kept."""
+    """Callable ``(match, mask) -> Timing``; ``mask=None`` times the kernel with everything kept.
+
+    A recurrent weight_hh is timed together with its weight_ih, given as ``inputs`` (match, mask).
+    """
 
     def __init__(self, config: Config, units: Callable[[str], Unit]) -> None:
         self._config = config
@@ -39,15 +43,15 @@ class Measure:
         self._cache = TimingCache(config.cache_dir) if config.autotune != "off" else None
         self.seconds = 0.0
 
-    def __call__(self, match: Match, mask: LayerMask | None) -> Timing:
+    def __call__(self, match: Match, mask: LayerMask | None, inputs: Weight | None = None) -> Timing:
         if self._cache is None or not library.available():
-            return self._predict(match, mask)
+            return self._predict(match, mask, inputs)
         start = time.perf_counter()
         try:
-            key = self._key(match, mask)
+            key = self._key(match, mask) + (self._key(*inputs) if inputs is not None else "")
             micros = self._cache.get(key)
             if micros is None:
-                micros, settled = self._time(match, mask)
+                micros, settled = self._time(match, mask, inputs)
                 if settled:
                     self._cache.put(key, micros)
             sparse, dense, feature_major = micros
@@ -64,17 +68,24 @@ class Measure:
         window = (g.kernel, g.stride, g.padding, g.dilation)
         return repr((match.kind, shape, match.matrix_shape, *window, unit, round(kept * 20)))
 
-    def _time(self, match: Match, mask: LayerMask | None) -> tuple[list[float], bool]:
-        x = torch.randn([_concrete(s) for s in match.geometry.x])
+    def _time(self, match: Match, mask: LayerMask | None, inputs: Weight | None) -> tuple[list[float], bool]:
+        sizes, unit = [_concrete(s) for s in match.geometry.x], self._units(match.kind)
         with torch.inference_mode():
-            runs = [sparse_call(match, mask, self._units(match.kind), x), *dense_calls(match, x)]
+            if inputs is not None:
+                runs = recurrent_calls(inputs, (match, mask), unit, *sizes[:2])
+            else:
+                x = torch.randn(sizes)
+                runs = [sparse_call(match, mask, unit, x), *dense_calls(match, x)]
             micros, settled = interleave(runs, _ROUNDS[self._config.autotune])
         return [micros[0], min(micros[1:]), micros[1]], settled
 
-    def _predict(self, match: Match, mask: LayerMask | None) -> Timing:
+    def _predict(self, match: Match, mask: LayerMask | None, inputs: Weight | None) -> Timing:
         from .. import cost  # sympy is slow to import
 
-        return cost.predict(match, mask, library.isa() if library.available() else "scalar")
+        isa = library.isa() if library.available() else "scalar"
+        if inputs is not None:
+            return predicted([cost.predict(*as_linear(w), isa) for w in (inputs, (match, mask))], _concrete(match.geometry.x[0]))
+        return cost.predict(match, mask, isa)
 
 
 def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> Callable[[], Tensor]:

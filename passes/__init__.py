@@ -14,10 +14,12 @@ from .fuse_transpose import fuse_transpose
 from .match_block import match_blocks
 from .match_depthwise import match_depthwise
 from .match_gemm import match_gemm
+from .match_rnn import match_rnn
 from .normalize import normalize
 from .plan import plan
 from .rewrite_depthwise import rewrite_depthwise
 from .rewrite_gemm import rewrite_gemm
+from .rewrite_rnn import rewrite_rnn
 
 Pass = Callable[[GraphModule, Context], int]
 
@@ -25,6 +27,7 @@ DETECT: tuple[Pass, ...] = (
     normalize,  # one vocabulary: pre-autograd ATen, no in-place activations
     match_depthwise,  # conv2d with groups == channels
     match_gemm,  # linear, addmm, mm, 1x1 conv2d
+    match_rnn,  # lstm, gru
     match_blocks,  # [PW ->] DW -> [gate] -> PW chains over the two above
 )
 
@@ -33,10 +36,12 @@ FORWARD: tuple[Pass, ...] = (
     fold_batchnorm,  # before matching, so that a match sees the weight the kernel will run
     match_depthwise,
     match_gemm,
+    match_rnn,
     match_blocks,
     plan,  # masks and the choice sparse or dense; the only pass that reads weight values
     rewrite_depthwise,  # conv2d -> depthwise_taps
     rewrite_gemm,  # conv2d 1x1, linear -> tile_gemm
+    rewrite_rnn,  # lstm, gru -> tile_gemm and rnn_steps
     fuse_transpose,  # after the rewrites: a region is feature-major only if all its GEMMs are ours
     fuse_gate,  # before the epilogue, which wants the last user of each GEMM
     fuse_epilogue,  # residual and activation into the kernels

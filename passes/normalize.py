@@ -123,6 +123,18 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Call:
     return aten.linear.default, (input, weight, bias)
 
 
+def _recurrent(name: str) -> Rule:
+    """torch.lstm and its like take (input, hx, params, ...), or (data, batch_sizes, hx, params, ...) of a packed sequence."""
+    overloads = getattr(aten, name)
+
+    def rule(*args: Any) -> Call:
+        packed = not isinstance(args[2], (list, tuple))
+        listed = tuple(list(a) if isinstance(a, (list, tuple)) else a for a in args)
+        return (overloads.data if packed else overloads.input), listed
+
+    return rule
+
+
 RULES: dict[Any, Rule] = {
     torch.conv2d: _conv2d,
     F.conv2d: _conv2d,
@@ -174,6 +186,10 @@ RULES: dict[Any, Rule] = {
     torch.flatten: _flatten,
     "flatten": _flatten,
     F.dropout: _dropout,
+    torch.lstm: _recurrent("lstm"),
+    torch.gru: _recurrent("gru"),
+    torch.rnn_tanh: _recurrent("rnn_tanh"),
+    torch.rnn_relu: _recurrent("rnn_relu"),
     # exported programs: the in-place forms, and what export does not spell as above
     aten.relu6.default: _unary(aten.hardtanh.default, 0.0, 6.0),
     aten.relu6_.default: _unary(aten.hardtanh.default, 0.0, 6.0),

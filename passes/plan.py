@@ -20,6 +20,7 @@ from ..plan import lookup
 from ..planner import choose_masks
 from ..sparsity import dcp, tile
 from ..sparsity.pattern import LayerMask
+from .plan_rnn import decide_recurrent, recurrent_layers
 
 # below this fraction of zeros a weight counts as dense: timing noise is larger than the gain
 _MIN_SPARSITY = 0.05
@@ -27,19 +28,22 @@ _MIN_SPARSITY = 0.05
 _LEAVE_REGION = 1.3
 # a kernel this small is mostly the cost of its call, which it loses inside a region
 _JOIN_REGION = 3.0
-_OPERATOR = {"depthwise": "depthwise_taps", "pointwise": "tile_gemm", "linear": "tile_gemm"}
+_OPERATOR = {"depthwise": "depthwise_taps", "pointwise": "tile_gemm", "linear": "tile_gemm", "rnn": "rnn_steps"}
 
 
 def plan(gm: GraphModule, ctx: Context) -> int:
     """Append one decision per match; returns 0, the graph is unchanged."""
     wanted = _masks_from_options(ctx)
-    found = {m.node: _mask(m, ctx, wanted) for m in ctx.matches}
-    convs = [m for m in ctx.matches if m.kind != "linear"]
+    recurrent = [m for m in ctx.matches if m.recurrent is not None]
+    found = {m.node: _mask(m, ctx, wanted) for m in ctx.matches if m.recurrent is None}
+    convs = [m for m in ctx.matches if m.kind not in ("linear", "rnn")]
     for region in _regions(convs):
         _decide_region(region, found, ctx)
     linears = [m for m in ctx.matches if m.kind == "linear"]
     for match in sorted(linears, key=lambda m: found[m.node][1] is None):  # those without zeros join what was chosen
         _decide_alone(match, *found[match.node], ctx)
+    for layer in recurrent_layers(recurrent):
+        decide_recurrent(layer, [_mask(m, ctx, wanted) for m in layer], _refusal, ctx)
     order = {m.node: i for i, m in enumerate(ctx.matches)}
     ctx.decisions.sort(key=lambda d: order[d.match.node])
     return 0

@@ -31,7 +31,7 @@ def rewrite_gemm(gm: GraphModule, ctx: Context) -> int:
 def _rewrite(decision: Decision, ctx: Context) -> None:
     match = decision.match
     layer = decision.mask or tile.keep_all(match.matrix_shape, ctx.kernels.unit(match.kind).granularity)
-    values, *structure = _packed(match, layer, ctx)
+    values, *structure = packed(match, layer, ctx, match.node.name)
     n, _ = match.matrix_shape
     feature_dim = 1 if match.kind == "pointwise" else -1
     one_pixel = match.kind == "linear" and len(match.geometry.x) == 4 and match.value.dim() == 4
@@ -43,15 +43,15 @@ def _rewrite(decision: Decision, ctx: Context) -> None:
     replace(match.node, new)
 
 
-def _packed(match: Match, layer: LayerMask, ctx: Context) -> tuple[Node, ...]:
+def packed(match: Match, layer: LayerMask, ctx: Context, prefix: str) -> tuple[Node, ...]:
+    """Return the nodes of (values, index, tile_ptr, columns); those of graph inputs are named after ``prefix``."""
     pattern = tile.Tile()
     names = ("values", "index", "tile_ptr", "columns")
 
     def build(weight: Tensor) -> tuple[Tensor, ...]:
-        packed = pattern.pack(match.matrix(weight), layer.mask, layer.tiling)
-        return tuple(packed.tensors[name] for name in names)
+        tensors = pattern.pack(match.matrix(weight), layer.mask, layer.tiling).tensors
+        return tuple(tensors[name] for name in names)
 
-    prefix = match.node.name
     if ctx.inference:
         labels = [f"{prefix}_{name}" for name in names]
         return ctx.weights.derive(labels, (match.weight,), exact(build, match, layer.mask, ctx))

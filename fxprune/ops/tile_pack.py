@@ -86,6 +86,12 @@ def random_structure(n: int, k: int, granularity: int, gen: torch.Generator) -> 
     return torch.randn(nnz, generator=gen), index.int(), ptr.int(), columns.int()
 
 
+def whole_structure(n: int, k: int, granularity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (index, tile_ptr, columns) with everything kept; for samples and tests."""
+    tiles = -(-n // granularity)
+    return torch.arange(k).repeat(tiles).int(), (torch.arange(tiles + 1) * k).int(), torch.arange(n).int()
+
+
 def pack_samples() -> Iterator[Args]:
     for n, k, g in ((8, 6, 4), (10, 9, 4), (5, 12, 64)):
         gen = torch.Generator().manual_seed(n)

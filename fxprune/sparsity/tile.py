@@ -49,7 +49,7 @@ class Tile:
     """K rows of a tile of output features; a unit is one row, ``g_t`` weights."""
 
     name = "tile"
-    kinds: tuple[str, ...] = ("pointwise", "linear")
+    kinds: tuple[str, ...] = ("pointwise", "linear", "rnn")
     fixed: float | None = None
 
     def choose(self, ask: Ask, sparsity: Mapping[str, float] | None = None, step: int = 1) -> dict[str, LayerMask]:

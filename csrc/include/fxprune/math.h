@@ -59,6 +59,23 @@ struct Math {
     return gated(x, V::mul(x, p));
   }
 
+  // x P(x^2) / Q(x^2), fitted to a relative error of 3e-7. From |x| = 9 on it is exactly 1.
+  static Reg tanh(Reg x) {
+    x = V::min(V::set1(9.0f), V::max(V::set1(-9.0f), x));
+    const Reg z = V::mul(x, x);
+    Reg p = V::set1(1.33548467e-08f), q = V::set1(7.77663794e-07f);
+    p = V::fma(p, z, V::set1(2.06092286e-05f));
+    p = V::fma(p, z, V::set1(0.0034955975f));
+    p = V::fma(p, z, V::set1(0.133810337f));
+    p = V::fma(p, z, V::set1(0.999999979f));
+    q = V::fma(q, z, V::set1(0.000328564981f));
+    q = V::fma(q, z, V::set1(0.0258770183f));
+    q = V::fma(q, z, V::set1(0.467143493f));
+    q = V::fma(q, z, V::set1(1.0f));
+    const Reg y = V::div(V::mul(x, p), q);
+    return V::min(V::set1(1.0f), V::max(V::set1(-1.0f), y));
+  }
+
   static Reg gelu_tanh(Reg x) {
     // 1 + tanh(t) = 2 sigmoid(2t), t = sqrt(2/pi) (x + 0.044715 x^3)
     const Reg cubic = V::fma(V::mul(x, x), V::set1(0.0713548163f), V::set1(1.59576912f));

@@ -27,6 +27,9 @@ struct Math<Scalar> {
   static Reg gelu(Reg x) {
     return each(x, [](float a) { return 0.5f * a * (1.0f + std::erf(a * 0.707106781f)); });
   }
+  static Reg tanh(Reg x) {
+    return each(x, [](float a) { return std::tanh(a); });
+  }
   static Reg gelu_tanh(Reg x) {
     return each(x, [](float a) {
       return 0.5f * a * (1.0f + std::tanh(0.797884561f * (a + 0.044715f * a * a * a)));
