@@ -57,14 +57,14 @@ def _mask(match: Match, ctx: Context, wanted: dict[str, tuple[str, LayerMask]]) 
     """Return (pattern name, mask); the mask is ``None`` for a weight that stays dense."""
     if match.parameter in wanted:
         pattern, layer = wanted[match.parameter]
-        return pattern, _form(match, layer.mask, layer, ctx)
+        return pattern, _form(match, layer.mask, layer, False, ctx)
     parameter = ctx.weights.value(ctx.weights.origin(match.weight))
     planned = None if parameter is None else lookup(parameter)
     matrix = match.matrix(match.value.detach())
     if planned is not None:
         obeyed = not torch.count_nonzero(matrix[~planned.layer.mask]).item()
         if obeyed or not ctx.inference:
-            return planned.pattern, _form(match, planned.layer.mask, planned.layer, ctx)
+            return planned.pattern, _form(match, planned.layer.mask, planned.layer, ctx.inference, ctx)
     if not ctx.inference:
         return "", None
     zeros = 1.0 - torch.count_nonzero(matrix).item() / max(matrix.numel(), 1)
@@ -73,14 +73,14 @@ def _mask(match: Match, ctx: Context, wanted: dict[str, tuple[str, LayerMask]]) 
     if match.kind == "depthwise":
         return "found", dcp.infer(matrix)
     mask = matrix != 0  # -0.0 is zero, NaN is not
-    return f"found {describe(mask, ctx.kernels.unit(match.kind).granularity)}", _form(match, mask, None, ctx)
+    return f"found {describe(mask, ctx.kernels.unit(match.kind).granularity)}", _form(match, mask, None, True, ctx)
 
 
-def _form(match: Match, mask: torch.Tensor, planned: LayerMask | None, ctx: Context) -> LayerMask:
+def _form(match: Match, mask: torch.Tensor, planned: LayerMask | None, covers: bool, ctx: Context) -> LayerMask:
     """Return what a mask runs as: the plan's own tiles, tiles that cover it, or single elements; the fastest of few."""
     if match.kind == "depthwise" and planned is not None:
         return planned
-    candidates = forms(mask, ctx.kernels.unit(match.kind).granularity, planned)
+    candidates = forms(mask, ctx.kernels.unit(match.kind).granularity, planned, covers)
     if len(candidates) == 1 or _refusal(match, candidates[0], ctx):
         return candidates[0]
     return min(candidates, key=lambda layer: ctx.measure(match, layer).sparse)

@@ -20,17 +20,19 @@ _WITHIN, _MOST = 1.6, 3
 _FULL = 0.95  # a cover that keeps more skips nothing
 
 
-def forms(mask: Tensor, native: int, planned: LayerMask | None = None) -> list[LayerMask]:
+def forms(mask: Tensor, native: int, planned: LayerMask | None = None, covers: bool = True) -> list[LayerMask]:
     """Return the forms of a mask (N, K) that may be fastest, by estimated cost, the best first; at most three.
 
-    native: the granularity that the kernel likes. planned: how a plan cut the weight.
+    native: the granularity that the kernel likes. planned: how a plan cut the weight. covers: more
+    than the mask may be kept, because what lies outside it is zero.
     """
     found = []
     if planned is not None and (planned.rest is not None or tile.is_tile_wise(planned.mask, planned.tiling)):
         found.append(planned)
     for granularity in sorted({native, 2 * native, 4 * native, 128}, reverse=True):
         cover = tile.infer(mask, granularity, drop_columns=True)
-        if cover.mask.float().mean() <= _FULL and all(cover.mask.sum() < 0.97 * other.mask.sum() for other in found):
+        allowed = cover.mask.float().mean() <= _FULL if covers else torch.equal(cover.mask, mask)
+        if allowed and all(cover.mask.sum() < 0.97 * other.mask.sum() for other in found):
             found.append(cover)
     if planned is None or planned.tiling.granularity != 1:
         found.append(elements(mask))
