@@ -161,7 +161,7 @@ def test_every_form_covers_the_mask(n: int, k: int, share: float, native: int, s
 def test_forms_of_plans() -> None:
     tiles = choose("tile", {"w": drawn(128, 128, 0)}, 0.75)["w"]
     assert forms(tiles.mask, 64, tiles) == [tiles]
-    overlay = choose("tew", {"w": drawn(128, 128, 0)}, 0.75)["w"]
+    overlay = choose("tew:0.15", {"w": drawn(128, 128, 0)}, 0.8)["w"]
     granularities = {(form.tiling.granularity, form.rest is None) for form in forms(overlay.mask, 64, overlay)}
     assert {(64, False), (1, True)} <= granularities
     thin = choose("tvw", {"w": drawn(128, 128, 0)}, 0.75)["w"]
