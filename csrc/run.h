@@ -96,10 +96,9 @@ inline TileGrid panel_grid(const TileGemm& a, bool feature_major, const Kernels&
   const int64_t unit = feature_major ? 1 : k.width;  // of length
   const int64_t vecs = (a.m + k.width - 1) / k.width, images = feature_major ? a.batch : 1;
   constexpr int64_t kFloats = 256 * 1024;  // of a panel that stays in L2
-  int64_t most = std::clamp<int64_t>(kFloats / std::max<int64_t>(a.k * k.width, 1), 3, kPanelVecs);
-  if (getenv("PV")) most = atoi(getenv("PV"));
-  const int64_t share = getenv("PV") ? 8 : std::max<int64_t>(4, (images * vecs + pool - 1) / pool);
-  TileGrid g{images, feature_major ? vecs : a.m, std::min(most, share) * unit, 1, 1};
+  const int64_t most =
+      std::clamp<int64_t>(kFloats / std::max<int64_t>(a.k * k.width, 1), 4, kPanelVecs);
+  TileGrid g{images, feature_major ? vecs : a.m, most * unit, 1, 1};
   g.length_parts = (g.length + g.step - 1) / g.step;
   g.step = ((g.length + g.length_parts - 1) / g.length_parts + unit - 1) / unit * unit;
   if (pool > 1 && images * g.length_parts < pool) {

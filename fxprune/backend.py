@@ -71,7 +71,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         return Built(codegen.stock(GraphModule(gm, copy.deepcopy(gm.graph)), inputs, config))
 
     def build(inputs: Sequence[Any]) -> Built:
-        if not _worth_a_look(inputs, config):
+        if not _worth_a_look(gm, inputs, config):
             log.info("no zeros and no plan in this graph: stock %s", config.fallback)
             return stock(inputs)
         start = time.perf_counter()
@@ -139,12 +139,14 @@ def _lint(gm: GraphModule, stage: str) -> None:
         raise VerificationError(stage=stage, what="malformed graph", given=given, expected="a legal graph") from error
 
 
-def _worth_a_look(example_inputs: Sequence[Any], config: Config) -> bool:
-    """True when pruning is asked for, or a weight has a plan or a fair share of zeros."""
+def _worth_a_look(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> bool:
+    """True when pruning is asked for, or a weight (or a mask beside it) has a plan or a fair share of zeros."""
     if config.sparsity is not None or config.dump:
         return True
-    for value in example_inputs:
-        if isinstance(value, torch.nn.Parameter) and value.dim() > 1:
+    nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for node, value in zip(nodes, example_inputs, strict=True):
+        state = isinstance(value, torch.nn.Parameter) or (isinstance(value, Tensor) and is_state(node))
+        if state and value.dim() > 1:
             if lookup(value) is not None:
                 return True
             if value.numel() and torch.count_nonzero(value.detach()).item() < 0.95 * value.numel():

@@ -57,6 +57,7 @@ class Device:
     dense_overhead_us: float = 15.0
     depthwise: float = 0.33
     tile_gemm: float = 0.6
+    elements: float = 0.2  # tile_gemm with tiles of one output feature
     dense_conv: float = 0.53
     dense_linear: float = 0.7
 
@@ -108,17 +109,22 @@ def tile_gemm_cost(
     """
     sp = _sympy()
     b, m, n_kept = size(batch), size(pixels), size(columns)
+    panel = granularity <= (1 if feature_dim == 1 else dev.lanes // 2)  # vectors along pixels or rows, as tile_gemm_panel.h
+    if granularity == 1 and all(isinstance(count, int) for count in counts):
+        counts = [sum(k_step * math.ceil(count / k_step) for count in counts)]  # thousands of tiles, all of one width
     rows = [k_step * sp.ceiling(size(count) / k_step) for count in counts]
-    widths = [sp.Min(granularity, n_kept - t * granularity) for t in range(len(rows))]
+    widths = [1 if granularity == 1 else sp.Min(granularity, n_kept - t * granularity) for t in range(len(rows))]
+    weights = sum((size(c) * w for c, w in zip(counts, widths, strict=True)), sp.Integer(0))
     if feature_dim == 1:
         points = b * dev.lanes * sp.ceiling(m / dev.lanes)
+    elif panel:
+        points = dev.lanes * sp.ceiling(b * m / dev.lanes)
     else:
         points = _ROWS * sp.ceiling(b * m / _ROWS)
         widths = [dev.lanes * sp.ceiling(w / dev.lanes) for w in widths]
     block = _total(rows, widths)
-    weights = sum((size(c) * sp.Min(granularity, n_kept - t * granularity) for t, c in enumerate(counts)), sp.Integer(0))
     moved = _FLOAT * (b * m * (size(in_features) + size(out_features)) + weights)
-    compute = 2 * block * points / _rate(dev, dev.tile_gemm)
+    compute = 2 * block * points / _rate(dev, dev.elements if granularity == 1 else dev.tile_gemm)
     return dev.overhead_us + sp.Max(compute, _memory(dev, moved))
 
 
@@ -238,7 +244,8 @@ def size(value: Any) -> sympy.Expr:
 
 def _tile_cost(dev: Device, layer: LayerMask, batch: int, pixels: int, feature_dim: int) -> sympy.Expr:
     n, k = layer.tiling.shape
-    return tile_gemm_cost(
+    rest = _sympy().Integer(0) if layer.rest is None else _tile_cost(dev, layer.rest, batch, pixels, feature_dim)
+    return rest + tile_gemm_cost(
         dev,
         counts=layer.counts,
         columns=len(layer.tiling.columns),

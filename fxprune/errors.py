@@ -14,6 +14,10 @@ class FxPruneWarning(UserWarning):
     """Base of every warning fxprune emits, so that tests can turn them into errors."""
 
 
+class ComputedWeight(FxPruneWarning):
+    """A layer is not pruned, because its weight is not a Parameter: a mask or a parametrization computes it."""
+
+
 class FxPruneError(Exception):
     """Base of every error fxprune raises. ``where`` is appended in brackets when given."""
 

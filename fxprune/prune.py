@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from fxprune.calibration import Calibration, LossFn
 from fxprune.capture import capture, detect
 from fxprune.compensate import Refit, refit_layers, write_refit
 from fxprune.config import KINDS, Config
-from fxprune.errors import ConfigError, MissingCalibration, NothingToPrune
+from fxprune.errors import ComputedWeight, ConfigError, MissingCalibration, NothingToPrune
 from fxprune.importance import calibrate
 from fxprune.lowering.kernels import KernelTables
 from fxprune.lowering.measure import Measure
@@ -128,15 +129,29 @@ def prunable(
     graphs = capture(model, example_inputs)
     modules = dict(model.named_modules())
     found: list[Match] = []
+    computed: list[str] = []
     for graph in graphs:
         ctx = detect(graph, config)
         matched = {m.node for m in ctx.matches}
         for match in ctx.matches:
             owner = match.parameter.rpartition(".")[0]  # "" when the model itself is the layer
-            if owner not in modules or not isinstance(match.value, nn.Parameter) or _shared(match, matched):
+            if not isinstance(match.value, nn.Parameter):
+                if ctx.weights.origin(match.weight) is not match.weight:
+                    computed.append(match.name)
+                continue
+            if owner not in modules or _shared(match, matched):
                 continue
             if filter_fn is None or filter_fn(modules[owner], match.name):
                 found.append(match)
+    if computed:
+        message = (
+            f"{len(computed)} layer(s) are left as they are, because their weight is computed (a mask, a parametrization or "
+            f"a weight norm) and not a Parameter: {', '.join(computed)}. Make it one first, with "
+            "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations."
+        )
+        if not found:
+            raise NothingToPrune(reason=message, remedy="Then prune again.")
+        warnings.warn(message, ComputedWeight, stacklevel=3)
     if not found:
         raise NothingToPrune(
             reason=f"no depthwise, 1x1, linear or recurrent layer among the {len(graphs)} captured graph(s)",

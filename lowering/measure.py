@@ -63,7 +63,9 @@ class Measure:
         g = match.geometry
         kept = 1.0 if mask is None else mask.mask.float().mean().item()
         tiling = None if mask is None else mask.tiling
-        unit = (0, 0) if tiling is None else (tiling.granularity, len(tiling.columns))
+        unit: tuple[int, ...] = (0, 0) if tiling is None else (tiling.granularity, len(tiling.columns))
+        if mask is not None and mask.rest is not None:
+            unit = (*unit, round(mask.rest.mask.float().mean().item() * 100))
         shape = [_concrete(s) for s in match.geometry.x]
         window = (g.kernel, g.stride, g.padding, g.dilation)
         return repr((match.kind, shape, match.matrix_shape, *window, unit, round(kept * 20)))
@@ -98,22 +100,24 @@ def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> 
         weight, taps = matrix * kept, dcp.tap_words(kept)
         return lambda: torch.ops.fxprune.depthwise_taps(x, weight, taps, None, *windows, "none")
     layer = mask or tile.keep_all(match.matrix_shape, unit.granularity)
-    packed = tile.Tile().pack(matrix, layer.mask, layer.tiling).tensors
-    operands = [packed[n] for n in ("values", "index", "tile_ptr", "columns")]
-    n, dim = match.matrix_shape[0], 1 if match.kind == "pointwise" else -1
-    step = g.stride
+    n, dim, step = match.matrix_shape[0], 1 if match.kind == "pointwise" else -1, g.stride
     x = x.flatten(1) if one_pixel(match) else x
-    return lambda: torch.ops.fxprune.tile_gemm(
-        x[:, :, :: step[0], :: step[1]] if step != (1, 1) else x,
-        *operands,
-        None,
-        None,
-        None,
-        n,
-        layer.tiling.granularity,
-        dim,
-        "none",
-    )
+    parts = [(layer.mask, layer.tiling)]
+    if layer.rest is not None:
+        parts = [(layer.rest.mask, layer.rest.tiling), (layer.mask & ~layer.rest.mask, layer.tiling)]
+    calls = []
+    for kept, tiling in parts:
+        packed = tile.Tile().pack(matrix, kept, tiling).tensors
+        calls.append(([packed[name] for name in ("values", "index", "tile_ptr", "columns")], tiling.granularity))
+
+    def run() -> Tensor:
+        rows, y = x[:, :, :: step[0], :: step[1]] if step != (1, 1) else x, None
+        for operands, granularity in calls:
+            y = torch.ops.fxprune.tile_gemm(rows, *operands, None, y, None, n, granularity, dim, "none")
+        assert y is not None
+        return y
+
+    return run
 
 
 def dense_calls(match: Match, x: Tensor) -> list[Callable[[], Tensor]]:

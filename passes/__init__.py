@@ -8,6 +8,7 @@ from torch.fx import GraphModule
 
 from ..context import Context
 from .fold_batchnorm import fold_batchnorm
+from .fold_weights import fold_weights
 from .fuse_epilogue import fuse_epilogue
 from .fuse_gate import fuse_gate
 from .fuse_transpose import fuse_transpose
@@ -25,6 +26,7 @@ Pass = Callable[[GraphModule, Context], int]
 
 DETECT: tuple[Pass, ...] = (
     normalize,  # one vocabulary: pre-autograd ATen, no in-place activations
+    fold_weights,  # so that a masked weight is one
     match_depthwise,  # conv2d with groups == channels
     match_gemm,  # linear, addmm, mm, 1x1 conv2d
     match_rnn,  # lstm, gru
@@ -33,6 +35,7 @@ DETECT: tuple[Pass, ...] = (
 
 FORWARD: tuple[Pass, ...] = (
     normalize,  # first: everything below speaks ATen
+    fold_weights,  # before everything that asks whether a weight is constant
     fold_batchnorm,  # before matching, so that a match sees the weight the kernel will run
     match_depthwise,
     match_gemm,

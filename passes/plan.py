@@ -18,7 +18,8 @@ from ..graph import fake
 from ..match import Match
 from ..plan import lookup
 from ..planner import choose_masks
-from ..sparsity import dcp, tile
+from ..sparsity import dcp
+from ..sparsity.found import describe, forms
 from ..sparsity.pattern import LayerMask
 from .plan_rnn import decide_recurrent, recurrent_layers
 
@@ -59,34 +60,34 @@ def _masks_from_options(ctx: Context) -> dict[str, tuple[str, LayerMask]]:
 def _mask(match: Match, ctx: Context, wanted: dict[str, tuple[str, LayerMask]]) -> tuple[str, LayerMask | None]:
     """Return (pattern name, mask); the mask is ``None`` for a weight that stays dense."""
     if match.parameter in wanted:
-        return wanted[match.parameter]
+        pattern, layer = wanted[match.parameter]
+        return pattern, _form(match, layer.mask, layer, False, ctx)
     parameter = ctx.weights.value(ctx.weights.origin(match.weight))
     planned = None if parameter is None else lookup(parameter)
     matrix = match.matrix(match.value.detach())
     if planned is not None:
         obeyed = not torch.count_nonzero(matrix[~planned.layer.mask]).item()
         if obeyed or not ctx.inference:
-            return planned.pattern, planned.layer
+            return planned.pattern, _form(match, planned.layer.mask, planned.layer, ctx.inference, ctx)
     if not ctx.inference:
         return "", None
     zeros = 1.0 - torch.count_nonzero(matrix).item() / max(matrix.numel(), 1)
     if zeros < _MIN_SPARSITY:
         return "", None
-    return _infer(match, matrix, ctx)
-
-
-def _infer(match: Match, matrix: torch.Tensor, ctx: Context) -> tuple[str, LayerMask | None]:
-    """Find a tiling in the zeros: exact for taps, rows of a tile rounded up to "any of them is non-zero"."""
     if match.kind == "depthwise":
         return "found", dcp.infer(matrix)
-    best: LayerMask | None = None
-    native = ctx.kernels.unit(match.kind).granularity
-    for granularity in sorted({native, 2 * native, 4 * native, 128}, reverse=True):
-        layer = tile.infer(matrix, granularity, drop_columns=True)
-        if best is None or layer.mask.sum() < 0.97 * best.mask.sum():
-            best = layer
-    kept = best.mask.float().mean().item() if best is not None else 1.0
-    return ("found", best) if kept <= 1.0 - _MIN_SPARSITY else ("", None)
+    mask = matrix != 0  # -0.0 is zero, NaN is not
+    return f"found {describe(mask, ctx.kernels.unit(match.kind).granularity)}", _form(match, mask, None, True, ctx)
+
+
+def _form(match: Match, mask: torch.Tensor, planned: LayerMask | None, covers: bool, ctx: Context) -> LayerMask:
+    """Return what a mask runs as: the plan's own tiles, tiles that cover it, or single elements; the fastest of few."""
+    if match.kind == "depthwise" and planned is not None:
+        return planned
+    candidates = forms(mask, ctx.kernels.unit(match.kind).granularity, planned, covers)
+    if len(candidates) == 1 or _refusal(match, candidates[0], ctx):
+        return candidates[0]
+    return min(candidates, key=lambda layer: ctx.measure(match, layer).sparse)
 
 
 def _regions(convs: list[Match]) -> Iterable[list[Match]]:

@@ -3,10 +3,12 @@
     linear(x, w, b)              =>  tile_gemm(x, values, index, tile_ptr, columns, b, feature_dim=-1)
     conv2d 1x1 (x, w, b, stride) =>  tile_gemm(x[:, :, ::s, ::s], ..., feature_dim=1)
 
-In training the live weight is packed in the graph by ``fxprune::tile_pack``.
+Elements beside the tiles are a GEMM of their own, whose result is the residual of the other. In training the live weight is packed in the graph by ``fxprune::tile_pack``.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace as replace_fields
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from ..match import Match
 from ..sparsity import tile
 from ..sparsity.pattern import LayerMask
 from .rewrite_depthwise import exact
+
+_TILE_GEMM = torch.ops.fxprune.tile_gemm.default
 
 
 def rewrite_gemm(gm: GraphModule, ctx: Context) -> int:
@@ -31,20 +35,30 @@ def rewrite_gemm(gm: GraphModule, ctx: Context) -> int:
 def _rewrite(decision: Decision, ctx: Context) -> None:
     match = decision.match
     layer = decision.mask or tile.keep_all(match.matrix_shape, ctx.kernels.unit(match.kind).granularity)
-    values, *structure = packed(match, layer, ctx, match.node.name)
     n, _ = match.matrix_shape
     feature_dim = 1 if match.kind == "pointwise" else -1
     one_pixel = match.kind == "linear" and len(match.geometry.x) == 4 and match.value.dim() == 4
     x = call(match.node, aten.flatten.using_ints, match.x, 1) if one_pixel else _strided(match)
-    operands = (x, values, *structure, match.bias, None, None, n, layer.tiling.granularity, feature_dim, "none")
-    new = call(match.node, torch.ops.fxprune.tile_gemm.default, *operands)
+    rest = None
+    if layer.rest is not None:
+        elements = packed(match, layer.rest, ctx, f"{match.node.name}_rest", layer.mask)
+        rest = call(match.node, _TILE_GEMM, x, *elements, None, None, None, n, 1, feature_dim, "none")
+        layer = replace_fields(layer, mask=layer.mask & ~layer.rest.mask, rest=None)
+    weight = packed(match, layer, ctx, match.node.name, (decision.mask or layer).mask)
+    operands = (x, *weight, match.bias, rest, None, n, layer.tiling.granularity, feature_dim, "none")
+    new = call(match.node, _TILE_GEMM, *operands)
     if one_pixel:
         new = call(match.node, aten.unflatten.int, new, 1, [n, 1, 1])
     replace(match.node, new)
 
 
-def packed(match: Match, layer: LayerMask, ctx: Context, prefix: str) -> tuple[Node, ...]:
-    """Return the nodes of (values, index, tile_ptr, columns); those of graph inputs are named after ``prefix``."""
+def packed(
+    match: Match, layer: LayerMask, ctx: Context, prefix: str, whole: Tensor | None = None
+) -> tuple[Node, ...]:
+    """Return the nodes of (values, index, tile_ptr, columns); those of graph inputs are named after ``prefix``.
+
+    whole: the mask that the weight obeys, of which ``layer`` is a part; ``None``: that of ``layer``.
+    """
     pattern = tile.Tile()
     names = ("values", "index", "tile_ptr", "columns")
 
@@ -54,7 +68,7 @@ def packed(match: Match, layer: LayerMask, ctx: Context, prefix: str) -> tuple[N
 
     if ctx.inference:
         labels = [f"{prefix}_{name}" for name in names]
-        return ctx.weights.derive(labels, (match.weight,), exact(build, match, layer.mask, ctx))
+        return ctx.weights.derive(labels, (match.weight,), exact(build, match, layer.mask if whole is None else whole, ctx))
     with torch.no_grad():
         fixed = build(match.value.detach())
     structure = ctx.weights.derive([f"{prefix}_{name}" for name in names[1:]], (), lambda: fixed[1:])

@@ -26,11 +26,13 @@ class Tiling:
     ``shape``: (N, K) of a GEMM weight, or (C, KH*KW) of a depthwise weight.
     ``columns``: int64 (N',) kept output features, strictly increasing.
     ``granularity``: output features per tile; the last tile may be narrower.
+    ``rows``: bool (tiles, K), the K rows that the units of each tile are counted along (TVW); ``None`` = all.
     """
 
     shape: tuple[int, int]
     columns: Tensor
     granularity: int
+    rows: Tensor | None = None
 
     @property
     def tiles(self) -> int:

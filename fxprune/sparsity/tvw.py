@@ -12,6 +12,7 @@ what a sparse matrix unit would see. A tail group of r rows keeps ``ceil(n * r /
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -54,27 +55,22 @@ class Tvw:
         return {name: self._thin(ask.importances[name], layer) for name, layer in base.items()}
 
     def _thin(self, importance: Tensor, layer: LayerMask) -> LayerMask:
-        mask = layer.mask.clone()
-        for t in range(layer.tiling.tiles):
-            members = layer.tiling.members(t)
-            rows = layer.mask[members[0]].nonzero().flatten()
-            at = (members[:, None], rows[None, :])
+        mask, tiling = layer.mask.clone(), layer.tiling
+        rows = layer.mask[tiling.columns[:: tiling.granularity]]
+        for t in range(tiling.tiles):
+            at = (tiling.members(t)[:, None], rows[t].nonzero().flatten()[None, :])
             mask[at] = keep_groups(importance.detach()[at], self.n, self.m)
-        return LayerMask(layer.tiling, mask, layer.counts, layer.note)
+        return LayerMask(replace(tiling, rows=rows), mask, layer.counts, layer.note)
 
     def pack(self, weight: Tensor, mask: Tensor, tiling: Tiling) -> Packed:
         """Pack ``weight`` (N, K) f32. Raises :class:`TileMismatch` when a tile's rows do not keep n of m."""
         mask = mask.bool()
         if tuple(mask.shape) != tuple(tiling.shape):
-            raise mismatch(
-                mask.shape, tiling.granularity, f"the tiling is of shape {tiling.shape}", "Build the tiling anew."
-            )
-        rows = [mask[tiling.members(t)].any(0) for t in range(tiling.tiles)]
+            raise mismatch(mask.shape, tiling.granularity, f"the tiling is of shape {tiling.shape}", "Build the tiling anew.")
+        rows = [mask[tiling.members(t)].any(0) for t in range(tiling.tiles)] if tiling.rows is None else list(tiling.rows)
         packed = Tile().pack(weight, Tile().mask(tiling, rows), tiling)
-        if int(mask[tiling.columns].sum()) != int(mask.sum()):
-            raise mismatch(
-                mask.shape, tiling.granularity, "the mask keeps weights outside its columns", "Build both together."
-            )
+        if bool((mask & ~Tile().mask(tiling, rows)).any()):
+            raise mismatch(mask.shape, tiling.granularity, "the mask keeps weights outside its tiles", "Build both together.")
         values, places = [weight.new_zeros(0)], [torch.zeros(0, dtype=torch.uint8)]
         for t, kept in enumerate(rows):
             members, index = tiling.members(t), kept.nonzero().flatten()

@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
 #include <cstdint>
 #include <utility>
 
@@ -29,7 +28,7 @@ struct Panel {
   using Reg = typename V::Reg;
   using Wide = FeatureMajor<V>;
   static constexpr int kW = V::kWidth, kVecs = kPanelVecs, kMostLines = 4;
-  static inline const int64_t kNear = getenv("NEAR") ? atoi(getenv("NEAR")) : 8 * 1024;  // floats of a panel's part that stays in L1
+  static constexpr int64_t kNear = 8 * 1024;  // floats of a panel's part that stays in L1
 
   // One output feature: what is left of its index list.
   struct Line {
@@ -92,8 +91,9 @@ struct Panel {
   using Kernel = void (*)(Line*, const float*, float*, int32_t);
 
   template <int... I>
-  static constexpr std::array<std::array<Kernel, 3>, kVecs> table(std::integer_sequence<int, I...>) {
-    return {{{{&accumulate<1, I + 1>, &accumulate<2, I + 1>, &accumulate<(I<6?4:2), I + 1>}}...}};
+  static constexpr std::array<std::array<Kernel, 2>, kVecs> table(
+      std::integer_sequence<int, I...>) {
+    return {{{{&accumulate<1, I + 1>, &accumulate<lines_of(I + 1), I + 1>}}...}};
   }
 
   // Tiles [begin, end) of granularity 1 into their sums, which hold the bias.
@@ -107,12 +107,12 @@ struct Panel {
       const int64_t start = a.tile_ptr[begin + l];
       lines[l] = {a.index + start, a.values + start, a.index + a.tile_ptr[begin + l + 1]};
     }
-    static const int T = getenv("T") ? atoi(getenv("T")) : 0; const int64_t together = T ? T : lines_of(vecs); const int which = together == 4 ? 2 : together - 1;
+    const int64_t together = lines_of(vecs);
     for (int64_t p = 1; p <= parts; ++p) {
       const int32_t limit = static_cast<int32_t>(a.k * p / parts);
       int64_t l = 0;
       for (; l + together <= count; l += together)
-        kKernels[vecs - 1][which](lines + l, panel, sums + l * width, limit);
+        kKernels[vecs - 1][1](lines + l, panel, sums + l * width, limit);
       for (; l < count; ++l) kKernels[vecs - 1][0](lines + l, panel, sums + l * width, limit);
     }
   }
