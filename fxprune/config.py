@@ -9,7 +9,7 @@ from typing import Any
 
 from fxprune.errors import ConfigError, UnknownOption, nearest
 
-KINDS = ("depthwise", "pointwise", "linear")
+KINDS = ("depthwise", "pointwise", "conv", "linear")
 
 _CHOICES = {
     "importance": ("magnitude",),
@@ -28,8 +28,8 @@ _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagra
 class Config:
     """Options of :func:`fxprune.prune` and of ``torch.compile(backend="hwprune", options=...)``.
 
-    sparsity: fraction of zeros, a float or a dict by kind ("depthwise", "pointwise", "linear") or by
-        layer-name glob; later, more specific keys win. ``None`` prunes nothing.
+    sparsity: fraction of zeros, a float or a dict by kind ("depthwise", "pointwise", "conv", "linear") or
+        by layer-name glob; later, more specific keys win. ``None`` prunes nothing.
     pattern: "auto" (dcp for depthwise, tile for the rest), a pattern name, or a dict by kind.
     importance: "magnitude", or a callable ``(name, weight) -> element scores`` of the weight's shape.
     ignored_layers: layer names or globs that stay as they are.

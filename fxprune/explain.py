@@ -11,7 +11,7 @@ from torch import nn
 from fxprune.backend import rewrite
 from fxprune.capture import capture
 from fxprune.config import Config
-from fxprune.context import Decision
+from fxprune.context import Decision, Refusal
 from fxprune.report import Table
 
 _HEAD = ("layer", "kind", "shape", "pattern", "sparsity", "kernel", "kernel us", "dense us", "decision")
@@ -21,18 +21,22 @@ def explain(model: nn.Module, example_inputs: Any, **options: Any) -> Table:
     """Return one row per match: layer, kind, shape, pattern, sparsity, kernel, times, and the decision with its reason.
 
     Works before anything is pruned: with ``sparsity=`` the masks are chosen and timed, and the model is not touched.
-    Without zeros and without ``sparsity=`` every row says so.
+    Without zeros and without ``sparsity=`` every row says so. Behind the matches follow the layers with a weight that
+    no kernel exists for, with the reason.
     options: fields of :class:`fxprune.Config`.
     """
     config = dataclasses.replace(Config.from_options(options), require_sparse=False, dump=None, verify=False)
     decisions: list[Decision] = []
+    refused: list[Refusal] = []
     blocks = 0
     for graph in capture(model, example_inputs):
         with torch.no_grad():
             _, ctx, _ = rewrite(graph.gm, graph.inputs, config)
         decisions += ctx.decisions
+        refused += ctx.refused
         blocks += len(ctx.blocks)
     rows = [_row(d) for d in decisions]
+    rows += [(r.name, r.kind, r.shape, "-", "-", "dense", "-", "-", r.reason) for r in refused]
     return Table("matches", _HEAD, rows, _summary(decisions, blocks))
 
 

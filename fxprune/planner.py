@@ -133,19 +133,21 @@ def _tile_masks(
     unit: Callable[[str], Any],
 ) -> dict[str, LayerMask]:
     masks: dict[str, LayerMask] = {}
-    for kind in ("pointwise", "linear"):
+    for kind in ("pointwise", "conv", "linear"):
         names = [n for n, m in layers.items() if m.kind == kind]
         if not names:
             continue
         row = unit(kind)
         columns = config.by_kind("columns", kind)
+        columns = kind == "linear" if columns is None else columns
+        width = config.by_kind("granularity", kind) or row.granularity
         recalibrate = config.recalibrate != "off"
         masks.update(
             tile.plan_layers(
                 {n: importances[n] for n in names},
                 {n: share[n] for n in names},
-                granularity=config.by_kind("granularity", kind) or row.granularity,
-                columns=kind == "linear" if columns is None else columns,
+                granularity={n: layers[n].tile_width(width) for n in names},
+                columns={n: columns and layers[n].geometry.groups == 1 for n in names},
                 scope=config.scope,
                 ranking=config.ranking,
                 step=row.k_step if recalibrate else 1,

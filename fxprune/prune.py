@@ -46,7 +46,8 @@ def prune(
 
     example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; the model is run on
         them once, in evaluation mode, to find its layers.
-    sparsity: fraction of zeros; a float, or a dict by kind ("depthwise", "pointwise", "linear") or layer glob.
+    sparsity: fraction of zeros; a float, or a dict by kind ("depthwise", "pointwise", "conv", "linear") or layer
+        glob.
     filter_fn: ``(module, fqn) -> bool``; layers it refuses stay as they are.
     options: fields of :class:`fxprune.Config`.
 
@@ -87,7 +88,7 @@ def prunable(
                 found.append(match)
     if not found:
         raise NothingToPrune(
-            reason=f"no depthwise, 1x1 or linear layer among the {len(graphs)} captured graph(s)",
+            reason=f"no convolution or linear layer among the {len(graphs)} captured graph(s)",
             remedy="Supported kinds: " + ", ".join(KINDS) + ".",
         )
     return found

@@ -61,7 +61,7 @@ class Measure:
         tiling = None if mask is None else mask.tiling
         unit = (0, 0) if tiling is None else (tiling.granularity, len(tiling.columns))
         shape = [_concrete(s) for s in match.geometry.x]
-        window = (g.kernel, g.stride, g.padding, g.dilation)
+        window = (g.kernel, g.stride, g.padding, g.dilation, g.groups)
         return repr((match.kind, shape, match.matrix_shape, *window, unit, round(kept * 20)))
 
     def _time(self, match: Match, mask: LayerMask | None) -> tuple[list[float], bool]:
@@ -81,15 +81,18 @@ def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> 
     """Return a call of our operator on ``x`` with the weight of ``match`` under ``mask``."""
     g = match.geometry
     matrix = match.matrix(match.value.detach()).contiguous()
+    windows = [list(g.kernel), list(g.stride), list(g.padding), list(g.dilation)]
     if match.kind == "depthwise":
         kept = torch.ones_like(matrix, dtype=torch.bool) if mask is None else mask.mask
-        windows = [list(g.kernel), list(g.stride), list(g.padding), list(g.dilation)]
         weight, taps = matrix * kept, dcp.tap_words(kept)
         return lambda: torch.ops.fxprune.depthwise_taps(x, weight, taps, None, *windows, "none")
-    layer = mask or tile.keep_all(match.matrix_shape, unit.granularity)
+    layer = mask or tile.keep_all(match.matrix_shape, match.tile_width(unit.granularity))
     packed = tile.Tile().pack(matrix, layer.mask, layer.tiling).tensors
     operands = [packed[n] for n in ("values", "index", "tile_ptr", "columns")]
     n, dim = match.matrix_shape[0], 1 if match.kind == "pointwise" else -1
+    if match.kind == "conv":
+        shape = (n, layer.tiling.granularity, *windows, g.groups, "none")
+        return lambda: torch.ops.fxprune.tile_conv(x, *operands, None, None, *shape)
     step = g.stride
     x = x.flatten(1) if one_pixel(match) else x
     return lambda: torch.ops.fxprune.tile_gemm(
@@ -111,7 +114,8 @@ def dense_calls(match: Match, x: Tensor) -> list[Callable[[], Tensor]]:
     if match.kind == "linear" and not one_pixel(match):
         matrix = match.matrix(weight).contiguous()
         return [lambda: F.linear(x, matrix)]
-    groups = weight.shape[0] if match.kind == "depthwise" else 1
+    groups = weight.shape[0] if match.kind == "depthwise" else g.groups
+    weight = weight.reshape(*weight.shape[:2], *g.kernel)
     window = (None, g.stride, g.padding, g.dilation, groups)
     last = {"memory_format": torch.channels_last}
     x_last, weight_last = x.contiguous(**last), weight.contiguous(**last)

@@ -12,10 +12,12 @@ from .fuse_epilogue import fuse_epilogue
 from .fuse_gate import fuse_gate
 from .fuse_transpose import fuse_transpose
 from .match_block import match_blocks
+from .match_conv import match_conv
 from .match_depthwise import match_depthwise
 from .match_gemm import match_gemm
 from .normalize import normalize
 from .plan import plan
+from .rewrite_conv import rewrite_conv
 from .rewrite_depthwise import rewrite_depthwise
 from .rewrite_gemm import rewrite_gemm
 
@@ -23,8 +25,9 @@ Pass = Callable[[GraphModule, Context], int]
 
 DETECT: tuple[Pass, ...] = (
     normalize,  # one vocabulary: pre-autograd ATen, no in-place activations
-    match_depthwise,  # conv2d with groups == channels
-    match_gemm,  # linear, addmm, mm, 1x1 conv2d
+    match_depthwise,  # convolutions with groups == channels
+    match_gemm,  # linear, addmm, mm, 1x1 convolutions
+    match_conv,  # the other convolutions; what is matched by none of the three is refused with a reason
     match_blocks,  # [PW ->] DW -> [gate] -> PW chains over the two above
 )
 
@@ -33,10 +36,12 @@ FORWARD: tuple[Pass, ...] = (
     fold_batchnorm,  # before matching, so that a match sees the weight the kernel will run
     match_depthwise,
     match_gemm,
+    match_conv,
     match_blocks,
     plan,  # masks and the choice sparse or dense; the only pass that reads weight values
     rewrite_depthwise,  # conv2d -> depthwise_taps
     rewrite_gemm,  # conv2d 1x1, linear -> tile_gemm
+    rewrite_conv,  # the other convolutions -> tile_conv
     fuse_transpose,  # after the rewrites: a region is feature-major only if all its GEMMs are ours
     fuse_gate,  # before the epilogue, which wants the last user of each GEMM
     fuse_epilogue,  # residual and activation into the kernels

@@ -27,7 +27,7 @@ _MIN_SPARSITY = 0.05
 _LEAVE_REGION = 1.3
 # a kernel this small is mostly the cost of its call, which it loses inside a region
 _JOIN_REGION = 3.0
-_OPERATOR = {"depthwise": "depthwise_taps", "pointwise": "tile_gemm", "linear": "tile_gemm"}
+_OPERATOR = {"depthwise": "depthwise_taps", "pointwise": "tile_gemm", "conv": "tile_conv", "linear": "tile_gemm"}
 
 
 def plan(gm: GraphModule, ctx: Context) -> int:
@@ -77,8 +77,8 @@ def _infer(match: Match, matrix: torch.Tensor, ctx: Context) -> tuple[str, Layer
         return "found", dcp.infer(matrix)
     best: LayerMask | None = None
     native = ctx.kernels.unit(match.kind).granularity
-    for granularity in sorted({native, 2 * native, 4 * native, 128}, reverse=True):
-        layer = tile.infer(matrix, granularity, drop_columns=True)
+    for granularity in sorted({match.tile_width(g) for g in (native, 2 * native, 4 * native, 128)}, reverse=True):
+        layer = tile.infer(matrix, granularity, drop_columns=match.geometry.groups == 1)
         if best is None or layer.mask.sum() < 0.97 * best.mask.sum():
             best = layer
     kept = best.mask.float().mean().item() if best is not None else 1.0

@@ -31,7 +31,7 @@ def rewrite_gemm(gm: GraphModule, ctx: Context) -> int:
 def _rewrite(decision: Decision, ctx: Context) -> None:
     match = decision.match
     layer = decision.mask or tile.keep_all(match.matrix_shape, ctx.kernels.unit(match.kind).granularity)
-    values, *structure = _packed(match, layer, ctx)
+    values, *structure = packed(match, layer, ctx)
     n, _ = match.matrix_shape
     feature_dim = 1 if match.kind == "pointwise" else -1
     one_pixel = match.kind == "linear" and len(match.geometry.x) == 4 and match.value.dim() == 4
@@ -43,13 +43,14 @@ def _rewrite(decision: Decision, ctx: Context) -> None:
     replace(match.node, new)
 
 
-def _packed(match: Match, layer: LayerMask, ctx: Context) -> tuple[Node, ...]:
+def packed(match: Match, layer: LayerMask, ctx: Context) -> tuple[Node, ...]:
+    """Return the nodes (values, index, tile_ptr, columns) of a match's weight under a mask."""
     pattern = tile.Tile()
     names = ("values", "index", "tile_ptr", "columns")
 
     def build(weight: Tensor) -> tuple[Tensor, ...]:
-        packed = pattern.pack(match.matrix(weight), layer.mask, layer.tiling)
-        return tuple(packed.tensors[name] for name in names)
+        tensors = pattern.pack(match.matrix(weight), layer.mask, layer.tiling).tensors
+        return tuple(tensors[name] for name in names)
 
     prefix = match.node.name
     if ctx.inference:
@@ -71,7 +72,7 @@ def _packed(match: Match, layer: LayerMask, ctx: Context) -> tuple[Node, ...]:
 def _strided(match: Match) -> Node:
     """A strided 1x1 convolution reads every s-th pixel."""
     x = match.x
-    for dim, step in enumerate(match.geometry.stride, start=2):
+    for dim, step in enumerate(match.geometry.stride[4 - match.value.dim() :], start=2):
         if step != 1:
             x = call(match.node, aten.slice.Tensor, x, dim, 0, 2**63 - 1, step)
     return x

@@ -38,7 +38,7 @@ class Tile:
     """K rows of a tile of output features; a unit is one row, ``g_t`` weights."""
 
     name = "tile"
-    kinds: tuple[str, ...] = ("pointwise", "linear")
+    kinds: tuple[str, ...] = ("pointwise", "conv", "linear")
 
     def tiles(self, shape: Sequence[int], granularity: int | None = None) -> Tiling:
         """Cut (N, K) in tiles of ``granularity`` output features (64 by default), all of them kept."""
