@@ -58,6 +58,7 @@ class ConvTables {
         double(row) * double(a->plane_rows) + double(a->gap) * double(a->channels);
     fits_ = floats < double(1 << 30);
     if (!fits_) return;
+    if (a->stride_w <= 2) fill_masks(a);
     table_.reserve(a->k);
     for (int64_t c = 0; c < a->group_channels(); ++c) {
       for (int64_t r = 0; r < a->kernel_h; ++r) {
@@ -75,6 +76,19 @@ class ConvTables {
   bool fits() const { return fits_; }
 
  private:
+  void fill_masks(TileConv* a) {
+    const int64_t width = kernels().width, vecs = (a->pitch + width - 1) / width,
+                  lanes = width * a->stride_w;
+    masks_.resize(a->column_planes * vecs);
+    for (int64_t s = 0; s < a->column_planes; ++s) {
+      const int64_t most = a->pitch * a->stride_w,
+                    left = std::clamp<int64_t>(-columns_.begin[s], 0, most);
+      set_mask_bits(masks_.data() + s * vecs, lanes, left,
+                    std::clamp<int64_t>(a->width - columns_.begin[s], left, most));
+    }
+    a->masks = masks_.data();
+  }
+
   // Floats of a band's copy, so that it stays in L2 beside the weights.
   static constexpr int64_t kCopy = 128 * 1024;
   // Small images: positions between rows would be a large part of all.
@@ -82,6 +96,7 @@ class ConvTables {
 
   ConvAxis rows_, columns_;
   std::vector<int32_t> table_;
+  std::vector<uint32_t> masks_;
   bool fits_;
 };
 

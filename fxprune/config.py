@@ -9,7 +9,7 @@ from typing import Any
 
 from fxprune.errors import ConfigError, UnknownOption, nearest
 
-KINDS = ("depthwise", "pointwise", "linear", "rnn")
+KINDS = ("depthwise", "pointwise", "conv", "linear", "rnn")
 
 _CHOICES = {
     "importance": ("magnitude", "l1", "l2", "taylor", "wanda", "random"),
@@ -28,7 +28,7 @@ _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagra
 class Config:
     """Options of :func:`fxprune.prune` and of ``torch.compile(backend="hwprune", options=...)``.
 
-    sparsity: fraction of zeros, a float or a dict by kind ("depthwise", "pointwise", "linear", "rnn") or by
+    sparsity: fraction of zeros, a float or a dict by kind ("depthwise", "pointwise", "conv", "linear", "rnn") or by
         layer-name glob; later, more specific keys win. ``None`` prunes nothing, except in :func:`fxprune.prune` with
         an n:m pattern, whose sparsity is 1 - n/m.
     pattern: "auto" (dcp for depthwise, tile for the rest), a pattern name, or a dict by kind: dcp, tile, unstructured,

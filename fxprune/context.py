@@ -68,7 +68,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A call that no match could be made of, and why."""
+    """A layer with a weight that no pass matched: its kind and shapes as text, and why it stays dense."""
 
     name: str
     kind: str

@@ -224,6 +224,12 @@ def predict(match: Match, mask: LayerMask | None, isa: str) -> Timing:
         kept = n * k if mask is None else int(mask.mask.sum())
         sparse = depthwise_cost(ours, batch=x[0], channels=n, kept=kept, **window)
         conv: dict[str, Any] = {"in_channels": n, "out_channels": n, "groups": n, "kernel": match.geometry.kernel}
+    elif match.kind == "conv":
+        groups, kernel = match.geometry.groups, match.geometry.kernel
+        layer = mask or tile.keep_all((n, k), match.tile_width(GRANULARITY))
+        sparse = _tile_cost(ours, layer, x[0], math.prod(y[2:]), feature_dim=1)
+        sparse += _memory(ours, _sympy().Integer(2 * _FLOAT * math.prod(x)))  # the copy of its input in planes
+        conv = {"in_channels": x[1], "out_channels": n, "groups": groups, "kernel": kernel}
     else:
         layer = mask or tile.keep_all((n, k), GRANULARITY)
         sparse = _tile_cost(ours, layer, x[0], math.prod(y[2:]), feature_dim=1)

@@ -21,7 +21,8 @@ def explain(model: nn.Module, example_inputs: Any, **options: Any) -> Table:
     """Return one row per match: layer, kind, shape, pattern, sparsity, kernel, times, and the decision with its reason.
 
     Works before anything is pruned: with ``sparsity=`` the masks are chosen and timed, and the model is not touched.
-    Without zeros and without ``sparsity=`` every row says so.
+    Without zeros and without ``sparsity=`` every row says so. Behind the matches follow the layers with a weight that
+    no kernel exists for, with the reason.
     options: fields of :class:`fxprune.Config`.
     """
     config = dataclasses.replace(Config.from_options(options), require_sparse=False, dump=None, verify=False)

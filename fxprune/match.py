@@ -8,10 +8,15 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
+from fxprune.sparsity.tile_plan import width_in_groups
+
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shapes of one call. ``x`` and ``y`` may hold SymInts; windows are (height, width)."""
+    """Shapes of one call. ``x`` and ``y`` may hold SymInts; windows are (height, width).
+
+    A one-dimensional convolution is described as an image of height 1.
+    """
 
     x: tuple[Any, ...]
     y: tuple[Any, ...]
@@ -19,13 +24,16 @@ class Geometry:
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
 
     def __str__(self) -> str:
         text = "x".join(str(s) for s in self.x) + "->" + "x".join(str(s) for s in self.y[1:])
         if self.kernel != (1, 1):
             text += f" k{self.kernel[0]}" + ("" if self.kernel[0] == self.kernel[1] else f"x{self.kernel[1]}")
         if self.stride != (1, 1):
-            text += f" s{self.stride[0]}"
+            text += f" s{self.stride[0]}" + ("" if self.stride[0] == self.stride[1] else f"x{self.stride[1]}")
+        if self.groups != 1 and self.groups != self.x[1]:
+            text += f" g{self.groups}"
         return text
 
 
@@ -46,7 +54,8 @@ class Recurrent:
 class Match:
     """One prunable call.
 
-    kind: "depthwise", "pointwise" (1x1 convolution), "linear" or "rnn" (one weight of an LSTM or GRU call).
+    kind: "depthwise", "pointwise" (1x1 convolution), "conv" (any other convolution), "linear" or "rnn" (one weight of an
+        LSTM or GRU call).
     node: the ATen call; ``x`` and ``bias`` are read from its arguments ``operands`` (x, bias), because an earlier
         rewrite may have replaced them. weight: the placeholder or attribute behind the weight operand.
     name: the layer's qualified name ("blocks.1.0.conv_dw"); ``parameter``: the weight's.
@@ -79,9 +88,13 @@ class Match:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(C, KH*KW) of a depthwise weight, (N, K) of a GEMM weight."""
+        """(C, KH*KW) of a depthwise weight, (N, K) of a GEMM weight, K = C/groups * KH * KW of a convolution's."""
         n, k = self.value.shape[0], self.value.numel() // max(self.value.shape[0], 1)
         return (k, n) if self.transposed else (n, k)
+
+    def tile_width(self, wanted: int) -> int:
+        """Return ``wanted`` output features per tile, or fewer, so that with groups a tile lies inside one."""
+        return width_in_groups(self.matrix_shape[0], self.geometry.groups, wanted)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """View a tensor of the weight's shape as :attr:`matrix_shape`."""

@@ -89,7 +89,8 @@ def choose_masks(
         importances = {name: _importance(m, config) for name, m in layers.items()}
         share = {name: asked[name] for name in layers}
         kinds = {name: m.kind for name, m in layers.items()}
-        masks = get(pattern).choose(Ask(importances, share, kinds, config, unit, gain))
+        groups = {name: m.geometry.groups for name, m in layers.items()}
+        masks = get(pattern).choose(Ask(importances, share, kinds, config, unit, gain, groups))
         for name, mask in masks.items():
             chosen[name] = Choice(layers[name], pattern, mask, share[name])
     return chosen

@@ -63,8 +63,8 @@ def prune(
 
     example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; the model is run on
         them once, in evaluation mode, to find its layers.
-    sparsity: fraction of zeros; a float, or a dict by kind ("depthwise", "pointwise", "linear", "rnn") or layer glob.
-        With an n:m pattern it is 1 - n/m or left out.
+    sparsity: fraction of zeros; a float, or a dict by kind ("depthwise", "pointwise", "conv", "linear", "rnn") or layer
+        glob. With an n:m pattern it is 1 - n/m or left out.
     filter_fn: ``(module, fqn) -> bool``; layers it refuses stay as they are.
     calibration: batches, each what the model takes (tensor, tuple or dict), or with ``loss_fn`` (inputs, targets); for
         ``importance="taylor"`` and ``"wanda"`` and for ``compensate``. An iterator is read into memory.
@@ -154,7 +154,7 @@ def prunable(
         warnings.warn(message, ComputedWeight, stacklevel=3)
     if not found:
         raise NothingToPrune(
-            reason=f"no depthwise, 1x1, linear or recurrent layer among the {len(graphs)} captured graph(s)",
+            reason=f"no convolution, linear or recurrent layer among the {len(graphs)} captured graph(s)",
             remedy="Supported kinds: " + ", ".join(KINDS) + ".",
         )
     return found

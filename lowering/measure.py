@@ -67,7 +67,7 @@ class Measure:
         if mask is not None and mask.rest is not None:
             unit = (*unit, round(mask.rest.mask.float().mean().item() * 100))
         shape = [_concrete(s) for s in match.geometry.x]
-        window = (g.kernel, g.stride, g.padding, g.dilation)
+        window = (g.kernel, g.stride, g.padding, g.dilation, g.groups)
         return repr((match.kind, shape, match.matrix_shape, *window, unit, round(kept * 20)))
 
     def _time(self, match: Match, mask: LayerMask | None, inputs: Weight | None) -> tuple[list[float], bool]:
@@ -86,7 +86,9 @@ class Measure:
 
         isa = library.isa() if library.available() else "scalar"
         if inputs is not None:
-            return predicted([cost.predict(*as_linear(w), isa) for w in (inputs, (match, mask))], _concrete(match.geometry.x[0]))
+            return predicted(
+                [cost.predict(*as_linear(w), isa) for w in (inputs, (match, mask))], _concrete(match.geometry.x[0])
+            )
         return cost.predict(match, mask, isa)
 
 
@@ -94,13 +96,18 @@ def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> 
     """Return a call of our operator on ``x`` with the weight of ``match`` under ``mask``."""
     g = match.geometry
     matrix = match.matrix(match.value.detach()).contiguous()
+    windows = [list(g.kernel), list(g.stride), list(g.padding), list(g.dilation)]
     if match.kind == "depthwise":
         kept = torch.ones_like(matrix, dtype=torch.bool) if mask is None else mask.mask
-        windows = [list(g.kernel), list(g.stride), list(g.padding), list(g.dilation)]
         weight, taps = matrix * kept, dcp.tap_words(kept)
         return lambda: torch.ops.fxprune.depthwise_taps(x, weight, taps, None, *windows, "none")
-    layer = mask or tile.keep_all(match.matrix_shape, unit.granularity)
+    layer = mask or tile.keep_all(match.matrix_shape, match.tile_width(unit.granularity))
     n, dim, step = match.matrix_shape[0], 1 if match.kind == "pointwise" else -1, g.stride
+    if match.kind == "conv":
+        packed = tile.Tile().pack(matrix, layer.mask, layer.tiling).tensors
+        weights = [packed[name] for name in ("values", "index", "tile_ptr", "columns")]
+        shape = (n, layer.tiling.granularity, *windows, g.groups, "none")
+        return lambda: torch.ops.fxprune.tile_conv(x, *weights, None, None, *shape)
     x = x.flatten(1) if one_pixel(match) else x
     parts = [(layer.mask, layer.tiling)]
     if layer.rest is not None:
@@ -126,7 +133,8 @@ def dense_calls(match: Match, x: Tensor) -> list[Callable[[], Tensor]]:
     if match.kind == "linear" and not one_pixel(match):
         matrix = match.matrix(weight).contiguous()
         return [lambda: F.linear(x, matrix)]
-    groups = weight.shape[0] if match.kind == "depthwise" else 1
+    groups = weight.shape[0] if match.kind == "depthwise" else g.groups
+    weight = weight.reshape(*weight.shape[:2], *g.kernel)
     window = (None, g.stride, g.padding, g.dilation, groups)
     last = {"memory_format": torch.channels_last}
     x_last, weight_last = x.contiguous(**last), weight.contiguous(**last)

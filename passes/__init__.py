@@ -13,11 +13,13 @@ from .fuse_epilogue import fuse_epilogue
 from .fuse_gate import fuse_gate
 from .fuse_transpose import fuse_transpose
 from .match_block import match_blocks
+from .match_conv import match_conv
 from .match_depthwise import match_depthwise
 from .match_gemm import match_gemm
 from .match_rnn import match_rnn
 from .normalize import normalize
 from .plan import plan
+from .rewrite_conv import rewrite_conv
 from .rewrite_depthwise import rewrite_depthwise
 from .rewrite_gemm import rewrite_gemm
 from .rewrite_rnn import rewrite_rnn
@@ -27,8 +29,9 @@ Pass = Callable[[GraphModule, Context], int]
 DETECT: tuple[Pass, ...] = (
     normalize,  # one vocabulary: pre-autograd ATen, no in-place activations
     fold_weights,  # so that a masked weight is one
-    match_depthwise,  # conv2d with groups == channels
-    match_gemm,  # linear, addmm, mm, 1x1 conv2d
+    match_depthwise,  # convolutions with groups == channels
+    match_gemm,  # linear, addmm, mm, 1x1 convolutions
+    match_conv,  # the other convolutions; what is matched by none of the three is refused with a reason
     match_rnn,  # lstm, gru
     match_blocks,  # [PW ->] DW -> [gate] -> PW chains over the two above
 )
@@ -39,11 +42,13 @@ FORWARD: tuple[Pass, ...] = (
     fold_batchnorm,  # before matching, so that a match sees the weight the kernel will run
     match_depthwise,
     match_gemm,
+    match_conv,
     match_rnn,
     match_blocks,
     plan,  # masks and the choice sparse or dense; the only pass that reads weight values
     rewrite_depthwise,  # conv2d -> depthwise_taps
     rewrite_gemm,  # conv2d 1x1, linear -> tile_gemm
+    rewrite_conv,  # the other convolutions -> tile_conv
     rewrite_rnn,  # lstm, gru -> tile_gemm and rnn_steps
     fuse_transpose,  # after the rewrites: a region is feature-major only if all its GEMMs are ours
     fuse_gate,  # before the epilogue, which wants the last user of each GEMM

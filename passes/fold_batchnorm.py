@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from ..context import Context
 from ..graph import argument, aten, call, is_call, mutation_between, replace, sole_user
+from .match_conv import CONVOLUTIONS
 
 
 def fold_batchnorm(gm: GraphModule, ctx: Context) -> int:
@@ -25,7 +26,7 @@ def fold_batchnorm(gm: GraphModule, ctx: Context) -> int:
     node: Node
     for node in list(gm.graph.nodes):
         conv = node.args[0] if is_call(node, aten.batch_norm.default) else None
-        if is_call(conv, aten.conv2d.default) and sole_user(conv) is node and _constant(conv, node, ctx):
+        if is_call(conv, *CONVOLUTIONS) and sole_user(conv) is node and _constant(conv, node, ctx):
             if mutation_between(conv, node):
                 continue
             _fold(conv, node, ctx)
@@ -59,7 +60,7 @@ def _fold(conv: Node, norm: Node, ctx: Context) -> None:
         return w * scale.reshape(-1, *[1] * (w.dim() - 1)), shift
 
     weight, bias = ctx.weights.derive((f"{conv.name}_folded", f"{conv.name}_shift"), present, build)
-    new = call(norm, aten.conv2d.default, conv.args[0], weight, bias, *conv.args[3:])
+    new = call(norm, conv.target, conv.args[0], weight, bias, *conv.args[3:])
     new.meta["nn_module_stack"] = conv.meta.get("nn_module_stack")
     replace(norm, new)
     norm.graph.erase_node(conv)

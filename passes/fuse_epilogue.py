@@ -1,8 +1,8 @@
 """Take what follows a kernel into its epilogue: the residual add, then the activation.
 
-    act(tile_gemm(x, w) + skip)  =>  tile_gemm(x, w, residual=skip, activation=act)
+    act(tile_gemm(x, w) + skip)  =>  tile_gemm(x, w, residual=skip, activation=act)      tile_conv likewise
     act(depthwise_taps(x, w))    =>  depthwise_taps(x, w, activation=act)
-    act(unflatten(tile_gemm(x, w)))  =>  unflatten(tile_gemm(x, w, activation=act))
+    act(unflatten(tile_gemm(x, w)))  =>  unflatten(tile_gemm(x, w, activation=act))      squeeze likewise
 
 Does not fire when the kernel's result has another user, or when an activation sits between kernel and add.
 """
@@ -43,7 +43,7 @@ def fuse_epilogue(gm: GraphModule, ctx: Context) -> int:
         return 0
     fused = 0
     for node in list(gm.graph.nodes):
-        if is_call(node, torch.ops.fxprune.tile_gemm.default):
+        if is_call(node, torch.ops.fxprune.tile_gemm.default, torch.ops.fxprune.tile_conv.default):
             fused += _fuse_residual(node) + _fuse_activation(node)
         elif is_call(node, torch.ops.fxprune.depthwise_taps.default):
             fused += _fuse_activation(node)
@@ -64,7 +64,8 @@ def _fuse_residual(node: Node) -> bool:
 
 def _fuse_activation(node: Node) -> bool:
     user, view = sole_user(node), None
-    if is_call(user, aten.unflatten.int):  # a 1x1 map between linear kernels: the activation moves in front of the view
+    # a 1x1 map between linear kernels, a sequence as an image: the activation moves in front of the view
+    if is_call(user, aten.unflatten.int, aten.squeeze.dim):
         view, user = user, sole_user(user)
     name = activation_name(user) if user is not None else None
     if user is None or name is None or node.args[-1] != "none" or mutation_between(node, user):

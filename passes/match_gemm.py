@@ -10,17 +10,14 @@ from ..context import Context
 from ..graph import argument, aten, is_call, shape
 from ..match import Geometry, Match
 from ..weights import qualified_name
-from .match_depthwise import match_conv
+from .match_conv import CONVOLUTIONS, convolution
 
 
 def match_gemm(gm: GraphModule, ctx: Context) -> int:
     """Append a match per GEMM; returns 0, the graph is unchanged."""
     for node in gm.graph.nodes:
-        if is_call(node, aten.conv2d.default, aten.conv2d.padding):
-            found = match_conv(node, ctx, depthwise=False)
-        else:
-            found = _linear(node, ctx)
-        if found is not None:
+        found = convolution(node, ctx) if is_call(node, *CONVOLUTIONS) else _linear(node, ctx)
+        if isinstance(found, Match) and found.kind in ("pointwise", "linear"):
             ctx.matches.append(found)
     return 0
 

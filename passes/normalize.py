@@ -25,13 +25,16 @@ Rule = Callable[..., "Call | None"]
 # The rules' parameters are named as torch names them, so that keyword calls bind.
 
 
-def _conv2d(
-    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
-) -> Call:
-    overload = aten.conv2d.padding if isinstance(padding, str) else aten.conv2d.default
-    as_list = [list(v) if isinstance(v, (tuple, list)) else [v] for v in (stride, dilation)]
-    pad = padding if isinstance(padding, str) else list(padding) if isinstance(padding, (tuple, list)) else [padding]
-    return overload, (input, weight, bias, as_list[0], pad, as_list[1], groups)
+def _conv(packet: Any) -> Rule:
+    def rule(
+        input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    ) -> Call:
+        overload = packet.padding if isinstance(padding, str) else packet.default
+        as_list = [list(v) if isinstance(v, (tuple, list)) else [v] for v in (stride, dilation)]
+        pad = padding if isinstance(padding, str) else list(padding) if isinstance(padding, (tuple, list)) else [padding]
+        return overload, (input, weight, bias, as_list[0], pad, as_list[1], groups)
+
+    return rule
 
 
 def _batch_norm(
@@ -136,8 +139,10 @@ def _recurrent(name: str) -> Rule:
 
 
 RULES: dict[Any, Rule] = {
-    torch.conv2d: _conv2d,
-    F.conv2d: _conv2d,
+    torch.conv1d: _conv(aten.conv1d),
+    F.conv1d: _conv(aten.conv1d),
+    torch.conv2d: _conv(aten.conv2d),
+    F.conv2d: _conv(aten.conv2d),
     F.batch_norm: _batch_norm,
     torch._C._nn.linear: _linear,
     F.linear: _linear,
@@ -212,6 +217,8 @@ _KEEPS_DTYPE = {operator.iadd, operator.imul, "add_", aten.add_.Tensor, aten.mul
 
 # results that never alias an operand
 _FRESH = {
+    aten.conv1d.default,
+    aten.conv1d.padding,
     aten.conv2d.default,
     aten.conv2d.padding,
     aten.batch_norm.default,

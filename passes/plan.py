@@ -29,7 +29,13 @@ _MIN_SPARSITY = 0.05
 _LEAVE_REGION = 1.3
 # a kernel this small is mostly the cost of its call, which it loses inside a region
 _JOIN_REGION = 3.0
-_OPERATOR = {"depthwise": "depthwise_taps", "pointwise": "tile_gemm", "linear": "tile_gemm", "rnn": "rnn_steps"}
+_OPERATOR = {
+    "depthwise": "depthwise_taps",
+    "pointwise": "tile_gemm",
+    "conv": "tile_conv",
+    "linear": "tile_gemm",
+    "rnn": "rnn_steps",
+}
 
 
 def plan(gm: GraphModule, ctx: Context) -> int:
@@ -77,15 +83,29 @@ def _mask(match: Match, ctx: Context, wanted: dict[str, tuple[str, LayerMask]]) 
     if match.kind == "depthwise":
         return "found", dcp.infer(matrix)
     mask = matrix != 0  # -0.0 is zero, NaN is not
-    return f"found {describe(mask, ctx.kernels.unit(match.kind).granularity)}", _form(match, mask, None, True, ctx)
+    name = describe(mask, match.tile_width(_native(match, ctx)), _drops(match))
+    return f"found {name}", _form(match, mask, None, True, ctx)
 
 
-def _form(match: Match, mask: torch.Tensor, planned: LayerMask | None, covers: bool, ctx: Context) -> LayerMask:
+def _native(match: Match, ctx: Context) -> int:
+    return ctx.kernels.unit(match.kind).granularity
+
+
+def _drops(match: Match) -> bool:
+    """True when output features may go: a tile of a grouped convolution lies in one group."""
+    return match.geometry.groups == 1
+
+
+def _form(match: Match, mask: torch.Tensor, planned: LayerMask | None, covers: bool, ctx: Context) -> LayerMask | None:
     """Return what a mask runs as: the plan's own tiles, tiles that cover it, or single elements; the fastest of few."""
     if match.kind == "depthwise" and planned is not None:
         return planned
-    candidates = forms(mask, ctx.kernels.unit(match.kind).granularity, planned, covers)
-    if len(candidates) == 1 or _refusal(match, candidates[0], ctx):
+    native = _native(match, ctx)
+    widths = [match.tile_width(g) for g in (native, 2 * native, 4 * native, 128)]
+    candidates = forms(mask, widths, planned, covers, _drops(match))
+    if not candidates:
+        return None
+    if len(candidates) == 1 or match.recurrent is not None or _refusal(match, candidates[0], ctx):
         return candidates[0]
     return min(candidates, key=lambda layer: ctx.measure(match, layer).sparse)
 
@@ -187,7 +207,9 @@ def _decide_region(region: list[Match], found: dict[Node, tuple[str, LayerMask |
     refusals = {m.node: _refusal(m, found[m.node][1], ctx) for m in region}
     if all(found[m.node][1] is None for m in region):
         for match in region:
-            ctx.decisions.append(Decision(match, None, False, refusals[match.node] or "no zeros"))
+            pattern = found[match.node][0]
+            why = "its zeros leave no row of a tile" if pattern else "no zeros"
+            ctx.decisions.append(Decision(match, None, False, refusals[match.node] or why, pattern=pattern))
         return
     timings = {m.node: ctx.measure(m, found[m.node][1]) for m in region if refusals[m.node] is None}
     ours = dense = 0.0

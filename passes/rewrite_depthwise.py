@@ -1,6 +1,7 @@
 """Rewrite a chosen depthwise convolution into DR-form taps.
 
     conv2d(x, w, b, groups=C)  =>  fxprune::depthwise_taps(x, taps(w), mask, b, ...)
+    conv1d(x, w, b, groups=C)  =>  squeeze(fxprune::depthwise_taps(unsqueeze(x), ...))
 
 In inference the taps are packed once and become graph inputs; in training the live weight is the operand and the
 operator reads only its kept taps, so the gradient of a pruned tap is zero.
@@ -10,10 +11,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from ..context import Context, Decision
 from ..graph import aten, call, replace
+from ..match import Match
 from ..sparsity import dcp
 
 
@@ -26,7 +28,7 @@ def rewrite_depthwise(gm: GraphModule, ctx: Context) -> int:
 
 
 def _rewrite(decision: Decision, ctx: Context) -> None:
-    match, g = decision.match, decision.match.geometry
+    match = decision.match
     kept = torch.ones(match.matrix_shape, dtype=torch.bool) if decision.mask is None else decision.mask.mask
     words = dcp.tap_words(kept)
 
@@ -40,9 +42,25 @@ def _rewrite(decision: Decision, ctx: Context) -> None:
     else:
         (taps,) = ctx.weights.derive((f"{match.node.name}_mask",), (), lambda: (words,))
         weight = call(match.node, aten.reshape.default, match.weight, list(match.matrix_shape))
-    windows = [list(g.kernel), list(g.stride), list(g.padding), list(g.dilation)]
     target = torch.ops.fxprune.depthwise_taps.default
-    replace(match.node, call(match.node, target, match.x, weight, taps, match.bias, *windows, "none"))
+    new = call(match.node, target, as_image(match), weight, taps, match.bias, *windows(match), "none")
+    replace(match.node, from_image(match, new))
+
+
+def windows(match: Match) -> list[list[int]]:
+    """Return kernel size, stride, padding and dilation as the operators take them."""
+    g = match.geometry
+    return [list(g.kernel), list(g.stride), list(g.padding), list(g.dilation)]
+
+
+def as_image(match: Match) -> Node:
+    """Return the input of a convolution as (B, C, H, W): a one-dimensional one has height 1."""
+    return call(match.node, aten.unsqueeze.default, match.x, 2) if match.value.dim() == 3 else match.x
+
+
+def from_image(match: Match, new: Node) -> Node:
+    """Give the result of :func:`as_image`'s operator the rank the convolution has."""
+    return call(match.node, aten.squeeze.dim, new, 2) if match.value.dim() == 3 else new
 
 
 def exact(build, match, kept, ctx):  # type: ignore[no-untyped-def]

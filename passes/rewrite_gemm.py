@@ -52,9 +52,7 @@ def _rewrite(decision: Decision, ctx: Context) -> None:
     replace(match.node, new)
 
 
-def packed(
-    match: Match, layer: LayerMask, ctx: Context, prefix: str, whole: Tensor | None = None
-) -> tuple[Node, ...]:
+def packed(match: Match, layer: LayerMask, ctx: Context, prefix: str, whole: Tensor | None = None) -> tuple[Node, ...]:
     """Return the nodes of (values, index, tile_ptr, columns); those of graph inputs are named after ``prefix``.
 
     whole: the mask that the weight obeys, of which ``layer`` is a part; ``None``: that of ``layer``.
@@ -85,7 +83,7 @@ def packed(
 def _strided(match: Match) -> Node:
     """A strided 1x1 convolution reads every s-th pixel."""
     x = match.x
-    for dim, step in enumerate(match.geometry.stride, start=2):
+    for dim, step in enumerate(match.geometry.stride[4 - match.value.dim() :], start=2):
         if step != 1:
             x = call(match.node, aten.slice.Tensor, x, dim, 0, 2**63 - 1, step)
     return x

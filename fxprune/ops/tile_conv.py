@@ -1,6 +1,7 @@
 """``fxprune::tile_conv``: a convolution whose weight is cut in tiles of output channels, each with its own K rows.
 
-    y[b, n] = act(sum over kept k = (c, r, s) of w[n, k] * x[b, c, oy*sh + r*dh - ph, ox*sw + s*dw - pw] + bias[n] + residual[b, n])
+    y[b, n] = act(sum over kept k = (c, r, s) of w[n, k] * x[b, c, oy*sh + r*dh - ph, ox*sw + s*dw - pw]
+                  + bias[n] + residual[b, n])
 
 The weight (N, C/groups, KH, KW) is packed as the matrix (N, K), K = C/groups * KH * KW, in the tiles of tile-wise
 sparsity (SC'20), as for ``tile_gemm``. With groups, a tile lies inside one group and its index counts that group's K.
@@ -104,7 +105,7 @@ def backward(ctx: Any, grad: Tensor) -> Args:
 
 
 def random_structure(n: int, k: int, g: int, groups: int, gen: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (values, index, tile_ptr, columns) of a random tile-wise mask, each tile in one group; for samples and tests."""
+    """Return (values, index, tile_ptr, columns) of a random mask, each tile in one group; for samples and tests."""
     if groups == 1:
         return tile_pack.random_structure(n, k, g, gen)
     lists = [torch.nonzero(torch.rand(k, generator=gen) < 0.6).reshape(-1) for _ in range(n // g)]

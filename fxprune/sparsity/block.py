@@ -23,7 +23,7 @@ from fxprune.sparsity.tile_plan import expand_rows, full_tiling, mismatch
 class Block:
     """R x C blocks; a tile is R output features, a unit is C consecutive K rows of it."""
 
-    kinds: tuple[str, ...] = ("pointwise", "linear")
+    kinds: tuple[str, ...] = ("pointwise", "conv", "linear")
     fixed: float | None = None
 
     def __init__(self, rows: int = 32, columns: int = 32, name: str = "block") -> None:

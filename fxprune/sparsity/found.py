@@ -6,6 +6,8 @@ keeps more than the mask, never less, so the function stays the same.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -20,30 +22,32 @@ _WITHIN, _MOST = 1.6, 3
 _FULL = 0.95  # a cover that keeps more skips nothing
 
 
-def forms(mask: Tensor, native: int, planned: LayerMask | None = None, covers: bool = True) -> list[LayerMask]:
+def forms(
+    mask: Tensor, widths: Iterable[int], planned: LayerMask | None = None, covers: bool = True, drops: bool = True
+) -> list[LayerMask]:
     """Return the forms of a mask (N, K) that may be fastest, by estimated cost, the best first; at most three.
 
-    native: the granularity that the kernel likes. planned: how a plan cut the weight. covers: more
-    than the mask may be kept, because what lies outside it is zero.
+    widths: granularities that the kernel likes. planned: how a plan cut the weight. covers: more than the mask may be
+    kept, because what lies outside it is zero. drops: empty output features may go (else nothing runs as elements).
     """
     found = []
     if planned is not None and (planned.rest is not None or tile.is_tile_wise(planned.mask, planned.tiling)):
         found.append(planned)
-    for granularity in sorted({native, 2 * native, 4 * native, 128}, reverse=True):
-        cover = tile.infer(mask, granularity, drop_columns=True)
+    for granularity in sorted(set(widths), reverse=True):
+        cover = tile.infer(mask, granularity, drop_columns=drops)
         allowed = cover.mask.float().mean() <= _FULL if covers else torch.equal(cover.mask, mask)
         if allowed and all(cover.mask.sum() < 0.97 * other.mask.sum() for other in found):
             found.append(cover)
-    if planned is None or planned.tiling.granularity != 1:
+    if drops and (planned is None or planned.tiling.granularity != 1):
         found.append(elements(mask))
     found.sort(key=_cost)
     return [form for form in found[:_MOST] if _cost(form) <= _WITHIN * max(_cost(found[0]), 1.0)]
 
 
-def describe(mask: Tensor, native: int) -> str:
+def describe(mask: Tensor, native: int, drops: bool = True) -> str:
     """Return what the zeros of a mask (N, K) look like: "tile", an n:m that holds in every group, or "unstructured"."""
     kept = int(mask.sum())
-    if int(tile.infer(mask, native, drop_columns=True).mask.sum()) <= 1.03 * kept:
+    if int(tile.infer(mask, native, drop_columns=drops).mask.sum()) <= 1.03 * kept:
         return "tile"
     for n, m in _GROUPS:
         if mask.shape[1] >= m and torch.equal(keep_groups(mask.float(), n, m) & mask, mask):

@@ -35,7 +35,7 @@ _TOLERANCE = 0.01
 class NofM:
     """n kept of m; a tile is one output feature, whose count is given by K."""
 
-    kinds: tuple[str, ...] = ("pointwise", "linear")
+    kinds: tuple[str, ...] = ("pointwise", "conv", "linear")
 
     def __init__(self, n: int = 2, m: int = 4) -> None:
         self.n, self.m = n, m

@@ -90,8 +90,9 @@ class Ask:
     """What a planner asks of a pattern.
 
     ``importances``: finite element scores >= 0 of each layer's matrix view, by parameter name; ``sparsity``: fraction of
-    zeros of each; ``kinds``: "depthwise", "pointwise" or "linear". ``unit(kind)``: what the kernel row likes
+    zeros of each; ``kinds``: its kind. ``unit(kind)``: what the kernel row likes
     (:class:`fxprune.context.Unit`). ``gain(parameter, kept, rounded)``: measured time between two kept counts, or ``None``.
+    ``groups``: of convolutions, where they are not 1.
     """
 
     importances: Mapping[str, Tensor]
@@ -100,6 +101,7 @@ class Ask:
     config: Config
     unit: Callable[[str], Any]
     gain: Callable[[str, int, int], float] | None = None
+    groups: Mapping[str, int] = field(default_factory=dict)
 
 
 class Pattern(Protocol):

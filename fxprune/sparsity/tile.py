@@ -39,6 +39,7 @@ from fxprune.sparsity.tile_plan import (
     scale_of,
     tile_view,
     tile_widths,
+    width_in_groups,
 )
 
 __all__ = ["Tile", "infer", "is_tile_wise", "keep_all", "plan_layers"]
@@ -49,7 +50,7 @@ class Tile:
     """K rows of a tile of output features; a unit is one row, ``g_t`` weights."""
 
     name = "tile"
-    kinds: tuple[str, ...] = ("pointwise", "linear", "rnn")
+    kinds: tuple[str, ...] = ("pointwise", "conv", "linear", "rnn")
     fixed: float | None = None
 
     def choose(self, ask: Ask, sparsity: Mapping[str, float] | None = None, step: int = 1) -> dict[str, LayerMask]:
@@ -62,12 +63,14 @@ class Tile:
         for kind in sorted(set(ask.kinds.values())):
             names = [name for name in ask.importances if ask.kinds[name] == kind]
             row, columns = ask.unit(kind), config.by_kind("columns", kind)
+            columns = kind == "linear" if columns is None else columns
+            width = config.by_kind("granularity", kind) or row.granularity
             aligned = config.recalibration != "off"
             plan = plan_layers(
                 {name: ask.importances[name] for name in names},
                 {name: sparsity[name] for name in names},
-                granularity=config.by_kind("granularity", kind) or row.granularity,
-                columns=kind == "linear" if columns is None else columns,
+                granularity={n: width_in_groups(len(ask.importances[n]), ask.groups.get(n, 1), width) for n in names},
+                columns={n: columns and ask.groups.get(n, 1) == 1 for n in names},
                 scope=config.scope,
                 ranking=config.ranking,
                 step=math.lcm(row.k_step, step) if aligned else 1,

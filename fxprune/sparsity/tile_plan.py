@@ -27,6 +27,14 @@ def full_tiling(shape: Sequence[int], granularity: int | None = None) -> Tiling:
     return Tiling((shape[0], shape[1]), torch.arange(shape[0]), granularity)
 
 
+def width_in_groups(features: int, groups: int, wanted: int) -> int:
+    """Return ``wanted`` output features per tile, or fewer, so that with convolution groups a tile lies inside one."""
+    if groups == 1:
+        return wanted
+    each = features // groups
+    return max(width for width in range(1, min(wanted, each) + 1) if each % width == 0)
+
+
 def expand_rows(tiling: Tiling, selection: Sequence[Tensor]) -> Tensor:
     """Return bool (N, K): a weight is kept when its output feature and its row in that tile are."""
     mask = torch.zeros(tiling.shape, dtype=torch.bool)

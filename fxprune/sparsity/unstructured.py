@@ -16,7 +16,7 @@ class Unstructured:
     """Single elements; a tile is one output feature (CSR), a unit one weight of it."""
 
     name = "unstructured"
-    kinds: tuple[str, ...] = ("pointwise", "linear")
+    kinds: tuple[str, ...] = ("pointwise", "conv", "linear")
     fixed: float | None = None
     _rows = Tile()
 

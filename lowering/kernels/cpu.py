@@ -17,6 +17,7 @@ from .impl import Impl
 UNITS = {
     "depthwise": Unit(granularity=32),
     "pointwise": Unit(granularity=8, column_step=8),
+    "conv": Unit(granularity=8, column_step=8),
     "linear": Unit(granularity=64, column_step=64),
     "rnn": Unit(granularity=64, column_step=64),
 }

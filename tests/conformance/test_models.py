@@ -23,6 +23,7 @@ fxprune.register()
 TABLE: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "matches.json").read_text())
 NAMES = sorted(TABLE)
 SIDE = 64
+KERNELS = ("depthwise_taps", "tile_gemm", "tile_conv", "permute", "transpose", "conv2d")
 
 
 @functools.cache
@@ -93,7 +94,7 @@ def test_pruned_equals_masked_dense(name: str, batch: int) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_pruned_layer_runs_our_kernel(name: str) -> None:
     run = rewritten(pruned(name), *inputs(name, 1))
-    counts = {k: v for k, v in run.ops.items() if k in ("depthwise_taps", "tile_gemm", "permute", "transpose", "conv2d")}
+    counts = {k: v for k, v in run.ops.items() if k in KERNELS}
     assert counts == TABLE[name]["pruned"], f"{name}: {json.dumps(counts)}"
     left = [d.match.name for d in run.context.decisions if d.mask is not None and not d.chosen]
     assert not left, f"{name}: pruned and dense: {left}"

@@ -108,6 +108,28 @@ def check_gemm(
     assert torch.equal(y, expected), case
 
 
+def check_conv(
+    shape: tuple[int, int, int, int], n: int, g: int, kernel: tuple[int, int], stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0), dilation: tuple[int, int] = (1, 1), groups: int = 1, *, keep: float = 0.5,
+    columns: float = 1.0, extras: str = "", activation: str = "none", seed: int = 0,
+) -> None:  # fmt: skip
+    """Compare one call with dense torch; skip geometries whose window does not fit. `extras`: b bias, r residual."""
+    if any(s + 2 * p < d * (r - 1) + 1 for s, p, d, r in zip(shape[2:], padding, dilation, kernel, strict=True)):
+        return
+    gen = generator(seed, n, g, *shape, *kernel)
+    channels = shape[1] // groups
+    weight, packed = tiles(gen, n, channels * kernel[0] * kernel[1], g, keep, columns)
+    x, bias = integers(gen, *shape), integers(gen, n) if "b" in extras else None
+    y = F.conv2d(x, weight.view(n, channels, *kernel), bias, stride, padding, dilation, groups)
+    residual = integers(gen, *y.shape) if "r" in extras else None
+    expected = EXACT[activation](y if residual is None else y + residual)
+    windows = [list(v) for v in (kernel, stride, padding, dilation)]
+    y = OPS.tile_conv(x, *packed, bias, residual, n, g, *windows, groups, activation)
+    case = f"x {shape} n {n} g {g} {windows} groups {groups} keep {keep} columns {columns} {extras} {activation} seed {seed}"
+    assert y.shape == expected.shape and y.is_contiguous(), case
+    assert torch.equal(y, expected), case
+
+
 def bitmap(mask: Tensor) -> Tensor:
     """mask: (C, taps) bool -> taps: (C, words) int64."""
     channels, count = mask.shape

@@ -31,6 +31,12 @@ _DEPTHWISE: dict[str, Any] = {
     "x": _X, "weight": torch.zeros(6, 9), "taps": torch.zeros(6, 1, dtype=torch.int64), "bias": torch.zeros(6),
     "kernel_size": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "activation": "none",
 }  # fmt: skip
+_CONV: dict[str, Any] = {
+    "x": _X, "values": torch.zeros(24), "index": torch.tensor([0, 2, 53, 1, 3, 5]).int(),
+    "tile_ptr": _GEMM["tile_ptr"], "columns": _GEMM["columns"], "bias": torch.zeros(8),
+    "residual": torch.zeros(1, 8, 5, 5), "out_features": 8, "granularity": 4, "kernel_size": [3, 3], "stride": [1, 1],
+    "padding": [1, 1], "dilation": [1, 1], "groups": 1, "activation": "none",
+}  # fmt: skip
 _PACK = {"weight": torch.zeros(8, 6), **{k: _GEMM[k] for k in ("index", "tile_ptr", "columns", "granularity")}, "nnz": 24}
 _UNPACK = {k: _GEMM[k] for k in ("values", "index", "tile_ptr", "columns", "granularity", "out_features")} | {
     "in_features": 6
@@ -71,6 +77,27 @@ BAD: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         ({"residual": torch.zeros(1, 8, 5)}, r"residual must have shape \(1, 8, 5, 5\), got \(1, 8, 5\)"),
         ({"gate": torch.zeros(1, 5)}, r"gate must have shape \(1, 6\), got \(1, 5\)"),
         ({"x": torch.zeros(2, 6), "residual": None, "feature_dim": -1}, "gate needs feature_dim=1"),
+    )),
+    *(("tile_conv", _CONV, change, message) for change, message in (
+        ({"x": _X[0]}, r"x must have shape \(B, C, H, W\), got \(6, 5, 5\)"),
+        ({"x": _X.double()}, "x must be float32"),
+        ({"index": _int(0, 2, 54, 1, 3, 5)}, r"index must lie in \[0, 54\)"),
+        ({"columns": _int(0, 1, 2, 3, 4, 5, 6, 8)}, r"columns must lie in \[0, 8\)"),
+        ({"values": torch.zeros(23)}, r"values must have shape \(24\), got \(23\)"),
+        ({"bias": torch.zeros(7)}, r"bias must have shape \(8\), got \(7\)"),
+        ({"residual": torch.zeros(1, 8, 4, 5)}, r"residual must have shape \(1, 8, 5, 5\), got \(1, 8, 4, 5\)"),
+        ({"kernel_size": [3]}, "kernel_size must have 2 entries, got 1"),
+        ({"stride": [0, 1]}, "stride must lie in .*got 0"),
+        ({"padding": [-1, 0]}, "padding must lie in .*got -1"),
+        ({"dilation": [1, 2**40]}, "dilation must lie in "),
+        ({"kernel_size": [9, 1]}, r"x of height and width \(5, 5\) is smaller than the dilated window \(9, 1\)"),
+        ({"groups": 0}, "groups must divide 6 input and 8 output channels, got 0"),
+        ({"groups": 3}, "groups must divide 6 input and 8 output channels, got 3"),
+        ({"groups": 2, "granularity": 8, "index": _int(0, 1, 2), "tile_ptr": _int(0, 3)},
+         "a tile must lie inside one group, got output features 0 to 7 in tile 0"),
+        ({"kernel_size": [4097, 4097], "padding": [4096, 4096], "residual": None},
+         "a group of 6 channels under a window of"),
+        ({"activation": "swish"}, "unknown activation 'swish'"),
     )),
     *(("depthwise_taps", _DEPTHWISE, change, message) for change, message in (
         ({"x": _X[0]}, r"x must have shape \(B, C, H, W\), got \(6, 5, 5\)"),

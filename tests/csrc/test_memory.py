@@ -33,6 +33,10 @@ def test_threads_do_not_change_a_bit(isa: str) -> None:
         for stride in (1, 2, 3):
             geometry = ([5, 5], [stride] * 2, [2, 2], [1, 1])
             results.append(OPS.depthwise_taps(planes, weight, bitmap(mask), bias[:33], *geometry, "silu"))
+            for images, size in ((planes, 29), (planes[:1, :, :7, :7].contiguous(), 7)):
+                _, packed = tiles(generator(size), 40, 33 * 9, 8, columns=0.8)
+                window = ([3, 3], [stride] * 2, [1, 1], [1, 1])
+                results.append(OPS.tile_conv(images, *packed, bias[:40], None, 40, 8, *window, 1, "silu"))
         return results
 
     gemms = (((3, 40, 28, 28), 96, 8, 1), ((1, 40, 7, 7), 320, 8, 1), ((130, 64), 200, 64, -1), ((900, 64), 64, 48, -1))
@@ -105,5 +109,15 @@ def test_no_input_is_read_beyond_its_ends(isa: str, at_end: bool) -> None:
             bias, bits = fence(integers(gen, 3)), fence(bitmap(mask))
             y = OPS.depthwise_taps(x, weight, bits, bias, [k, k], [stride] * 2, [pad] * 2, [1, 1], "none")
             assert torch.equal(y, F.conv2d(x.clone(), weight.clone().view(3, 1, k, k), bias.clone(), stride, pad, 1, 3))
+        for plane, k, stride, pad, groups in (
+            ((7, 7), 3, 1, 1, 1), ((14, 14), 3, 2, 1, 1), ((5, 33), 3, 1, 0, 2), ((9, 20), 2, 3, 1, 1),
+            ((6, 50), 7, 2, 3, 1),
+        ):  # fmt: skip
+            weight, packed = tiles(gen, 20, 4 // groups * k * k, 10)
+            x, bias = fence(integers(gen, 2, 4, *plane)), fence(integers(gen, 20))
+            y = F.conv2d(x.clone(), weight.view(20, 4 // groups, k, k), bias.clone(), stride, pad, 1, groups)
+            residual, window = fence(integers(gen, *y.shape)), ([k, k], [stride] * 2, [pad] * 2, [1, 1])
+            given = OPS.tile_conv(x, *map(fence, packed), bias, residual, 20, 10, *window, groups, "none")
+            assert torch.equal(given, y + residual)
     finally:
         fence.release()

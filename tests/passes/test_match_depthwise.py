@@ -49,7 +49,6 @@ TWINS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "one channel": (lambda: nn.Conv2d(1, 1, 3), X[:, :1]),
     "dense": (lambda: nn.Conv2d(6, 6, 3), X),
     "unbatched": (lambda: nn.Conv2d(6, 6, 3, groups=6), X[0]),
-    "one dimension": (lambda: nn.Conv1d(6, 6, 3, groups=6), X[:, :, 0]),
     "three dimensions": (lambda: nn.Conv3d(6, 6, 3, groups=6), X.unsqueeze(2).expand(2, 6, 4, 15, 17)),
     "transposed": (lambda: nn.ConvTranspose2d(6, 6, 3, groups=6), X),
     "computed weight": (lambda: Scaled(), X),
@@ -74,7 +73,20 @@ def test_same_padding_of_an_even_window_is_not_symmetric() -> None:
 @pytest.mark.parametrize("name", TWINS)
 def test_twin_is_not_depthwise(name: str) -> None:
     make, x = TWINS[name]
-    assert detected(make().eval(), x)[0] == {}
+    assert detected(make().eval(), x)[0]["depthwise"] == 0
+
+
+@pytest.mark.parametrize(
+    "window", [{"kernel_size": 4, "padding": 3}, {"kernel_size": 3, "stride": 2, "dilation": 2}], ids=str
+)
+def test_one_dimension_is_an_image_of_height_one(window: dict[str, int]) -> None:
+    conv, x = nn.Conv1d(6, 6, groups=6, **window).eval(), X[:, :, 0]  # type: ignore[arg-type]
+    assert detected(conv, x)[0] == {"depthwise": 1}
+    for ctx in contexts(conv, x):
+        g = ctx.matches[0].geometry
+        assert g.x == (2, 6, 1, 17) and g.y == tuple(conv(x).unsqueeze(2).shape)
+        y = F.conv2d(x.unsqueeze(2), conv.weight.unsqueeze(2), conv.bias, g.stride, g.padding, g.dilation, 6)
+        assert torch.equal(y.squeeze(2), conv(x))
 
 
 def test_reflected_padding_leaves_an_unpadded_depthwise() -> None:

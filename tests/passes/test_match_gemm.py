@@ -43,6 +43,7 @@ FOUND: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     "1x1 valid": (lambda: nn.Conv2d(6, 9, 1, padding="valid"), X4, "pointwise"),
     "1x1 same": (lambda: nn.Conv2d(6, 9, 1, padding="same"), X4, "pointwise"),
     "1x1 dilated": (lambda: nn.Conv2d(6, 9, 1, dilation=3), X4, "pointwise"),
+    "1x1 of a sequence": (lambda: nn.Conv1d(6, 9, 1, stride=2), X4[:, :, 0], "pointwise"),
     "1x1 of one pixel": (lambda: nn.Conv2d(6, 9, 1), X4[:, :, :1, :1], "linear"),
 }
 
@@ -54,10 +55,6 @@ def test_is_found(name: str) -> None:
 
 
 TWINS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
-    "1x1 in groups": (lambda: nn.Conv2d(6, 9, 1, groups=3), X4),
-    "1x1 padded": (lambda: nn.Conv2d(6, 9, 1, padding=1), X4),
-    "3x3": (lambda: nn.Conv2d(6, 9, 3), X4),
-    "1x3": (lambda: nn.Conv2d(6, 9, (1, 3)), X4),
     "unbatched": (lambda: nn.Conv2d(6, 9, 1), X4[0]),
     "two activations": (lambda: Uses(lambda x, w, b: x @ x.transpose(1, 2) + b.sum() + w.sum(), 9, 6), X3),
     "weight on the left": (lambda: Uses(lambda x, w, b: w @ x.t(), 9, 6), X2),

@@ -89,7 +89,12 @@ def test_block_keeps_the_nearest_number_of_blocks(name: str, kept: int) -> None:
     assert int(blocks.sum()) == kept and bool(((blocks == 0) | (blocks == 1)).all())
 
 
-@given(n=st.sampled_from([8, 24, 40, 70]), k=st.sampled_from([32, 48, 80, 100]), share=st.sampled_from([0.5, 0.6, 0.75, 0.9]), seed=seeds)
+@given(
+    n=st.sampled_from([8, 24, 40, 70]),
+    k=st.sampled_from([32, 48, 80, 100]),
+    share=st.sampled_from([0.5, 0.6, 0.75, 0.9]),
+    seed=seeds,
+)
 def test_tvw_keeps_n_of_m_of_the_compacted_rows(n: int, k: int, share: float, seed: int) -> None:
     scores = drawn(n, k, seed) + 0.01
     layer = choose("tvw", {"w": scores}, share, granularity=16)["w"]
@@ -153,19 +158,19 @@ def test_tile_granularities_meet_the_target(granularity: int, columns: bool) -> 
 @given(n=sizes, k=sizes, share=st.sampled_from([0.2, 0.6, 0.95]), native=st.sampled_from([8, 64]), seed=seeds)
 def test_every_form_covers_the_mask(n: int, k: int, share: float, native: int, seed: int) -> None:
     mask = drawn(n, k, seed) > share
-    for form in forms(mask, native):
+    for form in forms(mask, (native, 2 * native, 4 * native, 128)):
         assert not bool((mask & ~form.mask).any())
         assert tile.is_tile_wise(form.mask, form.tiling)
 
 
 def test_forms_of_plans() -> None:
     tiles = choose("tile", {"w": drawn(128, 128, 0)}, 0.75)["w"]
-    assert forms(tiles.mask, 64, tiles) == [tiles]
+    assert forms(tiles.mask, (64, 128, 256), tiles) == [tiles]
     overlay = choose("tew:0.15", {"w": drawn(128, 128, 0)}, 0.8)["w"]
-    granularities = {(form.tiling.granularity, form.rest is None) for form in forms(overlay.mask, 64, overlay)}
+    granularities = {(form.tiling.granularity, form.rest is None) for form in forms(overlay.mask, (64, 128, 256), overlay)}
     assert {(64, False), (1, True)} <= granularities
     thin = choose("tvw", {"w": drawn(128, 128, 0)}, 0.75)["w"]
-    assert {form.tiling.granularity for form in forms(thin.mask, 64, thin)} == {1, 64}
+    assert {form.tiling.granularity for form in forms(thin.mask, (64, 128, 256), thin)} == {1, 64}
 
 
 def test_zeros_are_described() -> None:

@@ -28,7 +28,9 @@ struct TileConv : TileGemm {
   // stride of its axis.
   int64_t bands, band_rows, row_planes, column_planes, plane_rows, pitch, gap;
   const int64_t *row_begin, *column_begin;  // per plane
-  const int32_t* table;                     // (k): offset of each (c, r, s) in the copy
+  const uint32_t*
+      masks;             // per plane and vector of a row: the input lanes on the image; stride <= 2
+  const int32_t* table;  // (k): offset of each (c, r, s) in the copy
 
   int64_t group_channels() const { return channels / groups; }
   int64_t plane_size() const { return plane_rows * pitch + gap; }

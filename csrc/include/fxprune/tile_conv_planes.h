@@ -14,35 +14,25 @@ template <class V>
 struct ConvPlanes {
   static constexpr int64_t kW = V::kWidth;
 
-  // to[i] = x[begin + i * stride], zero outside [0, width), for i in [0, count). May write up to a
-  // vector beyond, which is the next row's and written later.
-  static void copy_row(const float* x, int64_t width, int64_t begin, int64_t stride, int64_t count,
-                       float* to) {
-    if (stride == 1) {
-      const int64_t left = std::clamp<int64_t>(-begin, 0, count),
-                    right = std::clamp<int64_t>(width - begin, left, count);
-      for (int64_t i = 0; i < left; i += kW) V::store(to + i, V::zero());
-      const float* from = x + begin;
-      int64_t i = left;
-      for (; i + kW <= right; i += kW) V::store(to + i, V::load(from + i));
-      if (i < right) {
-        V::store(to + i, V::load(from + i, V::first(right - i)));
-        i += kW;
-      }
-      for (; i < count; i += kW) V::store(to + i, V::zero());
-    } else if (stride == 2) {
-      for (int64_t i = 0; i < count; i += kW) {
-        const int64_t at = begin + 2 * i, low = std::clamp<int64_t>(-at, 0, 2 * kW),
-                      high = std::clamp<int64_t>(width - at, low, 2 * kW);
-        const uint64_t mask = (uint64_t{1} << high) - (uint64_t{1} << low);
-        V::store(to + i, V::load_even(x + at, static_cast<uint32_t>(mask)));
-      }
-    } else {
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t at = begin + i * stride;
-        to[i] = at >= 0 && at < width ? x[at] : 0.0f;
-      }
+  // One row of a plane: lanes off the image are off in the masks. Writes whole vectors; what lies
+  // beyond the row is the next row's and written later.
+  template <int Stride>
+  static void copy_row(const float* x, const uint32_t* masks, int64_t vecs, float* to) {
+    for (int64_t v = 0; v < vecs; ++v, x += Stride * kW) {
+      V::store(to + v * kW,
+               Stride == 1 ? V::load(x, V::bits(masks[v])) : V::load_even(x, masks[v]));
     }
+  }
+
+  static void copy_row(const TileConv& a, const float* x, int64_t begin, float* to) {
+    for (int64_t i = 0; i < a.pitch; ++i) {
+      const int64_t at = begin + i * a.stride_w;
+      to[i] = at >= 0 && at < a.width ? x[at] : 0.0f;
+    }
+  }
+
+  static void clear(float* to, int64_t count) {
+    for (int64_t i = 0; i < count; i += kW) V::store(to + i, V::zero());
   }
 };
 
@@ -50,19 +40,28 @@ struct ConvPlanes {
 template <class V>
 void conv_planes(const TileConv& a, const ConvSpan& span, int64_t begin, int64_t end, float* copy) {
   using P = ConvPlanes<V>;
-  const int64_t first = span.band * a.band_rows * a.stride_h;
+  const int64_t first = span.band * a.band_rows * a.stride_h, vecs = (a.pitch + P::kW - 1) / P::kW;
   float* to = copy + begin * a.channel_size();
   for (int64_t c = begin; c < end; ++c) {
-    const float* plane = a.x + (span.image * a.channels + c) * a.height * a.width;
+    const float* image = a.x + (span.image * a.channels + c) * a.height * a.width;
     for (int64_t r = 0; r < a.row_planes; ++r) {
       for (int64_t s = 0; s < a.column_planes; ++s) {
+        const int64_t left = a.column_begin[s];
+        const uint32_t* masks = a.masks + s * vecs;
         for (int64_t i = 0; i < a.plane_rows; ++i, to += a.pitch) {
           const int64_t y = first + a.row_begin[r] + i * a.stride_h;
-          const bool inside = y >= 0 && y < a.height;
-          P::copy_row(plane + (inside ? y * a.width : 0), inside ? a.width : 0, a.column_begin[s],
-                      a.stride_w, a.pitch, to);
+          const float* row = image + y * a.width;
+          if (y < 0 || y >= a.height) {
+            P::clear(to, a.pitch);
+          } else if (a.stride_w == 1) {
+            P::template copy_row<1>(row + left, masks, vecs, to);
+          } else if (a.stride_w == 2) {
+            P::template copy_row<2>(row + left, masks, vecs, to);
+          } else {
+            P::copy_row(a, row, left, to);
+          }
         }
-        for (int64_t i = 0; i < a.gap; i += P::kW) V::store(to + i, V::zero());
+        P::clear(to, a.gap);
         to += a.gap;
       }
     }
