@@ -125,7 +125,12 @@ class PlatformWheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
-SOURCES = ["csrc/ops.cpp", "csrc/region.cpp", "csrc/rnn.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))]
+SOURCES = [
+    "csrc/ops.cpp",
+    "csrc/region.cpp",
+    "csrc/rnn.cpp",
+    *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp")),
+]
 # The slowest files first, so that two jobs end together.
 SOURCES.sort(key=lambda path: "avx" not in path)
 

@@ -84,7 +84,9 @@ class Measure:
 
         isa = library.isa() if library.available() else "scalar"
         if inputs is not None:
-            return predicted([cost.predict(*as_linear(w), isa) for w in (inputs, (match, mask))], _concrete(match.geometry.x[0]))
+            return predicted(
+                [cost.predict(*as_linear(w), isa) for w in (inputs, (match, mask))], _concrete(match.geometry.x[0])
+            )
         return cost.predict(match, mask, isa)
 
 

@@ -74,11 +74,18 @@ def test_however_the_work_is_cut(isa: str, lstm: bool, threads: int) -> None:
     st.sampled_from((0.0, 0.3, 1.0)), st.sampled_from((0.0, 0.5, 1.0)), st.booleans(), st.booleans(),
 )  # fmt: skip
 def test_any_shape(
-    seed: int, steps: int, batch: int, hidden: int, g: int, lstm: bool, keep: float, columns: float, bias: bool, reverse: bool
+    seed: int,
+    steps: int,
+    batch: int,
+    hidden: int,
+    g: int,
+    lstm: bool,
+    keep: float,
+    columns: float,
+    bias: bool,
+    reverse: bool,
 ) -> None:
-    args = arguments(
-        steps, batch, hidden, g, lstm, keep=keep, columns=columns, bias=bias, reverse=reverse, seed=seed
-    )
+    args = arguments(steps, batch, hidden, g, lstm, keep=keep, columns=columns, bias=bias, reverse=reverse, seed=seed)
     for isa in every_isa():
         check(args, f"{args} on {isa}")
 
