@@ -1,5 +1,5 @@
-// fxprune::rnn_steps: the recurrence of one layer and direction of an LSTM or a GRU. The products with
-// the inputs of all time steps are done; what is left is one small GEMM and the cell per step.
+// fxprune::rnn_steps: the recurrence of one layer and direction of an LSTM or a GRU. The products
+// with the inputs of all time steps are done; what is left is one small GEMM and the cell per step.
 #include <cstring>
 #include <vector>
 
@@ -76,8 +76,8 @@ std::vector<int64_t> unit_cuts(const TileGemm& a, int64_t each, int64_t parts) {
 }
 
 // With enough rows and a weight that stays in a core's L2, each thread takes rows through all steps
-// and nothing waits. Else every step is cut: where tiles do not straddle gates, a thread computes all
-// gates of its units and their cells at once; where they do, cells wait for all products.
+// and nothing waits. Else every step is cut: where tiles do not straddle gates, a thread computes
+// all gates of its units and their cells at once; where they do, cells wait for all products.
 void run(const Recurrence& r, int64_t values, int64_t threads) {
   constexpr int64_t kInCache = 256 * 1024;  // packed weights
   constexpr int64_t kWorth = 96 * 1024;     // products in a step that are worth waking a thread
@@ -133,8 +133,8 @@ std::vector<Tensor> rnn_steps_cpu(const Tensor& gates_in, const Tensor& h_in,
   check_tensor(gates_in, "gates", element_types().float32, "float32");
   check_tensor(h_in, "h", element_types().float32, "float32");
   STD_TORCH_CHECK(h_in.dim() == 2, "h must have shape (B, H), got ", shape_of(h_in));
-  STD_TORCH_CHECK(gates_in.dim() == 3, "gates must have shape (T, B, ", lstm ? 4 : 3,
-                  " * H), got ", shape_of(gates_in));
+  STD_TORCH_CHECK(gates_in.dim() == 3, "gates must have shape (T, B, ", lstm ? 4 : 3, " * H), got ",
+                  shape_of(gates_in));
   const int64_t steps = gates_in.size(0), rows = h_in.size(0), hidden = h_in.size(1);
   const int64_t n = (lstm ? 4 : 3) * hidden;
   check_shape(gates_in, "gates", {steps, rows, n});

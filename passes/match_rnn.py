@@ -2,8 +2,8 @@
 
     lstm.input(x, [h0, c0], [w_ih, w_hh, b_ih, b_hh, ...])  ->  weight_ih_l0, weight_hh_l0, weight_ih_l0_reverse, ...
 
-A call that cannot be matched is refused with its reason, which ``explain`` prints: packed sequences, projections, plain
-``nn.RNN``, dropout that is on, weights that are computed or written in the graph.
+A call that cannot be matched is refused with its reason, which ``explain`` prints: projections, plain ``nn.RNN``,
+dropout that is on, weights that are computed or written in the graph. Packed sequences are in no graph.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from ..match import Geometry, Match, Recurrent
 from ..weights import qualified_name
 
 _INPUT = (aten.lstm.input, aten.gru.input)
-_PACKED = (aten.lstm.data, aten.gru.data, aten.rnn_tanh.data, aten.rnn_relu.data)
 _PLAIN = (aten.rnn_tanh.input, aten.rnn_relu.input)
 
 
 def match_rnn(gm: GraphModule, ctx: Context) -> int:
     """Append a match per weight of each LSTM or GRU call; returns 0, the graph is unchanged."""
     for node in gm.graph.nodes:
-        if not is_call(node, *_INPUT, *_PACKED, *_PLAIN):
+        if not is_call(node, *_INPUT, *_PLAIN):
             continue
         reason = _refusal(node, ctx)
         if reason is None:
@@ -46,8 +45,6 @@ def parameters(node: Node) -> tuple[list[Node], int]:
 
 
 def _refusal(node: Node, ctx: Context) -> str | None:
-    if is_call(node, *_PACKED):
-        return "the batch of a packed sequence changes from step to step"
     if is_call(node, *_PLAIN):
         return "plain nn.RNN has no kernel, only LSTM and GRU have"
     given, each = parameters(node)

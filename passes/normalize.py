@@ -127,13 +127,13 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Call:
 
 
 def _recurrent(name: str) -> Rule:
-    """torch.lstm and its like take (input, hx, params, ...), or (data, batch_sizes, hx, params, ...) of a packed sequence."""
-    overloads = getattr(aten, name)
+    """torch.lstm and its like: (input, hx, params, ...); a packed sequence has its batch sizes in between."""
+    overload = getattr(aten, name).input
 
-    def rule(*args: Any) -> Call:
-        packed = not isinstance(args[2], (list, tuple))
-        listed = tuple(list(a) if isinstance(a, (list, tuple)) else a for a in args)
-        return (overloads.data if packed else overloads.input), listed
+    def rule(*args: Any) -> Call | None:
+        if not isinstance(args[2], (list, tuple)):
+            return None
+        return overload, tuple(list(a) if isinstance(a, (list, tuple)) else a for a in args)
 
     return rule
 

@@ -1,8 +1,8 @@
 """Decide recurrent layers. Both directions of a layer are one decision, because torch runs them as one call.
 
 Each direction is measured as a pair, weight_ih and weight_hh, against torch's own call at the same number of steps and
-batch; one of the two may hold no zeros and is then kept whole in the tile format. In training the graph keeps torch's call on
-the dense weights.
+batch; one of the two may hold no zeros and is then kept whole in the tile format. In training the graph keeps torch's
+call on the dense weights.
 """
 
 from __future__ import annotations

@@ -28,13 +28,9 @@ def rewrite_rnn(gm: GraphModule, ctx: Context) -> int:
     """Return the number of layers rewritten."""
     rewritten = 0
     for node in list(dict.fromkeys(d.match.node for d in ctx.decisions if d.chosen and d.match.kind == "rnn")):
-        chosen = {d.match.recurrent.position + d.match.recurrent.hidden: d for d in ctx.decisions if _of(d, node)}  # type: ignore[union-attr]
-        rewritten += _Call(node, ctx).rewrite(chosen)
+        mine = [(d.match.recurrent, d) for d in ctx.decisions if d.chosen and d.match.node is node]
+        rewritten += _Call(node, ctx).rewrite({r.position + r.hidden: d for r, d in mine if r is not None})
     return rewritten
-
-
-def _of(decision: Decision, node: Node) -> bool:
-    return decision.chosen and decision.match.node is node and decision.match.recurrent is not None
 
 
 class _Call:
@@ -93,11 +89,11 @@ class _Call:
             for d, layer in zip((inputs, hidden), layers, strict=True)
         ]
         n = inputs.match.matrix_shape[0]
-        biases = self.params[row * self.each + 2 : (row + 1) * self.each] or [None, None]
+        biases: list[Any] = self.params[row * self.each + 2 : (row + 1) * self.each] or [None, None]
         before, after = (self._add(aten.add.Tensor, *biases), None) if self.lstm and biases[0] else biases
         gates = self._add(_GEMM, x, *weights[0], before, None, None, n, layers[0].tiling.granularity, -1, "none")
-        states = [self._add(aten.select.int, s, 0, row) for s in self.states]
-        states = states if self.lstm else [states[0], None]  # type: ignore[list-item]
+        states: list[Any] = [self._add(aten.select.int, s, 0, row) for s in self.states]
+        states += [] if self.lstm else [None]
         backwards = row % self.directions == 1
         steps = self._add(_STEPS, gates, *states, *weights[1], after, layers[1].tiling.granularity, backwards)
         return [self._add(operator.getitem, steps, i) for i in range(3 if self.lstm else 2)]

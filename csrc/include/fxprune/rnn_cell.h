@@ -34,7 +34,8 @@ void lstm_cell(const float* gates, int64_t hidden, float* c, float* h, int64_t c
 }
 
 // gates: the input's part, recurrent: the hidden state's part, biases included.
-//   n = tanh(gates_n + sigmoid(r) * recurrent_n),   h = (1 - sigmoid(z)) * n + sigmoid(z) * previous
+//   n = tanh(gates_n + sigmoid(r) * recurrent_n),   h = (1 - sigmoid(z)) * n + sigmoid(z) *
+//   previous
 template <class V>
 void gru_cell(const float* gates, const float* recurrent, int64_t hidden, const float* previous,
               float* h, int64_t count) {
