@@ -86,7 +86,7 @@ def test_pieces_are_small_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_gram_matrix_is_that_of_the_inputs() -> None:
     model, batches = mobile(), [image(seed=1), image(seed=2)]
     matches = prunable(model, image(), Config(), None)
-    grams = record(model, matches, dict(model.named_parameters()), Calibration(batches))
+    grams = record(model, matches, Calibration(batches))
     assert set(grams) == {"dw.weight", "pw.weight", "fc.weight"}
     x = torch.cat(batches)
     windows = F.unfold(x, 3, padding=1).reshape(4, 16, 9, 64).permute(1, 2, 0, 3).flatten(2).double()
@@ -108,7 +108,7 @@ def test_a_weight_used_twice_adds_up_and_either_orientation_is_known() -> None:
 
     model, x = Tied(), integers(5, 6)
     matches = prunable(model, x, Config(), None)
-    gram = record(model, matches, dict(model.named_parameters()), Calibration([x]))["w"]
+    gram = record(model, matches, Calibration([x]))["w"]
     w = model.w.detach()
     seen = torch.cat([x, x @ w.t(), x @ w.t() @ w.t()]).double()
     assert torch.equal(gram.matrix[0], seen.t() @ seen) and gram.rows == 15
