@@ -63,7 +63,10 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(tuple(row))
             print("    " + "  ".join(row), flush=True)
     head = ("zeros", "importance", "accuracy", "error", "refitted", "its error", "sequential", "its own error")
-    summary = {"dense accuracy": f"{accuracy(model, test_set):.1%}", "calibration images": sum(len(y) for _, y in calibration)}
+    summary = {
+        "dense accuracy": f"{accuracy(model, test_set):.1%}",
+        "calibration images": sum(len(y) for _, y in calibration),
+    }
     print(Table("\npruned without fine-tuning", head, rows, summary))
     return 0
 

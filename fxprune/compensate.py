@@ -7,8 +7,9 @@ exactly instead of column by column: with S the kept and P the pruned inputs of 
     W'[S] = W[S] + W[P] H[P,S] (H[S,S] + d I)^-1.
 
 ``d`` pulls towards the weight as it was, so the error never exceeds that of the mask alone. Where the layers before are
-pruned as well, inputs are x' and targets W x, which adds (W X X'^T - W X' X'^T)[:,S] to the right-hand side. Features with one support,
-such as those of a tile, share a factorisation. With a bias, H is centred and the bias takes the shift of the mean.
+pruned as well, inputs are x' and targets W x, which adds (W X X'^T - W X' X'^T)[:,S] to the right-hand side.
+Features with one support, such as those of a tile, share a factorisation. With a bias, H is centred and the bias takes
+the shift of the mean.
 """
 
 from __future__ import annotations
@@ -52,9 +53,8 @@ class Gram:
     @classmethod
     def zeros(cls, groups: int, size: int, device: torch.device | str = "cpu", own: bool = False) -> Gram:
         """Return an empty one; with ``own`` x' may differ from x."""
-        square, line = torch.zeros(groups, size, size, dtype=torch.float64, device=device), torch.zeros(
-            groups, size, dtype=torch.float64, device=device
-        )
+        square = torch.zeros(groups, size, size, dtype=torch.float64, device=device)
+        line = torch.zeros(groups, size, dtype=torch.float64, device=device)
         if own:
             return cls(square, square.clone(), square.clone(), line, line.clone())
         return cls(square, square, square, line, line)
@@ -175,7 +175,7 @@ def record(
         beside = patches(held[name].pop(0)) if dense is not None else repeat(None)
         for inputs, others in zip(patches(call), beside, strict=False):
             if name not in grams:
-                grams[name] = Gram.zeros(*inputs.shape[:2], device=inputs.device, own=dense is not None)
+                grams[name] = Gram.zeros(inputs.shape[0], inputs.shape[1], inputs.device, own=dense is not None)
             grams[name].add(inputs, others)
 
     if dense is not None:
@@ -243,10 +243,10 @@ def _problems(keep: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         batch = max(1, _BUDGET // (32 * size * size))
         for start in range(0, len(problems), batch):
             piece = problems[start : start + batch]
-            group = torch.tensor([g for g, _ in piece], device=keep.device)
-            feature = torch.tensor([f for _, f in piece], device=keep.device)
-            support = keep[group, feature[:, 0]].nonzero()[:, 1].reshape(len(piece), size)
-            yield group, feature, support
+            at = torch.tensor([g for g, _ in piece], device=keep.device)
+            members = torch.tensor([f for _, f in piece], device=keep.device)
+            support = keep[at, members[:, 0]].nonzero()[:, 1].reshape(len(piece), size)
+            yield at, members, support
 
 
 def _error(dense: Tensor, weight: Tensor, shift: Tensor, gram: Gram) -> float:

@@ -33,9 +33,7 @@ class Search:
         return {f"search {key}": value for key, value in asdict(self).items()}
 
 
-def largest_scale(
-    decide: Callable[[float], T], evaluate: Callable[[T | None], float], max_drop: float
-) -> tuple[T, Search]:
+def largest_scale(decide: Callable[[float], T], evaluate: Callable[[T | None], float], max_drop: float) -> tuple[T, Search]:
     """Bisect the share of the sparsity; ``evaluate(None)`` is the dense model's metric.
 
     Returns what ``decide`` gave at the largest share that kept the metric. The metric is taken to fall with the share.

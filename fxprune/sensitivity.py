@@ -115,10 +115,10 @@ def _units(matches: Sequence[Match], groups: Mapping[str, Sequence[str]]) -> dic
                     raise ConfigError(name="groups", given=match.name, expected="layers that are in one group only")
                 if match not in units.setdefault(group, []):
                     units[group].append(match)
-    names = [m.name for m in layers.values()]
+    every = [m.name for m in layers.values()]
     for match in layers.values():
         if match.parameter not in taken:
-            units[match.name if names.count(match.name) == 1 else match.parameter] = [match]
+            units[match.name if every.count(match.name) == 1 else match.parameter] = [match]
     return units
 
 

@@ -317,3 +317,25 @@ def test_a_refit_is_plain_data() -> None:
     weight = draw(0, 2, 3)
     result = refit(weight, torch.ones(2, 3, dtype=torch.bool), gram_of(draw(1, 1, 3, 5)))
     assert isinstance(result, Refit) and torch.equal(result.weight, weight) and result.before == result.after == 0.0
+
+
+def test_sequential_fits_the_second_layer_to_the_dense_output() -> None:
+    """Two linear layers: the second sees the pruned first, and solves the regression onto what the dense two give."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(12, 16, bias=False), nn.Linear(16, 8, bias=False)), draw(0, 60, 12)
+    result = fxprune.prune(model, x, sparsity=0.5, granularity=8, columns=False, calibration=[x], compensate="sequential")
+    first, second = result.model
+    with torch.no_grad():
+        inputs, wanted = first(x), model(x)
+    gram = Gram.zeros(1, 16, own=True)
+    gram.add(inputs.t()[None].double(), model[0](x).detach().t()[None].double())
+    expected = refit(model[1].weight, lookup(second.weight).mask, gram)
+    torch.testing.assert_close(second.weight.detach(), expected.weight)
+    exact = refit(model[1].weight, lookup(second.weight).mask, gram, damping=0.0)
+    for row in range(8):
+        kept = lookup(second.weight).mask[row]
+        solution = torch.linalg.lstsq(inputs[:, kept].double(), wanted[:, row, None].double()).solution[:, 0]
+        torch.testing.assert_close(exact.weight[row, kept].double(), solution, rtol=1e-3, atol=1e-4)
+    row_ = result.report.to_dict()["rows"][1]
+    error_ = ((result.model(x) - wanted).norm() / wanted.norm()).item()
+    assert float(row_["refitted"].rstrip("%")) / 100 == pytest.approx(error_, abs=1e-4)

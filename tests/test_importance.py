@@ -87,7 +87,9 @@ def test_taylor_takes_the_loss_of_the_output() -> None:
     loss = F.cross_entropy(model.fc(x), labels)
     (gradient,) = torch.autograd.grad(loss, [model.fc.weight])
     torch.testing.assert_close(given, ((gradient * model.fc.weight) ** 2).detach())
-    assert fxprune.prune(model, x, sparsity=0.5, importance="taylor", calibration=[batch], columns=False).sparsity["all"] == 0.5
+    assert (
+        fxprune.prune(model, x, sparsity=0.5, importance="taylor", calibration=[batch], columns=False).sparsity["all"] == 0.5
+    )
 
 
 def test_wanda_weighs_by_the_norm_of_the_input() -> None:

@@ -94,9 +94,8 @@ def test_groups_and_options() -> None:
 def test_a_shared_weight_is_one_row() -> None:
     model = Three()
     model.small.weight = model.essential.weight
-    assert sorted(layers(fxprune.sensitivity(model, X, sparsities=(0.5,)))) == ["essential", "irrelevant"] or sorted(
-        layers(fxprune.sensitivity(model, X, sparsities=(0.5,)))
-    ) == ["irrelevant", "small"]
+    found = layers(fxprune.sensitivity(model, X, sparsities=(0.5,)))
+    assert len(found) == 2 and "irrelevant" in found
 
 
 def test_the_report_is_data() -> None:
@@ -142,7 +141,11 @@ BAD: dict[str, tuple[type[FxPruneError], str, dict[str, Any]]] = {
     "eval_fn": (ConfigError, "'eval_fn' got 3", {"eval_fn": 3}),
     "nothing": (ConfigError, "'eval_fn' got 'the result None'", {"eval_fn": lambda _: None}),
     "NaN": (ConfigError, "'eval_fn' got 'the result nan'", {"eval_fn": lambda _: float("nan")}),
-    "group": (ConfigError, r"groups\['g'\].* got 'smal'; expected layers among irrelevant, small", {"groups": {"g": ["smal"]}}),
+    "group": (
+        ConfigError,
+        r"groups\['g'\].* got 'smal'; expected layers among irrelevant, small",
+        {"groups": {"g": ["smal"]}},
+    ),
     "two groups": (ConfigError, "'groups' got 'small'", {"groups": {"g": ["small"], "h": ["s*"]}}),
     "ignored": (UnknownLayer, "did you mean 'small'", {"ignored_layers": ("smal",)}),
     "importance": (MissingCalibration, "importance='wanda'", {"importance": "wanda"}),
@@ -236,7 +239,9 @@ def test_a_bad_search_is_named(name: str) -> None:
         fxprune.prune(Three(), X, sparsity=0.5, **options)
 
 
-def test_progress_is_silent_away_from_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_silent_away_from_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     items = [1, 2]
     assert progress(items, "work") is items
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
