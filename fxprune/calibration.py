@@ -73,7 +73,7 @@ class Calibration:
     def loss(self, output: Any, targets: Any) -> Tensor:
         """Return the scalar loss of a batch: ``loss_fn``'s, or the one in the output (transformers)."""
         if self.loss_fn is not None:
-            loss = self.loss_fn(output, targets)
+            loss: Any = self.loss_fn(output, targets)
         else:
             loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:

@@ -6,15 +6,18 @@ exactly instead of column by column: with S the kept and P the pruned inputs of 
 
     W'[S] = W[S] + W[P] H[P,S] (H[S,S] + d I)^-1.
 
-``d`` pulls towards the weight as it was, so the error never exceeds that of the mask alone. Features with one support,
-such as those of a tile, share a factorisation. With a bias, H is centred and the bias takes the shift of the mean.
+``d`` pulls towards the weight as it was, so the error never exceeds that of the mask alone. Where the layers before are
+pruned as well, inputs are x' and targets W x, which adds (W X X'^T - W X' X'^T)[:,S] to the right-hand side.
+Features with one support, such as those of a tile, share a factorisation. With a bias, H is centred and the bias takes
+the shift of the mean.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -34,22 +37,37 @@ _BUDGET = 1 << 28  # bytes of float64 matrices held at a time
 
 @dataclass(eq=False)
 class Gram:
-    """Second moments of a layer's inputs: matrix (groups, K, K), total (groups, K), float64; over ``rows`` inputs."""
+    """Second moments of a layer's inputs x, and of those x' that its weight is to be fitted to; float64.
 
+    dense: sum of x x^T, cross: of x x'^T, matrix: of x' x'^T, all (groups, K, K). dense_total, total: sums of x and of
+    x', (groups, K). rows: how many inputs. Where x' is x they are the same tensors.
+    """
+
+    dense: Tensor
+    cross: Tensor
     matrix: Tensor
+    dense_total: Tensor
     total: Tensor
     rows: int = 0
 
     @classmethod
-    def zeros(cls, groups: int, size: int, device: torch.device | str = "cpu") -> Gram:
-        options = {"dtype": torch.float64, "device": device}
-        return cls(torch.zeros(groups, size, size, **options), torch.zeros(groups, size, **options))  # type: ignore[arg-type]
+    def zeros(cls, groups: int, size: int, device: torch.device | str = "cpu", own: bool = False) -> Gram:
+        """Return an empty one; with ``own`` x' may differ from x."""
+        square = torch.zeros(groups, size, size, dtype=torch.float64, device=device)
+        line = torch.zeros(groups, size, dtype=torch.float64, device=device)
+        if own:
+            return cls(square, square.clone(), square.clone(), line, line.clone())
+        return cls(square, square, square, line, line)
 
-    def add(self, inputs: Tensor) -> None:
-        """Add inputs of shape (groups, K, rows)."""
+    def add(self, inputs: Tensor, dense: Tensor | None = None) -> None:
+        """Add x' (groups, K, rows), and x beside it unless they are the same."""
         self.matrix.baddbmm_(inputs, inputs.transpose(1, 2))
         self.total += inputs.sum(2)
         self.rows += inputs.shape[2]
+        if dense is not None:
+            self.cross.baddbmm_(dense, inputs.transpose(1, 2))
+            self.dense.baddbmm_(dense, dense.transpose(1, 2))
+            self.dense_total += dense.sum(2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,29 +89,30 @@ def refit(weight: Tensor, mask: Tensor, gram: Gram, bias: Tensor | None = None, 
     groups, size, _ = gram.matrix.shape
     dense = weight.detach().double().reshape(groups, -1, size)
     keep = mask.reshape(dense.shape)
-    mean = gram.total / max(gram.rows, 1)
-    moment = gram.matrix
+    masked = torch.where(keep, dense, 0.0)
+    mean, dense_mean = (total / max(gram.rows, 1) for total in (gram.total, gram.dense_total))
+    moment, cross = gram.matrix, gram.cross
     if bias is not None:
         moment = moment - gram.rows * mean[:, :, None] * mean[:, None, :]
-    lost = torch.where(keep, 0.0, dense)
-    pull = lost @ moment
-    fitted = dense - lost
+        cross = cross - gram.rows * dense_mean[:, :, None] * mean[:, None, :]
+    pull = dense @ cross - masked @ moment
     raw, spread = (m.diagonal(dim1=1, dim2=2).mean(1) for m in (gram.matrix, moment))
     strength = damping * spread.clamp_min(0) + _FLOOR * raw + torch.finfo(torch.float64).tiny
+    fitted = masked.clone()
     for group, feature, support in _problems(keep):
         left = moment[group[:, None, None], support[:, :, None], support[:, None, :]]
         left.diagonal(dim1=1, dim2=2).add_(strength[group, None])
         at = (group[:, None, None], feature[:, :, None], support[:, None, :])
         fitted[at] += torch.cholesky_solve(pull[at].transpose(1, 2), torch.linalg.cholesky(left)).transpose(1, 2)
     new = fitted.reshape(weight.shape).to(weight.dtype)
-    moved = dense - new.double().reshape(dense.shape)
+    used = new.double().reshape(dense.shape)
     new_bias, shift = None, dense.new_zeros(dense.shape[:2])
     if bias is not None:
-        new_bias = (bias.detach().double() + (moved @ mean[:, :, None]).flatten()).to(bias.dtype)
+        move = (dense @ dense_mean[:, :, None] - used @ mean[:, :, None]).flatten()
+        new_bias = (bias.detach().double() + move).to(bias.dtype)
         shift = (bias.detach().double() - new_bias.double()).reshape(shift.shape)
-    scale = _energy(dense, torch.zeros_like(shift), gram)
-    before = _ratio(_energy(lost, torch.zeros_like(shift), gram), scale)
-    after = _ratio(_energy(moved, shift, gram), scale)
+    before = _error(dense, masked, torch.zeros_like(shift), gram)
+    after = _error(dense, used, shift, gram)
     if not after < before:
         return Refit(weight.detach() * mask, bias, before, before)
     return Refit(new, new_bias, before, after)
@@ -105,19 +124,20 @@ def refit_layers(
     """Return new values by parameter; the model is not changed.
 
     chosen: by parameter, graphs in the order in which they run.
-    Inputs are those of the dense model. With ``sequential`` they are those behind the layers refitted before, one pass
-    over the data per layer, which also makes up for errors on the way. A layer that no recorded call uses is absent.
+    Inputs are those of the dense model. With ``sequential`` a layer sees those behind the layers refitted before, and is
+    fitted to the dense model's outputs all the same, so that it makes up for errors on the way; that takes two passes
+    over the data per layer. A layer that no recorded call uses is absent.
     """
     network = copy.deepcopy(model) if sequential else model
-    parameters = dict(network.named_parameters(remove_duplicate=False))
+    parameters, originals = (dict(m.named_parameters(remove_duplicate=False)) for m in (network, model))
     found: dict[str, Refit] = {}
     for part in _parts(list(chosen.values()), 0 if sequential else _BUDGET):
         matches = [choice.match for choice in part]
-        for name, gram in record(network, matches, parameters, data).items():
+        for name, gram in record(network, matches, data, model if sequential else None).items():
             match = chosen[name].match
             bias = _bias_name(match, parameters)
-            given = None if bias is None else parameters[bias]
-            found[name] = refit(match.matrix(parameters[name]), chosen[name].layer.mask, gram, given)
+            given = None if bias is None else originals[bias]
+            found[name] = refit(match.matrix(originals[name]), chosen[name].layer.mask, gram, given)
             if sequential:
                 write_refit(match, found[name], parameters)
     return found
@@ -133,29 +153,44 @@ def write_refit(match: Match, values: Refit, parameters: Mapping[str, nn.Paramet
 
 
 def record(
-    model: nn.Module, matches: Sequence[Match], parameters: Mapping[str, nn.Parameter], data: Calibration
+    network: nn.Module, matches: Sequence[Match], data: Calibration, dense: nn.Module | None = None
 ) -> dict[str, Gram]:
-    """Return the Gram matrix of the inputs of each layer, by parameter; calls of one weight add up.
+    """Return the moments of the inputs of each layer, by parameter; calls of one weight add up.
 
+    dense: the model whose inputs are x where ``network``'s are x'. All inputs of the layers in it are held at a time.
     Raises :class:`~fxprune.errors.CalibrationError` when inputs are not finite.
     """
     layers = {m.parameter: m for m in matches}
     grams: dict[str, Gram] = {}
+    held: dict[str, list[Call]] = {name: [] for name in layers}
+
+    def hold(call: Call) -> None:
+        if call.transposed == layers[call.parameter].transposed:
+            held[call.parameter].append(replace(call, x=call.x.clone()))
 
     def add(call: Call) -> None:
-        if call.transposed != layers[call.parameter].transposed:
+        name = call.parameter
+        if call.transposed != layers[name].transposed:
             return
-        for inputs in patches(call):
-            if call.parameter not in grams:
-                grams[call.parameter] = Gram.zeros(*inputs.shape[:2], device=inputs.device)
-            grams[call.parameter].add(inputs)
+        beside = patches(held[name].pop(0)) if dense is not None else repeat(None)
+        for inputs, others in zip(patches(call), beside, strict=False):
+            if name not in grams:
+                grams[name] = Gram.zeros(inputs.shape[0], inputs.shape[1], inputs.device, own=dense is not None)
+            grams[name].add(inputs, others)
 
-    data.record(model, {name: parameters[name] for name in layers}, add)
+    if dense is not None:
+        data.record(dense, _weights(dense, layers), hold)
+    data.record(network, _weights(network, layers), add)
     for name, gram in grams.items():
-        if not torch.isfinite(gram.matrix).all():
+        if not torch.isfinite(gram.matrix).all() or not torch.isfinite(gram.dense).all():
             reason = f"the inputs of {layers[name].name!r} are not finite on them"
             raise CalibrationError(reason=reason, remedy="Remove the batches that overflow.")
     return grams
+
+
+def _weights(network: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    return {name: parameters[name] for name in names}
 
 
 def _bias_name(match: Match, parameters: Mapping[str, nn.Parameter]) -> str | None:
@@ -208,18 +243,16 @@ def _problems(keep: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         batch = max(1, _BUDGET // (32 * size * size))
         for start in range(0, len(problems), batch):
             piece = problems[start : start + batch]
-            group = torch.tensor([g for g, _ in piece], device=keep.device)
-            feature = torch.tensor([f for _, f in piece], device=keep.device)
-            support = keep[group, feature[:, 0]].nonzero()[:, 1].reshape(len(piece), size)
-            yield group, feature, support
+            at = torch.tensor([g for g, _ in piece], device=keep.device)
+            members = torch.tensor([f for _, f in piece], device=keep.device)
+            support = keep[at, members[:, 0]].nonzero()[:, 1].reshape(len(piece), size)
+            yield at, members, support
 
 
-def _energy(weight: Tensor, shift: Tensor, gram: Gram) -> float:
-    """Return the sum of squares of ``weight x + shift`` over the inputs; weight (groups, n, K), shift (groups, n)."""
-    product = (weight @ gram.matrix * weight).sum()
-    cross = 2 * (shift * (weight @ gram.total[:, :, None])[:, :, 0]).sum()
-    return max((product + cross + gram.rows * shift.square().sum()).item(), 0.0)
-
-
-def _ratio(error: float, scale: float) -> float:
-    return (error / scale) ** 0.5 if scale else (0.0 if not error else float("inf"))
+def _error(dense: Tensor, weight: Tensor, shift: Tensor, gram: Gram) -> float:
+    """Return ``||dense x - weight x' + shift|| / ||dense x||``; weights (groups, n, K), shift (groups, n)."""
+    scale = (dense @ gram.dense * dense).sum()
+    total = scale - 2 * (dense @ gram.cross * weight).sum() + (weight @ gram.matrix * weight).sum()
+    drift = (dense @ gram.dense_total[:, :, None] - weight @ gram.total[:, :, None])[:, :, 0]
+    error = max((total + 2 * (shift * drift).sum() + gram.rows * shift.square().sum()).item(), 0.0)
+    return (error / scale.item()) ** 0.5 if scale else (0.0 if not error else float("inf"))

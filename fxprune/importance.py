@@ -53,7 +53,7 @@ def element_scores(match: Match, config: Config) -> Tensor:
     if importance in NEEDS_DATA:
         raise MissingCalibration(option=f"importance={importance!r}")
     if importance == "random":
-        seed = zlib.crc32(match.parameter.encode()) ^ config.seed << 32  # of the layer, not of the order of layers
+        seed = zlib.crc32(f"{config.seed}/{match.parameter}".encode())  # of the layer, not of the order of layers
         return torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)).to(weight.device)
     return weight.square() if importance == "l2" else weight.abs()
 

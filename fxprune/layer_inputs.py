@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -64,7 +63,7 @@ class Recorder(TorchFunctionMode):
             if base.dim() == 2 and weight.shape == base.t().shape and weight.stride() == base.t().stride():
                 name, swapped = self._names.get(id(base)), True
         x = given.get("input", given.get("mat1"))
-        if name is None or not isinstance(x, Tensor):
+        if name is None or not isinstance(x, Tensor) or not isinstance(weight, Tensor):
             return None
         if function.startswith("conv"):
             return _convolution(name, x, weight, given)

@@ -256,7 +256,7 @@ def _weighted(layers: list[LayerPlan]) -> float:
 
 
 def _table(layers: list[LayerPlan], refits: dict[str, Refit], search: Search | None) -> Table:
-    head = ("layer", "kind", "pattern", "shape", "target", "sparsity", "kept per tile", "note")
+    head: tuple[str, ...] = ("layer", "kind", "pattern", "shape", "target", "sparsity", "kept per tile", "note")
     if refits:
         head += ("output error", "refitted")
     rows = []
@@ -264,7 +264,7 @@ def _table(layers: list[LayerPlan], refits: dict[str, Refit], search: Search | N
         kept = f"{min(layer.counts)}..{max(layer.counts)}" if layer.counts else "-"
         shape = "x".join(map(str, layer.shape))
         numbers = (f"{layer.target:.1%}", f"{layer.sparsity:.1%}")
-        row = (layer.name, layer.kind, layer.pattern, shape, *numbers, kept, layer.note)
+        row: tuple[str, ...] = (layer.name, layer.kind, layer.pattern, shape, *numbers, kept, layer.note)
         if refits:
             values = refits.get(layer.parameter)
             row += (f"{values.before:.2%}", f"{values.after:.2%}") if values else ("-", "not recorded")

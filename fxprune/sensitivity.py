@@ -17,7 +17,7 @@ from fxprune.config import Config
 from fxprune.errors import CalibrationError, ConfigError
 from fxprune.importance import calibrate, element_scores
 from fxprune.match import Match
-from fxprune.planner import Choice, hits
+from fxprune.planner import Choice, hits, targets
 from fxprune.prune import masks, prunable
 from fxprune.report import Table
 from fxprune.search import metric
@@ -57,26 +57,26 @@ def sensitivity(
     config = Config.from_options({"sparsity": float(sparsities[0]), **options})
     data = Calibration.of(calibration, loss_fn)
     matches = prunable(model, example_inputs, config, filter_fn)
+    asked = targets(matches, config)
+    matches = [m for m in matches if m.parameter in asked]
     config = calibrate(config, model, matches, data)
     network = copy.deepcopy(model)
     what, dense, measure = _measure(network, eval_fn, data, config)
     rows = []
     for name, members in progress(_units(matches, groups or {}).items(), "sensitivity"):
-        if all(any(hits(key, m.name, m.parameter) for key in config.ignored_layers) for m in members):
-            continue
         values = []
         for sparsity in sparsities:
-            chosen = masks(members, replace(config, sparsity=float(sparsity)))
+            chosen = masks(members, replace(config, sparsity=float(sparsity), ignored_layers=()))
             with pruned(network, chosen):
                 values.append(measure(chosen))
         drop = sum(dense - value if eval_fn is not None else value for value in values) / len(values)
         kinds = "+".join(sorted({m.kind for m in members}))
-        rows.append((name, kinds, sum(m.value.numel() for m in members), *values, drop))
-    rows.sort(key=lambda row: -row[-1])
+        rows.append((name, kinds, sum(m.value.numel() for m in members), *map(_short, values), drop))
+    rows = [(*row[:-1], _short(row[-1])) for row in sorted(rows, key=lambda row: -row[-1])]
     head = ("layer", "kind", "weights", *[f"{s:g}" for s in sparsities], "sensitivity")
     summary: dict[str, Any] = {"measured": what}
     if eval_fn is not None:
-        summary["dense"] = dense
+        summary["dense"] = _short(dense)
     return Table("sensitivity of layers pruned alone, by sparsity", head, rows, summary)
 
 
@@ -115,10 +115,10 @@ def _units(matches: Sequence[Match], groups: Mapping[str, Sequence[str]]) -> dic
                     raise ConfigError(name="groups", given=match.name, expected="layers that are in one group only")
                 if match not in units.setdefault(group, []):
                     units[group].append(match)
-    names = [m.name for m in layers.values()]
+    every = [m.name for m in layers.values()]
     for match in layers.values():
         if match.parameter not in taken:
-            units[match.name if names.count(match.name) == 1 else match.parameter] = [match]
+            units[match.name if every.count(match.name) == 1 else match.parameter] = [match]
     return units
 
 
@@ -143,6 +143,10 @@ def _measure(
         return (sum((a - b).square().sum().item() for a, b in zip(found, dense, strict=True)) / scale) ** 0.5
 
     return "relative error of the model's outputs", 0.0, error
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def _lost(chosen: Trial, config: Config) -> float:

@@ -40,3 +40,16 @@ def test_digits(capsys: pytest.CaptureFixture[str]) -> None:
     assert shares["fine-tuned"] > 60
     assert shares["compiled"] == pytest.approx(shares["fine-tuned"], abs=0.5)
     assert "verified against fp64" in printed
+
+
+@pytest.mark.slow
+def test_compensation(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    options = ["--epochs", "2", "--batches", "1", "--sparsities", "0.3", "--importances", "taylor"]
+    assert load("compensation").main(options) == 0
+    printed = capsys.readouterr().out
+    (row,) = [line.split() for line in printed.partition("pruned without fine-tuning")[2].splitlines() if "taylor" in line]
+    assert row[0] == "30%" and len(row) == 8 and all(cell.endswith("%") for cell in row[2:])
+    errors = [float(cell.rstrip("%")) for cell in row[3::2]]
+    assert min(errors) > 0 and errors[2] < errors[0]
+    assert "dense accuracy" in printed
