@@ -1,9 +1,9 @@
 """Block sparsity: whole blocks of R output features x C inputs go, those with the smallest L2 norm first.
 
-    values  f32 (blocks, R, C)   kept blocks by row of blocks; what sticks out of the weight is 0 (BSR)
-    index   i32 (blocks)         block column of each, increasing in a row of blocks
-    row_ptr i32 (rows + 1)       offsets into index
-    header  out_features (N), in_features (K), rows (R), columns (C)
+values  f32 (blocks, R, C)   kept blocks by row of blocks; what sticks out of the weight is 0 (BSR)
+index   i32 (blocks)         block column of each, increasing in a row of blocks
+row_ptr i32 (rows + 1)       offsets into index
+header  out_features (N), in_features (K), rows (R), columns (C)
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Block:
     def parse(cls, name: str) -> Block | None:
         """Return the pattern called ``block:RxC``; ``None`` for another name or an empty block."""
         found = re.fullmatch(r"block:(\d+)x(\d+)", name)
-        sizes = tuple(map(int, found.groups())) if found else (0, 0)
-        return cls(*sizes, name) if min(sizes) > 0 else None
+        rows, columns = map(int, found.groups()) if found else (0, 0)
+        return cls(rows, columns, name) if min(rows, columns) > 0 else None
 
     def choose(self, ask: Ask) -> dict[str, LayerMask]:
         """Keep the nearest number of blocks, at least one, in each layer or in all with ``scope="global"``."""

@@ -97,7 +97,9 @@ def plan_layers(
             raise ConfigError(name=option, given=value, expected="an integer >= 1")
     most = min([0.5, *(min(s, 1.0 - s) for s in sparsity.values())]) if sparsity and apriori else 0.0
     if not 0.0 <= apriori <= most:
-        raise ConfigError(name="apriori", given=apriori, expected=f"0 <= apriori <= {most:g}, what is dropped and what is kept")
+        raise ConfigError(
+            name="apriori", given=apriori, expected=f"0 <= apriori <= {most:g}, what is dropped and what is kept"
+        )
     layers = {}
     for name, importance in importances.items():
         ratio = sparsity.get(name, -1.0)
@@ -109,9 +111,7 @@ def plan_layers(
             raise mismatch(importance.shape, width, "it has no elements", "Exclude it with ignored_layers.")
         two_dimensional = columns if isinstance(columns, bool) else columns[name]
         importance = real(importance)
-        layers[name] = _Layer(
-            importance, scale_of(name, importance), ratio, width, two_dimensional, apriori
-        )
+        layers[name] = _Layer(importance, scale_of(name, importance), ratio, width, two_dimensional, apriori)
     groups = [list(layers)] if scope == "global" and layers else [[name] for name in layers]
     plan: dict[str, LayerMask] = {}
     for names in groups:

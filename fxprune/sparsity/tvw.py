@@ -66,11 +66,15 @@ class Tvw:
         """Pack ``weight`` (N, K) f32. Raises :class:`TileMismatch` when a tile's rows do not keep n of m."""
         mask = mask.bool()
         if tuple(mask.shape) != tuple(tiling.shape):
-            raise mismatch(mask.shape, tiling.granularity, f"the tiling is of shape {tiling.shape}", "Build the tiling anew.")
+            raise mismatch(
+                mask.shape, tiling.granularity, f"the tiling is of shape {tiling.shape}", "Build the tiling anew."
+            )
         rows = [mask[tiling.members(t)].any(0) for t in range(tiling.tiles)] if tiling.rows is None else list(tiling.rows)
         packed = Tile().pack(weight, Tile().mask(tiling, rows), tiling)
         if bool((mask & ~Tile().mask(tiling, rows)).any()):
-            raise mismatch(mask.shape, tiling.granularity, "the mask keeps weights outside its tiles", "Build both together.")
+            raise mismatch(
+                mask.shape, tiling.granularity, "the mask keeps weights outside its tiles", "Build both together."
+            )
         values, places = [weight.new_zeros(0)], [torch.zeros(0, dtype=torch.uint8)]
         for t, kept in enumerate(rows):
             members, index = tiling.members(t), kept.nonzero().flatten()

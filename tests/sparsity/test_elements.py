@@ -89,7 +89,12 @@ def test_block_keeps_the_nearest_number_of_blocks(name: str, kept: int) -> None:
     assert int(blocks.sum()) == kept and bool(((blocks == 0) | (blocks == 1)).all())
 
 
-@given(n=st.sampled_from([8, 24, 40, 70]), k=st.sampled_from([32, 48, 80, 100]), share=st.sampled_from([0.5, 0.6, 0.75, 0.9]), seed=seeds)
+@given(
+    n=st.sampled_from([8, 24, 40, 70]),
+    k=st.sampled_from([32, 48, 80, 100]),
+    share=st.sampled_from([0.5, 0.6, 0.75, 0.9]),
+    seed=seeds,
+)
 def test_tvw_keeps_n_of_m_of_the_compacted_rows(n: int, k: int, share: float, seed: int) -> None:
     scores = drawn(n, k, seed) + 0.01
     layer = choose("tvw", {"w": scores}, share, granularity=16)["w"]

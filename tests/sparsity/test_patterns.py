@@ -331,7 +331,9 @@ def test_names_hold_parameters(name: str) -> None:
     assert get(name).name == name
 
 
-@pytest.mark.parametrize("name", ["0:4", "5:4", "1:33", "2:4:8", "block:0x3", "block:3", "tvw:5:4", "tvw:2", "tew:0", "tew:1.5", ""])
+@pytest.mark.parametrize(
+    "name", ["0:4", "5:4", "1:33", "2:4:8", "block:0x3", "block:3", "tvw:5:4", "tvw:2", "tew:0", "tew:1.5", ""]
+)
 def test_names_with_illegal_parameters_are_unknown(name: str) -> None:
     with pytest.raises(UnknownPattern, match="Legal patterns"):
         get(name)

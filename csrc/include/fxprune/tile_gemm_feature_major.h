@@ -112,7 +112,8 @@ struct FeatureMajor {
 
   template <int... I>
   static constexpr std::array<Kernel, sizeof...(I)> table(std::integer_sequence<int, I...>) {
-    return {{&strip<I / kMostVecs + 1, std::min(I % kMostVecs + 1, vecs_of(I / kMostVecs + 1))>...}};
+    return {
+        {&strip<I / kMostVecs + 1, std::min(I % kMostVecs + 1, vecs_of(I / kMostVecs + 1))>...}};
   }
 
   // The strip of `rows` output features and `vecs` vectors, at most vecs_of(rows).
