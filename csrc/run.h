@@ -132,7 +132,8 @@ inline void run_tile_gemm(const TileGemm& a, bool feature_major, int64_t values,
 constexpr int64_t kExpandedTile = 160 * 1024;
 
 inline bool can_expand_depthwise(const TileGemm& g) {
-  return !uses_panel(g, true, kernels().width) && g.kept == g.n && g.tiles > 0 && g.granularity * g.m <= kExpandedTile;
+  return !uses_panel(g, true, kernels().width) && g.kept == g.n && g.tiles > 0 &&
+         g.granularity * g.m <= kExpandedTile;
 }
 
 // A feature-major GEMM and the depthwise convolution of its result, tile by tile: the expanded

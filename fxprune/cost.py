@@ -110,8 +110,9 @@ def tile_gemm_cost(
     sp = _sympy()
     b, m, n_kept = size(batch), size(pixels), size(columns)
     panel = granularity <= (1 if feature_dim == 1 else dev.lanes // 2)  # vectors along pixels or rows, as tile_gemm_panel.h
-    if granularity == 1 and all(isinstance(count, int) for count in counts):
-        counts = [sum(k_step * math.ceil(count / k_step) for count in counts)]  # thousands of tiles, all of one width
+    if granularity == 1:  # thousands of tiles, all of one width
+        whole = [k_step * -(-count // k_step) for count in counts if isinstance(count, int)]
+        counts = [sum(whole), *(count for count in counts if not isinstance(count, int))]
     rows = [k_step * sp.ceiling(size(count) / k_step) for count in counts]
     widths = [1 if granularity == 1 else sp.Min(granularity, n_kept - t * granularity) for t in range(len(rows))]
     weights = sum((size(c) * w for c, w in zip(counts, widths, strict=True)), sp.Integer(0))

@@ -20,7 +20,7 @@ from ..graph import aten, fake, is_call, mutates
 
 _PURE = {"mul", "div", "add", "sub", "to", "float", "type_as", "where", "masked_fill", "_weight_norm", "detach"}
 _PURE |= {"contiguous", "clone", "abs", "norm", "rsqrt", "norm_except_dim", "_weight_norm_interface"}
-_OPERAND = {  # position of a weight
+_OPERAND: dict[Any, int] = {  # position of a weight
     aten.conv2d.default: 1,
     aten.conv2d.padding: 1,
     aten.linear.default: 1,
@@ -38,7 +38,8 @@ def fold_weights(gm: GraphModule, ctx: Context) -> int:
     for node in list(gm.graph.nodes):
         if not is_call(node, *_OPERAND) or len(node.args) <= _OPERAND[node.target]:
             continue
-        user, operand = node, node.args[_OPERAND[node.target]]
+        user: Node = node
+        operand: Any = node.args[_OPERAND[node.target]]
         while is_call(operand, aten.t.default, aten.permute.default, aten.transpose.int):
             user, operand = operand, operand.args[0]
         if operand not in folded:

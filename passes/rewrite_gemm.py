@@ -3,7 +3,8 @@
     linear(x, w, b)              =>  tile_gemm(x, values, index, tile_ptr, columns, b, feature_dim=-1)
     conv2d 1x1 (x, w, b, stride) =>  tile_gemm(x[:, :, ::s, ::s], ..., feature_dim=1)
 
-Elements beside the tiles are a GEMM of their own, whose result is the residual of the other. In training the live weight is packed in the graph by ``fxprune::tile_pack``.
+Elements beside the tiles are a GEMM of their own, whose result is the residual of the other. In training the live weight
+is packed in the graph by ``fxprune::tile_pack``.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ class Block:
     def parse(cls, name: str) -> Block | None:
         """Return the pattern called ``block:RxC``; ``None`` for another name or an empty block."""
         found = re.fullmatch(r"block:(\d+)x(\d+)", name)
-        sizes = tuple(map(int, found.groups())) if found else (0, 0)
-        return cls(*sizes, name) if min(sizes) > 0 else None
+        rows, columns = map(int, found.groups()) if found else (0, 0)
+        return cls(rows, columns, name) if min(rows, columns) > 0 else None
 
     def choose(self, ask: Ask) -> dict[str, LayerMask]:
         """Keep the nearest number of blocks, at least one, in each layer or in all with ``scope="global"``."""

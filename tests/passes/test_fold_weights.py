@@ -1,4 +1,4 @@
-"""Weights that are computed from parameters and buffers: folded in inference, seen when they change, left alone in training."""
+"""Weights that are computed from parameters and buffers: folded in inference, seen when they change, not in training."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ inline bool uses_panel(const TileGemm& a, bool feature_major, int64_t width) {
   return a.granularity <= (feature_major ? 1 : width / 2);
 }
 
-constexpr int kPanelVecs = 8;         // most vectors of pixels or rows in a panel
+constexpr int kPanelVecs = 8;        // most vectors of pixels or rows in a panel
 constexpr int64_t kPanelChunk = 64;  // output features whose sums are held at once
 
 // Floats of scratch that a unit on a panel needs.

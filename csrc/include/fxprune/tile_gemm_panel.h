@@ -1,5 +1,5 @@
-// Tile-wise GEMM through a panel, for tiles too narrow to fill registers on their own: granularity 1
-// is a sparse matrix by output feature (CSR), which is what unstructured and n:m weights run as.
+// Tile-wise GEMM through a panel, for tiles too narrow to fill registers on their own: granularity
+// 1 is a sparse matrix by output feature (CSR), which is what unstructured and n:m weights run as.
 //
 //   panel[k][P] = x of P pixels or rows (times the gate)     copied or transposed once per block
 //   sums[f][P]  = bias + panel rows of the feature's index list, weighted     for kChunk features
@@ -128,7 +128,8 @@ struct Panel {
     s.clamp = clamp_of(Activation::kNone);
     s.activation = Activation::kNone;
     s.tail = kW;
-    const int64_t most = Wide::vecs_of(static_cast<int>(std::min<int64_t>(a.granularity, Wide::kRows)));
+    const int64_t most =
+        Wide::vecs_of(static_cast<int>(std::min<int64_t>(a.granularity, Wide::kRows)));
     for (int64_t first = 0; first < vecs; first += most) {
       const int64_t here = std::min<int64_t>(most, vecs - first);
       s.x = panel + first * kW;
@@ -148,8 +149,8 @@ struct Panel {
     }
   }
 
-  // Where the results of output features [from, to) are: rows of sums, or the bias of a feature that
-  // no column covers.
+  // Where the results of output features [from, to) are: rows of sums, or the bias of a feature
+  // that no column covers.
   struct Source {
     const float* at;
     int64_t step;  // 1, or 0 for the bias
@@ -248,7 +249,8 @@ struct Panel {
           V::transpose(from[0].at + r, width, square, kW);
         } else {
           for (int64_t j = 0; j < features; ++j) {
-            for (int64_t i = 0; i < kW; ++i) square[i * kW + j] = from[j].at[(r + i) * from[j].step];
+            for (int64_t i = 0; i < kW; ++i)
+              square[i * kW + j] = from[j].at[(r + i) * from[j].step];
           }
         }
         for (int64_t i = 0; i < std::min<int64_t>(kW, count - r); ++i) {

@@ -46,10 +46,12 @@ struct Avx2 {
   // How many of the first n <= kWidth integers are below `limit`.
   static int64_t below(const int32_t* p, int64_t n, int32_t limit) {
     const __m256i mask = first(n), entries = _mm256_maskload_epi32(p, mask);
-    const __m256i hits = _mm256_and_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(limit), entries), mask);
+    const __m256i hits =
+        _mm256_and_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(limit), entries), mask);
     return __builtin_popcount(_mm256_movemask_ps(_mm256_castsi256_ps(hits)));
   }
-  // to[j][i] = from[i][j] of a kWidth x kWidth square: pairs of rows, then of pairs, then of halves.
+  // to[j][i] = from[i][j] of a kWidth x kWidth square: pairs of rows, then of pairs, then of
+  // halves.
   static void transpose(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
     Reg a[8], b[8];
     for (int i = 0; i < 8; ++i) a[i] = load(from + i * ld_from);

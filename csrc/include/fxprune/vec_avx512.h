@@ -52,9 +52,11 @@ struct Avx512 {
   static int64_t below(const int32_t* p, int64_t n, int32_t limit) {
     const Mask mask = first(n);
     const __m512i entries = _mm512_maskz_loadu_epi32(mask, p);
-    return __builtin_popcount(_mm512_mask_cmplt_epi32_mask(mask, entries, _mm512_set1_epi32(limit)));
+    return __builtin_popcount(
+        _mm512_mask_cmplt_epi32_mask(mask, entries, _mm512_set1_epi32(limit)));
   }
-  // to[j][i] = from[i][j] of a kWidth x kWidth square: pairs of rows, pairs of pairs, then quarters.
+  // to[j][i] = from[i][j] of a kWidth x kWidth square: pairs of rows, pairs of pairs, then
+  // quarters.
   static void transpose(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
     Reg a[16], b[16];
     for (int i = 0; i < 16; ++i) a[i] = load(from + i * ld_from);
