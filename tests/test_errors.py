@@ -85,7 +85,7 @@ CASES: dict[str, tuple[Callable[[], object], str, type[Exception]]] = {
     ),
     "NothingToPrune": (
         lambda: fxprune.prune(nn.ReLU(), rows(), sparsity=0.5),
-        r"no layer to prune: no depthwise, 1x1 or linear layer among .* Supported kinds: depthwise, pointwise, linear\.",
+        r"no layer to prune: no depthwise, 1x1, linear or recurrent layer among .* Supported kinds: depthwise, pointwise, linear, rnn\.",
         ValueError,
     ),
     "CaptureError": (
