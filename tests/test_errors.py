@@ -85,7 +85,7 @@ CASES: dict[str, tuple[Callable[[], object], str, type[Exception]]] = {
     ),
     "NothingToPrune": (
         lambda: fxprune.prune(nn.ReLU(), rows(), sparsity=0.5),
-        r"no layer to prune: no depthwise, 1x1, linear or recurrent layer among .* Supported kinds: depthwise, pointwise, linear, rnn\.",
+        r"no depthwise, 1x1, linear or recurrent layer among .* kinds: depthwise, pointwise, linear, rnn\.",
         ValueError,
     ),
     "CaptureError": (
