@@ -21,11 +21,14 @@ from ..weights import qualified_name
 
 _INPUT = (aten.lstm.input, aten.gru.input)
 _PLAIN = (aten.rnn_tanh.input, aten.rnn_relu.input)
+_CELLS = {"lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
 
 
 def match_rnn(gm: GraphModule, ctx: Context) -> int:
     """Append a match per weight of each LSTM or GRU call; returns 0, the graph is unchanged."""
     for node in gm.graph.nodes:
+        if node.op == "call_function" and getattr(node.target, "__name__", "").partition(".")[0] in _CELLS:
+            _refuse_cell(node, ctx)
         if not is_call(node, *_INPUT, *_PLAIN):
             continue
         reason = _refusal(node, ctx)
@@ -35,6 +38,15 @@ def match_rnn(gm: GraphModule, ctx: Context) -> int:
             text = "x".join(str(s) for s in shape(node.args[0]) or ())
             ctx.refused.append(Refusal(_name(node), "rnn", text, reason))
     return 0
+
+
+def _refuse_cell(node: Node, ctx: Context) -> None:
+    """Once per cell, however many steps call it."""
+    name = qualified_name(node.args[2]).rpartition(".")[0] if isinstance(node.args[2], Node) else node.name
+    reason = "a cell called step by step has no kernel; nn.LSTM and nn.GRU over a whole sequence have"
+    text = "x".join(str(s) for s in shape(node.args[0]) or ())
+    if all(r.name != name for r in ctx.refused):
+        ctx.refused.append(Refusal(name, "rnn", text, reason))
 
 
 def parameters(node: Node) -> tuple[list[Node], int]:

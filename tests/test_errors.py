@@ -85,7 +85,7 @@ CASES: dict[str, tuple[Callable[[], object], str, type[Exception]]] = {
     ),
     "NothingToPrune": (
         lambda: fxprune.prune(nn.ReLU(), rows(), sparsity=0.5),
-        r"no layer to prune: no convolution or linear layer among .* Supported kinds: depthwise, pointwise, conv, linear\.",
+        r"no convolution, linear or recurrent layer among .* kinds: depthwise, pointwise, conv, linear, rnn\.",
         ValueError,
     ),
     "CaptureError": (

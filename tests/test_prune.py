@@ -195,7 +195,7 @@ ERRORS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "pattern": (UnknownPattern, "did you mean 'tile'", {"pattern": "tiel"}),
     "pattern of a kind": (UnknownPattern, "for linear layers", {"pattern": {"linear": "dcp"}}),
     "nothing": (NothingToPrune, "asks nothing of the 2 prunable", {"sparsity": {"depthwise": 0.5}}),
-    "filter": (NothingToPrune, "no depthwise, 1x1 or linear", {"filter_fn": lambda module, name: False}),
+    "filter": (NothingToPrune, "no depthwise, 1x1, linear or recurrent", {"filter_fn": lambda module, name: False}),
     "importance": (ConfigError, "a tensor of shape", {"importance": lambda name, weight: weight.abs().sum()}),
     "the user's function": (ZeroDivisionError, "own function", {"importance": broken}),
     "inputs": (CaptureError, r"\(4, 31\)", {"example_inputs": torch.ones(4, 31)}),

@@ -236,3 +236,21 @@ def test_a_packed_sequence_is_in_no_graph() -> None:
 
     ((name, reason),) = reasons(Whole().eval(), torch.randn(3, 2, 8))
     assert name == "encoder.rnn" and reason.startswith("in no graph")
+
+
+def test_cells_are_refused_once() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.gru = nn.LSTMCell(8, 12), nn.GRUCell(12, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h, c, g = x.new_zeros(2, 12), x.new_zeros(2, 12), x.new_zeros(2, 12)
+            for step in x:
+                h, c = self.lstm(step, (h, c))
+                g = self.gru(h, g)
+            return g
+
+    found = reasons(Loop().eval(), torch.randn(3, 2, 8))
+    assert [name for name, _ in found] == ["lstm", "gru"]
+    assert all(reason.startswith("a cell called step by step") for _, reason in found)
