@@ -22,8 +22,8 @@ from fxprune.passes import DETECT
 from fxprune.weights import STATE_NAME, Weights
 
 # Every capture is a compile of its own: it must not run into the limit of recompiles, nor use up the user's.
-_NO_LIMITS = {"recompile_limit": 2**30, "accumulated_recompile_limit": 2**30}
-_ISOLATED: dict[str, Any] = (
+NO_LIMITS = {"recompile_limit": 2**30, "accumulated_recompile_limit": 2**30}
+ISOLATED: dict[str, Any] = (
     {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 )
 
@@ -64,8 +64,8 @@ def capture(model: nn.Module, example_inputs: Any) -> list[Captured]:
 
     args, kwargs = arguments(example_inputs)
     try:
-        with evaluating(model), torch.no_grad(), torch._dynamo.config.patch(_NO_LIMITS):
-            torch.compile(model, backend=keep, dynamic=False, **_ISOLATED)(*args, **kwargs)
+        with evaluating(model), torch.no_grad(), torch._dynamo.config.patch(NO_LIMITS):
+            torch.compile(model, backend=keep, dynamic=False, **ISOLATED)(*args, **kwargs)
     except Exception as error:
         shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (*args, *kwargs.values())]
         remedy = "Check that model(*example_inputs) runs; a tuple is positional arguments, a dict keyword arguments."
