@@ -116,7 +116,7 @@ def _staircase(
     ratios = [config.max_sparsity * (i + 1) / _LEVELS for i in range(_LEVELS)]
     masks = [_choose(match, ratio, config, unit, scores).layer for ratio in ratios]
     retained = [float((squares * mask.mask).sum()) / scale for mask in masks]
-    bound = first if convolution else dense / config.min_speedup
+    bound = first if convolution else dense / max(config.min_speedup, 1e-9)
     for ratio, share, micros in zip(ratios, retained, _times(users, masks, ours, measure, predict), strict=True):
         if micros <= min(bound, _LEAST_GAIN * steps[-1].micros):
             steps.append(Step(ratio, share * weight, micros))

@@ -85,7 +85,7 @@ def search(
     """Find the levels that retain most within the target of ``config``, measured.
 
     stock_run: the unpruned model, compiled without us. The time of a plan is taken to be a line over the time of its
-    layers: first from the stock model, then through the nearest faster and slower measurement. Warns with
+    layers: first from the stock model, then through what was measured. Warns with
     :class:`TargetNotReached` when no plan that was built is within 5 % of the target. seconds: spent on ``groups``.
     """
     if not groups:
@@ -122,7 +122,7 @@ def search(
         log.info("%.0f us of layers: predicted %.3f ms, measured %.3f ms", plan.time * unit, trials[-1].predicted, ours)
         if abs(ours / target - 1) <= TOLERANCE or not levels:
             break
-        slope, rest = _line([(dense.time, stock), *((t.plan.time, t.measured) for t in trials)], target, rest)
+        slope, rest = _line([(t.plan.time, t.measured) for t in trials], target, rest)
     best = _best(trials, target)
     speed = Speed(
         dense_ms=best.dense,
@@ -163,15 +163,16 @@ def levels_of(groups: Sequence[Sequence[Staircase]], chosen: Sequence[Choice]) -
 
 
 def _line(points: list[tuple[int, float]], target: float, rest: float) -> tuple[float, float]:
-    """Return slope and intercept through the measurements around the target, or through the last one and ``rest``."""
-    slower = min((p for p in points if p[1] > target), key=lambda p: p[1], default=None)
-    faster = max((p for p in points if p[1] <= target), key=lambda p: p[1], default=None)
-    if slower and faster and slower[0] > faster[0]:
-        slope = (slower[1] - faster[1]) / (slower[0] - faster[0])
-        return slope, faster[1] - slope * faster[0]
-    time, measured = points[-1]
-    rest = min(rest, target / 2)
-    return max(measured - rest, 0.1 * measured) / max(time, 1), rest
+    """Return slope and intercept through the two measurements nearest to the target, or through the nearest and ``rest``."""
+    near = sorted(points, key=lambda p: abs(p[1] - target))
+    (time, measured), *others = near
+    rest = min(rest, target / 2, measured / 2)
+    slope = (measured - rest) / max(time, 1)
+    for other_time, other in others:
+        secant = (other - measured) / (other_time - time) if other_time != time else 0.0
+        if slope / 3 < secant < 3 * slope:  # anything else is noise
+            return secant, measured - secant * time
+    return slope, rest
 
 
 def _best(trials: list[_Trial], target: float) -> _Trial:
