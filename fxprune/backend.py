@@ -77,7 +77,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         return Built(stock(GraphModule(gm, copy.deepcopy(gm.graph)), inputs, config))
 
     def build(inputs: Sequence[Any], levels: Mapping[str, float] | None = None) -> Built:
-        if levels is None and not _worth_a_look(inputs, config):
+        if not _worth_a_look(inputs, config):
             log.info("no zeros and no plan in this graph: stock %s", config.fallback)
             return dense(inputs)
         start = time.perf_counter()
@@ -205,7 +205,7 @@ def _lint(gm: GraphModule, stage: str) -> None:
 
 def _worth_a_look(example_inputs: Sequence[Any], config: Config) -> bool:
     """True when pruning is asked for, or a weight has a plan or a fair share of zeros."""
-    if config.sparsity is not None or config.dump:
+    if config.prunes or config.dump:
         return True
     for value in example_inputs:
         if isinstance(value, torch.nn.Parameter) and value.dim() > 1:
@@ -237,7 +237,7 @@ def _verify_numerically(
     ctx: Context,
 ) -> None:
     """Compare the rewritten graph with the original on the example inputs, run eagerly on copies."""
-    if config.sparsity is not None or config.has_target:  # the function was meant to change
+    if config.prunes:  # the function was meant to change
         return
     copies = [[t.detach().clone() if isinstance(t, Tensor) else t for t in inputs] for _ in range(2)]
     expected, given = _seeded(gm, copies[0]), _seeded(clone, [*copies[1], *packs])

@@ -121,6 +121,11 @@ class Config:
         """True when a speed is given instead of a sparsity."""
         return self.target_speedup is not None or self.target_latency_ms is not None
 
+    @property
+    def prunes(self) -> bool:
+        """True when a compile shall zero weights."""
+        return self.sparsity is not None or self.has_target
+
     def _check_target(self) -> None:
         goals = ("sparsity", "target_speedup", "target_latency_ms")
         given = [name for name in goals if getattr(self, name) is not None]
