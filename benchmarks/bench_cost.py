@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 import zoo
-from fxprune.capture import capture, detect
-from fxprune.config import Config
 from fxprune.lowering import calibrate, measure
 from fxprune.lowering.kernels import KernelTables
+
+from fxprune.capture import capture, detect
+from fxprune.config import Config
 from fxprune.match import Match
 from fxprune.planner import choose_masks
 

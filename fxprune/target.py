@@ -1,4 +1,4 @@
-"""Meet a time: allocate, build, measure, correct the budget, at most twice."""
+"""Meet a time: allocate, build, measure, correct the budget, a few times at most."""
 
 from __future__ import annotations
 
@@ -109,9 +109,10 @@ def search(
     # Layers are slower inside a model than alone, so only half of what they leave unexplained counts as the rest.
     rest = max(stock - dense.time * unit / 1e3, 0.0) / 2
     slope = (stock - rest) / max(dense.time, 1)  # milliseconds of the model per unit of its layers
+    most = dense.time - (target < stock)  # the stock model itself is no answer
     trials: list[_Trial] = []
     while len(trials) < _BUILDS:
-        chosen = touched(items, allocate(items, int(min((target - rest) / slope, dense.time))))
+        chosen = touched(items, allocate(items, int(min((target - rest) / slope, most))))
         levels, plan = levels_of(groups, chosen), total(items, chosen)
         if any(levels == trial.levels for trial in trials):
             break
