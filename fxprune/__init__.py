@@ -20,6 +20,7 @@ from fxprune.benchmark import benchmark  # noqa: E402
 from fxprune.compiled import refresh  # noqa: E402
 from fxprune.config import Config  # noqa: E402
 from fxprune.explain import explain  # noqa: E402
+from fxprune.lowering.calibrate import calibrate  # noqa: E402
 from fxprune.prune import PruneResult, prune  # noqa: E402
 from fxprune.sensitivity import sensitivity  # noqa: E402
 from fxprune.verify import verify  # noqa: E402
@@ -29,6 +30,7 @@ __all__ = [
     "Config",
     "PruneResult",
     "benchmark",
+    "calibrate",
     "explain",
     "hwprune",
     "prune",

@@ -10,6 +10,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,18 +19,23 @@ from torch._dynamo.exc import RestartAnalysis
 from torch.fx import GraphModule
 
 from fxprune import dump
+from fxprune.capture import Captured, detect
 from fxprune.compiled import Built, CompiledGraph
 from fxprune.config import Config
 from fxprune.context import Context, Decision
-from fxprune.errors import FxPruneError, RequireSparse, VerificationError
-from fxprune.lowering import codegen
+from fxprune.errors import ConfigError, FxPruneError, RequireSparse, VerificationError
+from fxprune.lowering import calibrate, codegen, library, measure
 from fxprune.lowering.kernels import KernelTables
 from fxprune.lowering.lower import lower
 from fxprune.lowering.measure import Measure
 from fxprune.lowering.region import form_regions
+from fxprune.match import Match
 from fxprune.passes import FORWARD
+from fxprune.passes.plan import regions, unsupported
 from fxprune.plan import lookup
+from fxprune.staircase import Staircase, grouped, staircases
 from fxprune.symbols import Symbols
+from fxprune.target import search
 from fxprune.weights import Weights, is_state, remember_names
 
 log = logging.getLogger(__name__)
@@ -67,18 +73,18 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     remember_names(gm)
     symbols = Symbols(example_inputs)
 
-    def stock(inputs: Sequence[Any]) -> Built:
-        return Built(codegen.stock(GraphModule(gm, copy.deepcopy(gm.graph)), inputs, config))
+    def dense(inputs: Sequence[Any]) -> Built:
+        return Built(stock(GraphModule(gm, copy.deepcopy(gm.graph)), inputs, config))
 
-    def build(inputs: Sequence[Any]) -> Built:
+    def build(inputs: Sequence[Any], levels: Mapping[str, float] | None = None) -> Built:
         if not _worth_a_look(gm, inputs, config):
             log.info("no zeros and no plan in this graph: stock %s", config.fallback)
-            return stock(inputs)
+            return dense(inputs)
         start = time.perf_counter()
-        clone, ctx, changed = rewrite(gm, inputs, config)
+        clone, ctx, changed = rewrite(gm, inputs, config, levels)
         _report(ctx, time.perf_counter() - start)
         if not changed:
-            return stock(inputs)
+            return dense(inputs)
         ctx.counts["form_regions"] = form_regions(clone, ctx)
         packs = ctx.weights.appended()
         clone.recompile()
@@ -98,21 +104,79 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         try:
             with symbols.restored():
                 symbols.fix([value for value, fixed in zip(inputs, state, strict=True) if fixed])
-                return build(inputs)
+                return build(inputs, levels)
         except Exception:
             log.warning("rebuilding for changed weights failed; the graph runs dense", exc_info=True)
             return Built(gm.forward)
 
-    return CompiledGraph(gm, build_later, build(example_inputs), example_inputs, freeze=config.freeze)
+    levels = _levels(gm, example_inputs, config, dense, build) if config.has_target else None
+    return CompiledGraph(gm, build_later, build(example_inputs, levels), example_inputs, freeze=config.freeze)
 
 
-def rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> tuple[GraphModule, Context, bool]:
-    """Run the forward pipeline on a clone of ``gm``; returns (clone, context, whether a kernel was placed)."""
+def stock(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+    """Compile a graph as ``config`` says, without looking for zeros."""
+    return codegen.stock(gm, example_inputs, config)
+
+
+def groups_of(matches: Sequence[Match], config: Config) -> list[list[Staircase]]:
+    """Return the levels of the layers a compiled kernel runs, those together that are decided together.
+
+    Calibrates the cost model when nobody did, unless ``autotune="off"``.
+    """
+    if config.autotune != "off" and library.available() and not measure.calibrated(config.cache_dir):
+        log.info("calibrating the cost model")
+        calibrate.calibrate(config.cache_dir)
+    tables = KernelTables()
+    timer = Measure(config, tables.unit)
+    mine = [match for match in matches if unsupported(match, tables) is None]
+    stairs = staircases(mine, config, tables.unit, timer, timer.predict)
+    return grouped(stairs, regions([match for match in mine if match.kind != "linear"]))
+
+
+def _levels(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    config: Config,
+    dense: Callable[[Sequence[Any]], Built],
+    build: Callable[[Sequence[Any], Mapping[str, float]], Built],
+) -> Mapping[str, float]:
+    """Find the sparsity of each layer of one graph for a target speed."""
+    if _trains(inputs):
+        name = "target_latency_ms" if config.target_speedup is None else "target_speedup"
+        expected = "inference: call the model under torch.no_grad(), or prune it first with fxprune.prune"
+        raise ConfigError(name=name, given=getattr(config, name), expected=expected)
+    args = [v if isinstance(v, Tensor) or not hasattr(v, "node") else v.node.hint for v in inputs]
+
+    def run(built: Built) -> Callable[[], Any]:
+        return partial(built.run, *args, *built.packs)
+
+    start = time.perf_counter()
+    groups = groups_of(detect(Captured(gm, tuple(inputs)), config).matches, config)
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        speed = search(groups, config, run(dense(inputs)), lambda found: run(build(inputs, found)), seconds=seconds)
+    log.info("%s", speed)
+    return speed.levels
+
+
+def _trains(inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+
+
+def rewrite(
+    gm: GraphModule, example_inputs: Sequence[Any], config: Config, levels: Mapping[str, float] | None = None
+) -> tuple[GraphModule, Context, bool]:
+    """Run the forward pipeline on a clone of ``gm``; returns (clone, context, whether a kernel was placed).
+
+    levels: sparsity by parameter that a target speed came to.
+    """
     clone = GraphModule(gm, copy.deepcopy(gm.graph))
     tables = KernelTables()
-    training = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs)
-    measure = Measure(config, tables.unit)
-    ctx = Context(config, Weights(clone, example_inputs), not training, tables, measure)
+    training = _trains(example_inputs)
+    timer = Measure(config, tables.unit)
+    ctx = Context(config, Weights(clone, example_inputs), not training, tables, timer)
+    if levels is not None:
+        ctx.extra["levels"] = levels
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") or _enters_autocast(gm):
         ctx.extra["dense_reason"] = "autocast is on and the kernels are float32"
     for number, rewrite_pass in enumerate(FORWARD):
@@ -125,7 +189,7 @@ def rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> t
             _lint(clone, rewrite_pass.__name__)
         if config.dump:
             dump.write(config.dump, number, rewrite_pass.__name__, before, clone)
-    ctx.seconds["measure"] = measure.seconds
+    ctx.seconds["measure"] = timer.seconds
     ctx.counts.update(lower(clone, tables))
     _require(ctx)
     return clone, ctx, any(d.chosen for d in ctx.decisions)
@@ -141,7 +205,7 @@ def _lint(gm: GraphModule, stage: str) -> None:
 
 def _worth_a_look(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> bool:
     """True when pruning is asked for, or a weight (or a mask beside it) has a plan or a fair share of zeros."""
-    if config.sparsity is not None or config.dump:
+    if config.prunes or config.dump:
         return True
     nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for node, value in zip(nodes, example_inputs, strict=True):
@@ -175,7 +239,7 @@ def _verify_numerically(
     ctx: Context,
 ) -> None:
     """Compare the rewritten graph with the original on the example inputs, run eagerly on copies."""
-    if config.sparsity is not None:  # the function was meant to change
+    if config.prunes:  # the function was meant to change
         return
     copies = [[t.detach().clone() if isinstance(t, Tensor) else t for t in inputs] for _ in range(2)]
     expected, given = _seeded(gm, copies[0]), _seeded(clone, [*copies[1], *packs])

@@ -23,8 +23,9 @@ from fxprune.weights import STATE_NAME, Weights
 
 # Every capture is a compile of its own: it must not run into the limit of recompiles, nor use up the user's.
 # Recurrent layers are in its graphs: by default Dynamo leaves them out.
-_CAPTURE = {"recompile_limit": 2**30, "accumulated_recompile_limit": 2**30, "allow_rnn": True}
-_ISOLATED: dict[str, Any] = (
+NO_LIMITS = {"recompile_limit": 2**30, "accumulated_recompile_limit": 2**30}
+_CAPTURE = {**NO_LIMITS, "allow_rnn": True}
+ISOLATED: dict[str, Any] = (
     {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 )
 
@@ -70,7 +71,7 @@ def capture(model: nn.Module, example_inputs: Any) -> list[Captured]:
     args, kwargs = arguments(example_inputs)
     try:
         with evaluating(model), torch.no_grad(), torch._dynamo.config.patch(_CAPTURE):
-            torch.compile(model, backend=keep, dynamic=False, **_ISOLATED)(*args, **kwargs)
+            torch.compile(model, backend=keep, dynamic=False, **ISOLATED)(*args, **kwargs)
     except Exception as error:
         shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (*args, *kwargs.values())]
         remedy = "Check that model(*example_inputs) runs; a tuple is positional arguments, a dict keyword arguments."

@@ -31,6 +31,9 @@ class Config:
     sparsity: fraction of zeros, a float or a dict by kind ("depthwise", "pointwise", "conv", "linear", "rnn") or by
         layer-name glob; later, more specific keys win. ``None`` prunes nothing, except in :func:`fxprune.prune` with
         an n:m pattern, whose sparsity is 1 - n/m.
+    target_speedup: instead of a sparsity, how many times faster than stock the whole model shall be on this machine.
+    target_latency_ms: the same as milliseconds per call.
+    max_sparsity: what no layer may exceed on the way to a target.
     pattern: "auto" (dcp for depthwise, tile for the rest), a pattern name, or a dict by kind: dcp, tile, unstructured,
         "2:4" or any n:m, block (block:32x32), tvw (tvw:2:4), tew (tew:0.05).
     importance: "magnitude" (= "l1", ``|w|``), "l2" (``w^2``), "random"; with calibration data "taylor" (``(g*w)^2``)
@@ -57,6 +60,9 @@ class Config:
     """
 
     sparsity: float | Mapping[str, float] | None = None
+    target_speedup: float | None = None
+    target_latency_ms: float | None = None
+    max_sparsity: float = 0.9
     pattern: str | Mapping[str, str] = "auto"
     importance: str | Callable[..., Any] = "magnitude"
     seed: int = 0
@@ -89,6 +95,7 @@ class Config:
             if value not in legal:
                 raise ConfigError(name=name, given=value, expected="one of " + ", ".join(map(repr, legal)))
         _check_sparsity(self.sparsity)
+        self._check_target()
         for name in ("balance", "freeze", "require_sparse", "verify"):
             _check_type(name, getattr(self, name), bool, "True or False")
         for name in ("cache_dir", "dump"):
@@ -118,6 +125,30 @@ class Config:
             expected = "a sequence of layer names, not one string"
             raise ConfigError(name="ignored_layers", given=self.ignored_layers, expected=expected)
         object.__setattr__(self, "ignored_layers", tuple(self.ignored_layers))
+
+    @property
+    def has_target(self) -> bool:
+        """True when a speed is given instead of a sparsity."""
+        return self.target_speedup is not None or self.target_latency_ms is not None
+
+    @property
+    def prunes(self) -> bool:
+        """True when a compile shall zero weights."""
+        return self.sparsity is not None or self.has_target
+
+    def _check_target(self) -> None:
+        goals = ("sparsity", "target_speedup", "target_latency_ms")
+        given = [name for name in goals if getattr(self, name) is not None]
+        if self.has_target and len(given) > 1:
+            expected = f"no {' and no '.join(given[:-1])} beside it: each of them decides the sparsity"
+            raise ConfigError(name=given[-1], given=getattr(self, given[-1]), expected=expected)
+        if self.target_speedup is not None:
+            _check_number("target_speedup", self.target_speedup, 1.0, 1000.0)
+        if self.target_latency_ms is not None:
+            _check_number("target_latency_ms", self.target_latency_ms, 1e-6, 1e9)
+        _check_number("max_sparsity", self.max_sparsity, 0.0, 1.0)
+        if self.max_sparsity in (0.0, 1.0):
+            raise ConfigError(name="max_sparsity", given=self.max_sparsity, expected="a fraction between 0 and 1")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Config:

@@ -1,27 +1,26 @@
-"""What a layer costs, in closed form: microseconds as sympy expressions that may hold a symbolic batch.
+"""What a layer costs, in closed form: microseconds, as numbers or as sympy expressions that hold a symbolic batch.
 
-    time = overhead + max(compute, memory)     matrix products: their loads hide behind arithmetic
-    time = overhead + compute + memory         depthwise: too little arithmetic per byte to hide anything
+    time = sum over terms of  rate[operator][term] * amount
 
-Compute counts whole tiles (ceilings), because a kernel pays for every register block it starts. Memory is
-the L2 rate up to the L2 size and the L3 rate beyond: on CPUs that step, not DRAM, is where time goes.
-The figures of :data:`DEVICES` are those of a server core at 3.8 GHz; a measured time always beats a
-predicted one, so they only need to rank alternatives.
+An amount counts one kind of work in whole units of the kernel: vector multiply-adds (ceilings, because a kernel pays for
+every vector it starts), loads and epilogues beside them, bytes within and beyond a cache. A rate is what one unit takes;
+:mod:`fxprune.devices` holds rates of a server core, ``fxprune.calibrate()`` fits them to this machine. A measured time
+always beats a predicted one.
 
-Sizes may be an int, a sympy expression, a torch SymInt, or a name, which becomes a positive integer symbol.
-sympy takes long to import, so it is imported on first use; no other module imports it.
+Sizes may be an int, a sympy expression, a torch SymInt, or a name, which becomes a positive integer symbol. With ints
+alone nothing symbolic happens, so a planner may ask thousands of times. sympy takes long to import, so it is imported on
+first use; no other module imports it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from fxprune.errors import ConfigError, nearest
+from fxprune.devices import DEVICES, Device, Rates, device
 
 if TYPE_CHECKING:
     import sympy
@@ -31,64 +30,46 @@ if TYPE_CHECKING:
     from fxprune.sparsity.pattern import LayerMask
 
     Size: TypeAlias = int | str | sympy.Expr | torch.SymInt
+    Cost: TypeAlias = float | sympy.Expr
+    Terms: TypeAlias = dict[str, Any]
 
 _FLOAT = 4  # bytes
 _ROWS = 6  # rows of x in the row-major kernel's register block
-_NCHW_DEPTHWISE = 1.8  # dense depthwise convolution: time in NCHW over time in channels-last
-_NCHW_POINTWISE = 1.1
+_VECTORS = 3  # vectors of pixels in the feature-major kernel's
+_EDGE = 2  # pixels that kernel computes without starting a vector
+_STRIP = {1: 8, -1: 4}  # output features (feature-major) or vectors of them (row-major) that share a load of x
 
 
-@dataclass(frozen=True)
-class Device:
-    """One instruction set of one machine.
+def depthwise_terms(
+    dev: Device,
+    *,
+    batch: Size,
+    channels: Size,
+    kept: Size,
+    height: Size,
+    width: Size,
+    stride: int = 1,
+) -> Terms:
+    """Return the amounts of ``depthwise_taps``.
 
-    lanes: floats per vector. peak_gflops, l2_gbps, l3_gbps, l2_bytes: per thread. overhead_us: one call of
-    our operators; dense_overhead_us: one call of torch's. The rest: fraction of peak that each kernel reaches.
+    kept: kept taps of all channels together. height, width: of the output. Vectors run over the flattened plane where
+    a row does not fill one, else along each row; a stride makes every load a shuffle.
     """
-
-    name: str
-    lanes: int
-    peak_gflops: float
-    threads: int = 2
-    l2_gbps: float = 100.0
-    l3_gbps: float = 29.5
-    l2_bytes: int = 2 << 20
-    overhead_us: float = 4.0
-    dense_overhead_us: float = 15.0
-    depthwise: float = 0.33
-    tile_gemm: float = 0.6
-    elements: float = 0.2  # tile_gemm with tiles of one output feature
-    dense_conv: float = 0.53
-    dense_linear: float = 0.7
+    sp = _algebra(batch, channels, kept, height, width)
+    b, c, h, w, k = (size(value) for value in (batch, channels, height, width, kept))
+    flat, along = sp.ceiling(h * w / dev.lanes), h * sp.ceiling(w / dev.lanes)
+    vectors = along if stride != 1 else sp.choose(w <= dev.lanes, flat, along)
+    taps = b * k * vectors / dev.threads
+    return {
+        "call": 1,
+        "taps" if stride == 1 else "strided": taps / 1e3,
+        "vectors": b * c * vectors / dev.threads / 1e3,
+        "planes": b * c / dev.threads / 1e3,
+        **_memory(dev, sp, _FLOAT * b * c * h * w * (1 + stride**2)),
+    }
 
 
-DEVICES: Mapping[str, Device] = {
-    "avx512": Device("avx512", lanes=16, peak_gflops=240.0),
-    "avx2": Device("avx2", lanes=8, peak_gflops=124.0),
-    "scalar": Device("scalar", lanes=1, peak_gflops=15.0, l2_gbps=50.0, l3_gbps=20.0),
-}
-
-
-def device(name: str, threads: int | None = None) -> Device:
-    """Return a row of :data:`DEVICES`, for ``threads`` threads; raises :class:`ConfigError` for another name."""
-    if name not in DEVICES:
-        expected = f"one of {', '.join(DEVICES)}; did you mean {nearest(name, DEVICES)!r}?"
-        raise ConfigError(name="device", given=name, expected=expected)
-    return DEVICES[name] if threads is None else replace(DEVICES[name], threads=threads)
-
-
-def depthwise_cost(
-    dev: Device, *, batch: Size, channels: Size, kept: Size, height: Size, width: Size, stride: int = 1
-) -> sympy.Expr:
-    """Return the time of ``depthwise_taps``, us.
-
-    kept: kept taps of all channels together. height, width: of the output. Vectors run over the flattened
-    plane where a row does not fill one, else along each row; threads share (image, channel) planes.
-    """
-    return _depthwise(dev, dev.overhead_us, batch, channels, kept, height, width, stride)
-
-
-def tile_gemm_cost(
+def tile_gemm_terms(
     dev: Device,
     *,
     counts: Sequence[Size],
@@ -99,37 +80,45 @@ def tile_gemm_cost(
     batch: Size,
     pixels: Size = 1,
     feature_dim: int = 1,
-    k_step: int = 1,
-) -> sympy.Expr:
-    """Return the time of ``tile_gemm``, us.
+) -> Terms:
+    """Return the amounts of ``tile_gemm``.
 
     counts: kept rows per tile. columns: kept output features. batch * pixels: columns of the feature-major
-    activation, rows of the row-major one. Feature-major vectors run along the pixels of one image, row-major
-    ones along the tile's features; each tile pays for ``k_step`` multiples of rows.
+    activation, rows of the row-major one. Feature-major vectors run along the pixels of one image, row-major ones
+    along the tile's features.
     """
-    sp = _sympy()
-    b, m, n_kept = size(batch), size(pixels), size(columns)
-    panel = granularity <= (1 if feature_dim == 1 else dev.lanes // 2)  # vectors along pixels or rows, as tile_gemm_panel.h
-    if granularity == 1:  # thousands of tiles, all of one width
-        whole = [k_step * -(-count // k_step) for count in counts if isinstance(count, int)]
-        counts = [sum(whole), *(count for count in counts if not isinstance(count, int))]
-    rows = [k_step * sp.ceiling(size(count) / k_step) for count in counts]
-    widths = [1 if granularity == 1 else sp.Min(granularity, n_kept - t * granularity) for t in range(len(rows))]
-    weights = sum((size(c) * w for c, w in zip(counts, widths, strict=True)), sp.Integer(0))
+    sp = _algebra(*counts, columns, out_features, in_features, batch, pixels)
+    b, m, n, k, n_kept = (size(value) for value in (batch, pixels, out_features, in_features, columns))
+    rows = [size(count) for count in counts]
+    widths = [sp.Max(sp.Min(granularity, n_kept - t * granularity), 0) for t in range(len(rows))]
+    strip = _STRIP[feature_dim] * (1 if feature_dim == 1 else dev.lanes)
+    total = sum(r * sp.ceiling(w / strip) for r, w in zip(rows, widths, strict=True))
+    weights = sum(r * w for r, w in zip(rows, widths, strict=True))
+    moved = _FLOAT * (b * m * (k + n) + weights)
     if feature_dim == 1:
-        points = b * dev.lanes * sp.ceiling(m / dev.lanes)
-    elif panel:
-        points = dev.lanes * sp.ceiling(b * m / dev.lanes)
-    else:
-        points = _ROWS * sp.ceiling(b * m / _ROWS)
-        widths = [dev.lanes * sp.ceiling(w / dev.lanes) for w in widths]
-    block = _total(rows, widths)
-    moved = _FLOAT * (b * m * (size(in_features) + size(out_features)) + weights)
-    compute = 2 * block * points / _rate(dev, dev.elements if granularity == 1 else dev.tile_gemm)
-    return dev.overhead_us + sp.Max(compute, _memory(dev, moved))
+        vectors = sp.Max(sp.ceiling((m - _EDGE) / dev.lanes), 1)
+        left = m - dev.lanes * (sp.ceiling((m + 1) / dev.lanes) - 1)
+        return {
+            "call": 1,
+            "products": b * vectors * weights / dev.threads / 1e3,
+            "loads": b * sp.ceiling(vectors / _VECTORS) * total / dev.threads / 1e3,
+            "edges": b * sp.choose(left <= _EDGE, left, 0) * total / dev.threads / 1e3,
+            "stores": b * vectors * n / dev.threads / 1e3,
+            **_memory(dev, sp, moved),
+        }
+    blocks = sp.ceiling(b * m / _ROWS)
+    lanes = sum(r * sp.ceiling(w / dev.lanes) for r, w in zip(rows, widths, strict=True))
+    return {
+        "call": 1,
+        "products": blocks * _ROWS * lanes / dev.threads / 1e3,
+        "loads": blocks * total / dev.threads / 1e3,
+        "stores": b * m * n / dev.lanes / dev.threads / 1e3,
+        "weights": _FLOAT * weights / 1e6,
+        **_memory(dev, sp, moved),
+    }
 
 
-def dense_conv_cost(
+def dense_conv_terms(
     dev: Device,
     *,
     batch: Size,
@@ -140,37 +129,125 @@ def dense_conv_cost(
     kernel: tuple[int, int] = (1, 1),
     stride: int = 1,
     groups: Size = 1,
-    feature_major: bool = False,
-) -> sympy.Expr:
-    """Return the time of a dense convolution, us; ``groups == in_channels`` is depthwise.
-
-    height, width: of the output. feature_major: in NCHW instead of channels-last, the faster layout.
-    """
-    sp = _sympy()
-    b, c, n, g = size(batch), size(in_channels), size(out_channels), size(groups)
-    taps = kernel[0] * kernel[1]
-    if c == g and c != 1:
-        time = _depthwise(dev, dev.dense_overhead_us, b, c, c * taps, height, width, stride)
-        return time * (_NCHW_DEPTHWISE if feature_major else 1)
-    pixels = b * size(height) * size(width)
-    lanes = dev.lanes * sp.ceiling(n / dev.lanes)
-    compute = 2 * pixels * taps * (c / g) * lanes / _rate(dev, dev.dense_conv)
-    moved = _FLOAT * (pixels * (c * stride**2 + n) + n * taps * c / g)
-    time = dev.dense_overhead_us + sp.Max(compute, _memory(dev, moved))
-    return time * (_NCHW_POINTWISE if feature_major else 1)
+) -> Terms:
+    """Return the amounts of a dense convolution; height, width: of the output."""
+    sp = _algebra(batch, in_channels, out_channels, height, width, groups)
+    b, c, n, g = (size(value) for value in (batch, in_channels, out_channels, groups))
+    pixels, taps = b * size(height) * size(width), kernel[0] * kernel[1]
+    lanes = sp.ceiling(n / dev.lanes)
+    products = pixels * taps * (c / g) * lanes / dev.threads / 1e3
+    return {
+        "call": 1,
+        "products" if stride == 1 else "strided": products,
+        "loads": pixels * c / dev.lanes / dev.threads / 1e3,
+        "stores": pixels * lanes / dev.threads / 1e3,
+        "weights": _FLOAT * n * taps * c / g / 1e6,
+        **_memory(dev, sp, _FLOAT * pixels * (c * stride**2 + n)),
+    }
 
 
-def dense_linear_cost(dev: Device, *, rows: Size, in_features: Size, out_features: Size) -> sympy.Expr:
-    """Return the time of a dense ``linear`` on x (rows, in_features), us."""
-    sp = _sympy()
+def dense_linear_terms(dev: Device, *, rows: Size, in_features: Size, out_features: Size) -> Terms:
+    """Return the amounts of a dense ``linear`` on x (rows, in_features); one row is a product with a vector."""
+    sp = _algebra(rows, in_features, out_features)
     m, k, n = size(rows), size(in_features), size(out_features)
-    block = _ROWS * sp.ceiling(m / _ROWS) * dev.lanes * sp.ceiling(n / dev.lanes)
-    compute = 2 * k * block / _rate(dev, dev.dense_linear)
-    return dev.dense_overhead_us + sp.Max(compute, _memory(dev, _FLOAT * (m * k + m * n + n * k)))
+    return {
+        "call": 1,
+        "batched": sp.Min(m - 1, 1),
+        "products": m * k * sp.ceiling(n / dev.lanes) / dev.threads / 1e3,
+        "weights": _FLOAT * n * k / 1e6,
+        **_memory(dev, sp, _FLOAT * (m * k + m * n + n * k)),
+    }
 
 
-def evaluate(expr: sympy.Expr, **symbols: float) -> float:
+def price(dev: Device, operator: str, terms: Terms) -> Cost:
+    """Return the microseconds of the amounts of one call."""
+    rates = dev.rates[operator]
+    return sum(rates.get(term, 0.0) * amount for term, amount in terms.items())
+
+
+def work(dev: Device, match: Match, mask: LayerMask | None, batch: Size | None = None) -> list[tuple[str, Terms]]:
+    """Return operator and amounts of a match: ours under ``mask`` (``None`` keeps all), dense feature-major, other layouts.
+
+    batch: replaces the first size of the activation, which may be symbolic. Other symbolic sizes count with their hints.
+    A new kind of match is one more branch here and rows for its operators in :mod:`fxprune.devices`.
+    """
+    from fxprune.sparsity import tile
+    from fxprune.sparsity.tile_plan import GRANULARITY
+
+    x, y = ([_hint(s) for s in shape] for shape in (match.geometry.x, match.geometry.y))
+    b, (n, k) = x[0] if batch is None else size(batch), match.matrix_shape
+    if match.kind == "depthwise":
+        window: dict[str, Any] = {"height": y[2], "width": math.prod(y[3:]), "stride": match.geometry.stride[0]}
+        kept = n * k if mask is None else int(mask.mask.sum())
+        conv = dense_conv_terms(
+            dev, batch=b, in_channels=n, out_channels=n, groups=n, kernel=match.geometry.kernel, **window
+        )
+        ours = depthwise_terms(dev, batch=b, channels=n, kept=kept, **window)
+        return [("depthwise_taps", ours), ("depthwise_nchw", conv), ("depthwise_nhwc", conv)]
+    if match.kind == "linear":
+        rows = b * (math.prod(x[1:]) // max(k, 1))
+        layer = mask or tile.keep_all((n, k), GRANULARITY)
+        narrow = layer.tiling.granularity <= dev.lanes // 2  # such tiles run with vectors along the rows
+        ours = _tiles(dev, layer, 1, rows, 1) if narrow else _tiles(dev, layer, rows, 1, -1)
+        dense = dense_linear_terms(dev, rows=rows, in_features=k, out_features=n)
+        name = "tile_gemm_pixels" if narrow else "tile_gemm_rows"
+        if match.value.dim() == 4:  # a 1x1 convolution of a 1x1 map
+            return [(name, ours), ("conv_pixel", dense), ("conv_pixel", dense)]
+        return [(name, ours), ("linear", dense)]
+    g = match.geometry
+    window = {"height": y[2], "width": math.prod(y[3:]), "stride": max(g.stride)}
+    layer = mask or tile.keep_all((n, k), match.tile_width(8))
+    ours = _tiles(dev, layer, b, math.prod(y[2:]), 1)
+    if match.kind == "pointwise":
+        conv = dense_conv_terms(dev, batch=b, in_channels=k, out_channels=n, **window)
+        return [("tile_gemm_pixels", ours), ("conv1x1_nchw", conv), ("conv1x1_nhwc", conv)]
+    conv = dense_conv_terms(dev, batch=b, in_channels=x[1], out_channels=n, kernel=g.kernel, groups=g.groups, **window)
+    ours["copied"] = _FLOAT * b * math.prod(x[1:]) / 1e6  # the planes that the taps are read from
+    return [("tile_conv", ours), ("conv_nchw", conv), ("conv_nhwc", conv)]
+
+
+def _tiles(dev: Device, layer: LayerMask, batch: Size, pixels: Size, feature_dim: int) -> dict[str, Any]:
+    """Return the amounts of the tiles of a mask and of the elements beside them."""
+    n, k = layer.tiling.shape
+    terms = dict(
+        tile_gemm_terms(
+            dev,
+            counts=layer.counts,
+            columns=len(layer.tiling.columns),
+            granularity=layer.tiling.granularity,
+            out_features=n,
+            in_features=k,
+            batch=batch,
+            pixels=pixels,
+            feature_dim=feature_dim,
+        )
+    )
+    if layer.rest is not None:
+        for term, amount in _tiles(dev, layer.rest, batch, pixels, feature_dim).items():
+            terms[term] = terms.get(term, 0) + amount
+    return terms
+
+
+def predict(match: Match, mask: LayerMask | None, isa: str, rates: Rates | None = None) -> Timing:
+    """Return the predicted times of a match, sparse under ``mask`` (everything kept if ``None``) and dense.
+
+    isa: the row of :data:`DEVICES` our kernels run as; torch's run as its own best. rates: as for :func:`device`.
+    """
+    from fxprune.context import Timing
+
+    threads = torch.get_num_threads()
+    ours = device(isa if isa in DEVICES else "scalar", threads, rates)
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    torchs = device(capability if capability in DEVICES else "scalar", threads, rates)
+    sparse = price(ours, *work(ours, match, mask)[0])
+    dense = [price(torchs, *item) for item in work(torchs, match, mask)[1:]]
+    return Timing(float(sparse), float(min(dense)), float(dense[0]), measured=False)
+
+
+def evaluate(expr: Cost, **symbols: float) -> float:
     """Return ``expr`` with every symbol given by name; raises ``ValueError`` for one that is missing."""
+    if isinstance(expr, (int, float)):
+        return float(expr)
     values = {s: symbols[s.name] for s in expr.free_symbols if s.name in symbols}
     missing = sorted(s.name for s in expr.free_symbols if s not in values)
     if missing:
@@ -178,130 +255,71 @@ def evaluate(expr: sympy.Expr, **symbols: float) -> float:
     return float(expr.subs(values))
 
 
-def crossover(
-    expr_sparse: sympy.Expr, expr_dense: sympy.Expr, symbol: str | sympy.Symbol, low: int = 1, high: int = 4096
-) -> int | None:
+def crossover(expr_sparse: Cost, expr_dense: Cost, symbol: str | sympy.Symbol, low: int = 1, high: int = 4096) -> int | None:
     """Return the first integer in ``low..high`` where the faster of the two is not the one that is at ``low``.
 
     ``None`` when the same one wins everywhere; a tie counts as a win of dense. ``symbol`` must be the only
     free one, else ``ValueError``. Ceilings make costs jump, so every value is tried.
     """
-    sp = _sympy()
+    import sympy
+
     name = symbol if isinstance(symbol, str) else symbol.name
-    gap = expr_dense - expr_sparse
+    gap = sympy.sympify(expr_dense - expr_sparse)
     others = sorted(s.name for s in gap.free_symbols if s.name != name)
     if others:
         raise ValueError(f"got an expression in {others}, expected only {name!r} to be free")
     found = [s for s in gap.free_symbols if s.name == name]
-    saved = sp.lambdify(found or [sp.Symbol(name)], gap, modules=["math"])
+    saved = sympy.lambdify(found or [sympy.Symbol(name)], gap, modules=["math"])
     wins = saved(low) > 0
     return next((value for value in range(low + 1, high + 1) if (saved(value) > 0) != wins), None)
 
 
-def predict(match: Match, mask: LayerMask | None, isa: str) -> Timing:
-    """Return the predicted times of a match, sparse under ``mask`` (everything kept if ``None``) and dense.
-
-    isa: the row of :data:`DEVICES` our kernels run as; torch's run as its own best. Symbolic sizes count
-    with their hints.
-    """
-    from fxprune.context import Timing
-    from fxprune.sparsity import tile
-    from fxprune.sparsity.tile_plan import GRANULARITY
-
-    threads = torch.get_num_threads()
-    ours = device(isa if isa in DEVICES else "scalar", threads)
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    torchs = device(capability if capability in DEVICES else "scalar", threads)
-    x, y = ([_hint(s) for s in shape] for shape in (match.geometry.x, match.geometry.y))
-    n, k = match.matrix_shape
-    if match.kind == "linear":
-        layer = mask or tile.keep_all((n, k), GRANULARITY)
-        rows = math.prod(x) // max(k, 1)
-        sparse = _tile_cost(ours, layer, rows, 1, feature_dim=-1)
-        dense = first = float(dense_linear_cost(torchs, rows=rows, in_features=k, out_features=n))
-        return Timing(float(sparse), dense, first, measured=False)
-    window: dict[str, Any] = {"height": y[2], "width": math.prod(y[3:]), "stride": match.geometry.stride[0]}
-    if match.kind == "depthwise":
-        kept = n * k if mask is None else int(mask.mask.sum())
-        sparse = depthwise_cost(ours, batch=x[0], channels=n, kept=kept, **window)
-        conv: dict[str, Any] = {"in_channels": n, "out_channels": n, "groups": n, "kernel": match.geometry.kernel}
-    elif match.kind == "conv":
-        groups, kernel = match.geometry.groups, match.geometry.kernel
-        layer = mask or tile.keep_all((n, k), match.tile_width(GRANULARITY))
-        sparse = _tile_cost(ours, layer, x[0], math.prod(y[2:]), feature_dim=1)
-        sparse += _memory(ours, _sympy().Integer(2 * _FLOAT * math.prod(x)))  # the copy of its input in planes
-        conv = {"in_channels": x[1], "out_channels": n, "groups": groups, "kernel": kernel}
-    else:
-        layer = mask or tile.keep_all((n, k), GRANULARITY)
-        sparse = _tile_cost(ours, layer, x[0], math.prod(y[2:]), feature_dim=1)
-        conv = {"in_channels": k, "out_channels": n}
-    dense, first = (
-        float(dense_conv_cost(torchs, batch=x[0], feature_major=layout, **conv, **window)) for layout in (False, True)
-    )
-    return Timing(float(sparse), dense, first, measured=False)
-
-
-def size(value: Any) -> sympy.Expr:
-    """Return a size as an expression: a name is a positive integer symbol, a SymInt its own expression."""
-    sp = _sympy()
+def size(value: Any) -> Any:
+    """Return a size as a number or expression: a name is a positive integer symbol, a SymInt its own expression."""
     if isinstance(value, torch.SymInt):
         return value.node.expr
-    return sp.Symbol(value, integer=True, positive=True) if isinstance(value, str) else sp.sympify(value)
+    if isinstance(value, str):
+        import sympy
+
+        return sympy.Symbol(value, integer=True, positive=True)
+    return value
 
 
-def _tile_cost(dev: Device, layer: LayerMask, batch: int, pixels: int, feature_dim: int) -> sympy.Expr:
-    n, k = layer.tiling.shape
-    rest = _sympy().Integer(0) if layer.rest is None else _tile_cost(dev, layer.rest, batch, pixels, feature_dim)
-    return rest + tile_gemm_cost(
-        dev,
-        counts=layer.counts,
-        columns=len(layer.tiling.columns),
-        granularity=layer.tiling.granularity,
-        out_features=n,
-        in_features=k,
-        batch=batch,
-        pixels=pixels,
-        feature_dim=feature_dim,
-    )
+class _Numbers:
+    """What the formulas need of sympy, on plain numbers."""
+
+    ceiling, Min, Max = math.ceil, min, max
+
+    @staticmethod
+    def choose(condition: bool, then: float, otherwise: float) -> float:
+        return then if condition else otherwise
 
 
-def _depthwise(
-    dev: Device, overhead: float, batch: Size, channels: Size, kept: Size, height: Size, width: Size, stride: int
-) -> sympy.Expr:
-    sp = _sympy()
-    b, c, h, w = (size(value) for value in (batch, channels, height, width))
-    along_rows = h * sp.ceiling(w / dev.lanes)
-    flat = sp.ceiling(h * w / dev.lanes)
-    vectors = sp.Piecewise((flat, w <= dev.lanes), (along_rows, True))
-    planes = dev.threads * sp.ceiling(b * c / dev.threads)
-    compute = 2 * planes * (size(kept) / c) * vectors * dev.lanes / _rate(dev, dev.depthwise)
-    moved = _FLOAT * b * c * h * w * (1 + stride**2)
-    return overhead + compute + _memory(dev, moved)
+def _algebra(*sizes: Any) -> Any:
+    if all(isinstance(value, (int, float)) for value in sizes):
+        return _Numbers
+    import sympy
+
+    class Symbolic(_Numbers):
+        ceiling, Min, Max = sympy.ceiling, sympy.Min, sympy.Max
+
+        @staticmethod
+        def choose(condition: Any, then: Any, otherwise: Any) -> Any:
+            return sympy.Piecewise((then, condition), (otherwise, True))
+
+    return Symbolic
 
 
-def _total(rows: Sequence[sympy.Expr], widths: Sequence[sympy.Expr]) -> sympy.Expr:
-    return sum((k * w for k, w in zip(rows, widths, strict=True)), _sympy().Integer(0))
-
-
-def _memory(dev: Device, moved: sympy.Expr) -> sympy.Expr:
-    """Time to move ``moved`` bytes, us: what fits the L2 caches at their rate, the rest at L3's."""
-    sp = _sympy()
-    cache = dev.l2_bytes * dev.threads
-    near, far = dev.l2_gbps * dev.threads * 1e3, dev.l3_gbps * dev.threads * 1e3
-    return sp.Min(moved, cache) / near + sp.Max(moved - cache, 0) / far
-
-
-def _rate(dev: Device, efficiency: float) -> float:
-    """Floating-point operations per microsecond of all threads."""
-    return dev.peak_gflops * dev.threads * efficiency * 1e3
+def _memory(dev: Device, sp: Any, moved: Any) -> Terms:
+    """Megabytes moved, those of them that do not fit the L2 caches, and those beyond L3's share."""
+    l2 = dev.l2_bytes * dev.threads
+    return {
+        "near": moved / 1e6,
+        "far": sp.Max(moved - l2, 0) / 1e6,
+        "beyond": sp.Max(moved - dev.l3_bytes, 0) / 1e6,
+    }
 
 
 def _hint(value: Any) -> int:
     hint = getattr(getattr(value, "node", None), "hint", None)
     return int(value if hint is None else hint)
-
-
-def _sympy() -> Any:
-    import sympy
-
-    return sympy

@@ -18,6 +18,16 @@ class ComputedWeight(FxPruneWarning):
     """A layer is not pruned, because its weight is not a Parameter: a mask or a parametrization computes it."""
 
 
+class TargetNotReached(FxPruneWarning):
+    """A target speed-up or latency was not reached; what came closest is returned."""
+
+    def __init__(self, speed: object) -> None:
+        super().__init__(
+            f"TargetNotReached: {speed}. The fastest plan found is returned. Allow more with max_sparsity=, fewer "
+            "ignored_layers or a pattern for more kinds, or ask for less."
+        )
+
+
 class FxPruneError(Exception):
     """Base of every error fxprune raises. ``where`` is appended in brackets when given."""
 

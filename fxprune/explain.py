@@ -12,6 +12,7 @@ from fxprune.backend import rewrite
 from fxprune.capture import capture
 from fxprune.config import Config
 from fxprune.context import Decision, Refusal
+from fxprune.errors import ConfigError
 from fxprune.report import Table
 
 _HEAD = ("layer", "kind", "shape", "pattern", "sparsity", "kernel", "kernel us", "dense us", "decision")
@@ -26,6 +27,9 @@ def explain(model: nn.Module, example_inputs: Any, **options: Any) -> Table:
     options: fields of :class:`fxprune.Config`.
     """
     config = dataclasses.replace(Config.from_options(options), require_sparse=False, dump=None, verify=False)
+    if config.has_target:
+        expected = "sparsity= to explain: a target is met by fxprune.prune, which builds and measures models"
+        raise ConfigError(name="target_speedup or target_latency_ms", given="a target", expected=expected)
     decisions: list[Decision] = []
     refused: list[Refusal] = []
     blocks = 0

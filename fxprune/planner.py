@@ -72,12 +72,17 @@ def targets(matches: Sequence[Match], config: Config) -> dict[str, float]:
 
 
 def choose_masks(
-    matches: Sequence[Match], config: Config, unit: Callable[[str], Any], gain: Gain | None = None
+    matches: Sequence[Match],
+    config: Config,
+    unit: Callable[[str], Any],
+    gain: Gain | None = None,
+    scores: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Choice]:
     """Return what each parameter loses, by parameter name.
 
     ``unit(kind)`` is the kernel row's granularity and steps, ``gain(parameter, kept, rounded)`` the measured time
-    between two kept counts (HSR's alpha). A parameter used twice is planned once.
+    between two kept counts (HSR's alpha), ``scores`` what :func:`importances` returns. A parameter used twice is planned
+    once.
     """
     asked = targets(matches, config)
     by_pattern: dict[str, dict[str, Match]] = {}
@@ -86,14 +91,19 @@ def choose_masks(
             by_pattern.setdefault(pattern_of(match, config), {}).setdefault(match.parameter, match)
     chosen: dict[str, Choice] = {}
     for pattern, layers in by_pattern.items():
-        importances = {name: _importance(m, config) for name, m in layers.items()}
+        found = importances(list(layers.values()), config) if scores is None else {n: scores[n] for n in layers}
         share = {name: asked[name] for name in layers}
         kinds = {name: m.kind for name, m in layers.items()}
         groups = {name: m.geometry.groups for name, m in layers.items()}
-        masks = get(pattern).choose(Ask(importances, share, kinds, config, unit, gain, groups))
+        masks = get(pattern).choose(Ask(found, share, kinds, config, unit, gain, groups))
         for name, mask in masks.items():
             chosen[name] = Choice(layers[name], pattern, mask, share[name])
     return chosen
+
+
+def importances(matches: Sequence[Match], config: Config) -> dict[str, Tensor]:
+    """Return element scores of the matrix views, by parameter name."""
+    return {match.parameter: _importance(match, config) for match in matches}
 
 
 def _importance(match: Match, config: Config) -> Tensor:

@@ -3,36 +3,49 @@
 from __future__ import annotations
 
 import copy
-import math
-import warnings
+import dataclasses
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from fxprune.backend import groups_of, hwprune, stock
 from fxprune.calibration import Calibration, LossFn
-from fxprune.capture import capture, detect
-from fxprune.compensate import Refit, refit_layers, write_refit
-from fxprune.config import KINDS, Config
-from fxprune.errors import ComputedWeight, ConfigError, MissingCalibration, NothingToPrune
+from fxprune.capture import ISOLATED, NO_LIMITS, arguments, evaluating
+from fxprune.channel_plan import Channels, choose_channels
+from fxprune.compensate import refit_layers
+from fxprune.config import Config
+from fxprune.context import Context
+from fxprune.errors import ConfigError, MissingCalibration, NothingToPrune
 from fxprune.importance import calibrate
 from fxprune.lowering.kernels import KernelTables
 from fxprune.lowering.measure import Measure
 from fxprune.match import Match
-from fxprune.plan import LayerPlan, Plan, PrunedWeight, register
-from fxprune.planner import Choice, choose_masks, hits
+from fxprune.plan import Plan
+from fxprune.planner import choose_masks
+from fxprune.prunable import contexts_of, prunable
+from fxprune.prune_report import achieved, table
 from fxprune.report import Table
 from fxprune.search import Search, check_search, largest_scale, metric, scaled
-from fxprune.sparsity import dcp
+from fxprune.sparsity import dcp, get
+from fxprune.staircase import choose_levels
+from fxprune.target import Speed, search
+from fxprune.write import Decided, write
+
+# the options that matter to a compile of a model that is pruned already
+_COMPILE = ("min_speedup", "autotune", "cache_dir", "freeze", "fallback", "mode", "inductor")
 
 
 @dataclass(frozen=True)
 class PruneResult:
     """model: a plain module with zeros. plan: pattern, tiles and counts. sparsity: achieved, by the keys asked for.
 
-    search: with ``max_drop``, the share of the sparsity, the metric and the evaluations.
+    search: with ``max_drop``, the share of the sparsity, the metric and the evaluations. speed: with a target, what was
+    predicted and measured.
     """
 
     model: nn.Module
@@ -40,9 +53,7 @@ class PruneResult:
     sparsity: dict[str, float]
     report: Table
     search: Search | None = None
-
-
-Decided = tuple[dict[str, Choice], dict[str, Refit]]  # by parameter: the mask, and refitted values if asked for
+    speed: Speed | None = None
 
 
 def prune(
@@ -50,6 +61,8 @@ def prune(
     example_inputs: Any,
     *,
     sparsity: float | Mapping[str, float] | None = None,
+    target_speedup: float | None = None,
+    target_latency_ms: float | None = None,
     inplace: bool = False,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     calibration: Iterable[Any] | None = None,
@@ -59,18 +72,22 @@ def prune(
     max_drop: float | None = None,
     **options: Any,
 ) -> PruneResult:
-    """Prune ``model`` and return a copy (the model itself with ``inplace=True``).
+    """Prune ``model`` and return a copy (the model itself with ``inplace=True``). Give one of the first three:
+
+    sparsity: fraction of zeros; a float, or a dict by kind ("depthwise", "pointwise", "conv", "linear", "rnn") or layer
+        glob. With an n:m pattern it is 1 - n/m or left out; with "channel", the fraction of filters that go.
+    target_speedup: of the whole model over stock ``torch.compile`` with the same options, on this machine at these inputs.
+    target_latency_ms: of the whole model. For either the masks that retain most importance are searched, compiled,
+        measured and corrected; ``result.speed`` says what came out, and :class:`~fxprune.errors.TargetNotReached` warns.
 
     example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; the model is run on
         them once, in evaluation mode, to find its layers.
-    sparsity: fraction of zeros; a float, or a dict by kind ("depthwise", "pointwise", "conv", "linear", "rnn") or layer
-        glob. With an n:m pattern it is 1 - n/m or left out.
     filter_fn: ``(module, fqn) -> bool``; layers it refuses stay as they are.
     calibration: batches, each what the model takes (tensor, tuple or dict), or with ``loss_fn`` (inputs, targets); for
         ``importance="taylor"`` and ``"wanda"`` and for ``compensate``. An iterator is read into memory.
     loss_fn: ``(output, targets) -> scalar``; without it "taylor" needs a model whose output has ``.loss``.
     compensate: refit the remaining weights by least squares to the dense outputs on ``calibration``; with
-        "sequential" each layer after those that run before it (one pass over the data per layer).
+        "sequential" each layer after those that run before it (two passes over the data per layer).
     eval_fn, max_drop: find by bisection the largest share of ``sparsity`` at which ``eval_fn(model) -> float``, higher
         is better, is at most ``max_drop`` below that of the dense model; ``result.search`` says how.
     options: fields of :class:`fxprune.Config`.
@@ -79,139 +96,113 @@ def prune(
     ``nn.LSTM`` and ``nn.GRU`` outside of its graphs by default, where no backend sees them.
 
     Raises an error of :mod:`fxprune.errors` and changes nothing when the request makes no sense.
-    Sources: DEPrune (NeurIPS 2024) Sec. 4-5 for ``dcp``, tile-wise sparsity (SC'20) for ``tile``.
+    Sources: DEPrune (NeurIPS 2024) Sec. 4-5 for ``dcp`` and ``channel``, tile-wise sparsity (SC'20) for ``tile``.
     """
-    config = Config.from_options({"sparsity": sparsity, **options})
+    goal = {"sparsity": sparsity, "target_speedup": target_speedup, "target_latency_ms": target_latency_ms}
+    config = Config.from_options({**goal, **options})
     data = Calibration.of(calibration, loss_fn)
+    _check(config, data, compensate, eval_fn, max_drop)
+    contexts = contexts_of(model, example_inputs, config)
+    matches = prunable(model, contexts, filter_fn)
+    config = calibrate(config, model, matches, data)
+    unit = KernelTables().unit
+
+    def decide(scale: float = 1.0) -> Decided:
+        decided = masks(contexts, matches, scaled(config, scale))
+        if not compensate or data is None:
+            return decided
+        return dataclasses.replace(decided, refits=refit_layers(model, decided.choices, data, compensate == "sequential"))
+
+    def evaluate(decided: Decided | None) -> float:
+        trial = copy.deepcopy(model)
+        if decided is not None:
+            write(trial, decided, unit, model)
+        assert eval_fn is not None
+        return metric(eval_fn, trial)
+
+    found, speed = None, None
+    if config.has_target:
+        speed = _meet(model, example_inputs, matches, config)
+        decided = Decided(choose_levels(matches, config, unit, speed.levels))
+        if compensate and data is not None:
+            refits = refit_layers(model, decided.choices, data, compensate == "sequential")
+            decided = dataclasses.replace(decided, refits=refits)
+    elif max_drop is not None:
+        decided, found = largest_scale(decide, evaluate, max_drop)
+    else:
+        decided = decide()
+    target = model if inplace else copy.deepcopy(model)
+    layers = write(target, decided, unit, model)
+    if any(layer.kind == "rnn" for layer in layers):
+        torch._dynamo.config.allow_rnn = True  # else Dynamo leaves the layers out of the graphs it hands to a backend
+    report = table(layers, decided, contexts, found, speed)
+    return PruneResult(target, Plan(layers), achieved(layers, sparsity), report, found, speed)
+
+
+def _check(config: Config, data: Calibration | None, compensate: Any, eval_fn: Any, max_drop: Any) -> None:
+    """Raise for arguments that do not go together."""
+    patterns = [*config.pattern.values()] if isinstance(config.pattern, Mapping) else [config.pattern]
+    fixed = any(name != "auto" and get(name).fixed is not None for name in patterns)
+    if config.sparsity is None and not config.has_target and not fixed:
+        expected = "a fraction of zeros, or target_speedup= or target_latency_ms= in its place"
+        raise ConfigError(name="sparsity", given=None, expected=expected)
+    if config.has_target and "channel" in patterns:
+        expected = "a pattern that decides layer by layer beside a target; channels are coupled"
+        raise ConfigError(name="pattern", given=config.pattern, expected=expected)
+    if config.has_target and max_drop is not None:
+        raise ConfigError(name="max_drop", given=max_drop, expected="sparsity= beside it, which it scales, and no target")
     if compensate not in (False, True, "sequential"):
         raise ConfigError(name="compensate", given=compensate, expected='True, False or "sequential"')
     if compensate and data is None:
         raise MissingCalibration(option=f"compensate={compensate!r}")
     check_search(eval_fn, max_drop)
-    matches = prunable(model, example_inputs, config, filter_fn)
-    config = calibrate(config, model, matches, data)
-
-    def decide(scale: float = 1.0) -> Decided:
-        chosen = masks(matches, scaled(config, scale))
-        if not compensate or data is None:
-            return chosen, {}
-        return chosen, refit_layers(model, chosen, data, compensate == "sequential")
-
-    search: Search | None = None
-    if eval_fn is None or max_drop is None:
-        decided = decide()
-    else:
-        decided, search = largest_scale(decide, lambda d: _evaluate(eval_fn, model, d), max_drop)
-    target = model if inplace else copy.deepcopy(model)
-    layers = _write(target, decided)
-    if any(layer.kind == "rnn" for layer in layers):
-        torch._dynamo.config.allow_rnn = True  # else Dynamo leaves the layers out of the graphs it hands to a backend
-    return PruneResult(target, Plan(layers), _achieved(layers, sparsity), _table(layers, decided[1], search), search)
 
 
-def masks(matches: Sequence[Match], config: Config) -> dict[str, Choice]:
-    """Choose the masks of ``config.sparsity``, by parameter in the order of ``matches``."""
-    chosen = choose_masks(matches, config, KernelTables().unit, _gain(matches, config))
-    if not chosen:
-        raise NothingToPrune(
-            reason=f"sparsity={config.sparsity!r} asks nothing of the {len(matches)} prunable layer(s) found",
-            remedy="Run fxprune.explain(model, example_inputs) for the layers and their kinds.",
+def masks(contexts: Sequence[Context], matches: Sequence[Match], config: Config) -> Decided:
+    """Choose what ``config.sparsity`` takes from every layer, in the order of ``matches``."""
+    unit = KernelTables().unit
+    chosen = choose_masks(matches, config, unit, _gain(matches, config))
+    channels = choose_channels(contexts, matches, config, unit)
+    if not chosen and not channels.cuts:
+        raise _nothing(config, matches, channels)
+    return Decided({m.parameter: chosen[m.parameter] for m in matches if m.parameter in chosen}, channels)
+
+
+def _nothing(config: Config, matches: Sequence[Match], channels: Channels) -> NothingToPrune:
+    if channels.skipped:
+        why = "; ".join(f"{names}: {reason}" for names, reason in list(channels.skipped.items())[:3])
+        return NothingToPrune(
+            reason=f"no channel of {len(channels.skipped)} group(s) may go ({why})",
+            remedy='Use pattern="tile", which keeps the channels.',
         )
-    return {m.parameter: chosen[m.parameter] for m in matches if m.parameter in chosen}
-
-
-def prunable(
-    model: nn.Module, example_inputs: Any, config: Config, filter_fn: Callable[[nn.Module, str], bool] | None = None
-) -> list[Match]:
-    """Return the matches whose weight may be zeroed: a float parameter that nothing unmatched shares."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(name="model", given=type(model).__name__, expected="a torch.nn.Module")
-    graphs = capture(model, example_inputs)
-    modules = dict(model.named_modules())
-    found: list[Match] = []
-    computed: list[str] = []
-    for graph in graphs:
-        ctx = detect(graph, config)
-        matched = {m.node for m in ctx.matches}
-        for match in ctx.matches:
-            owner = match.parameter.rpartition(".")[0]  # "" when the model itself is the layer
-            if not isinstance(match.value, nn.Parameter):
-                if ctx.weights.origin(match.weight) is not match.weight:
-                    computed.append(match.name)
-                continue
-            if owner not in modules or _shared(match, matched):
-                continue
-            if filter_fn is None or filter_fn(modules[owner], match.name):
-                found.append(match)
-    if computed:
-        message = (
-            f"{len(computed)} layer(s) are left as they are, because their weight is computed (a mask, a parametrization or "
-            f"a weight norm) and not a Parameter: {', '.join(computed)}. Make it one first, with "
-            "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations."
-        )
-        if not found:
-            raise NothingToPrune(reason=message, remedy="Then prune again.")
-        warnings.warn(message, ComputedWeight, stacklevel=3)
-    if not found:
-        raise NothingToPrune(
-            reason=f"no convolution, linear or recurrent layer among the {len(graphs)} captured graph(s)",
-            remedy="Supported kinds: " + ", ".join(KINDS) + ".",
-        )
-    return found
-
-
-def _shared(match: Match, matched: set[Any]) -> bool:
-    """True when something other than matched layers reads the weight (an embedding it is tied to)."""
-    stack, seen = list(match.weight.users), set()
-    while stack:
-        node = stack.pop()
-        if node in matched or node in seen:
-            continue
-        seen.add(node)
-        if "transpose" in str(node.target) or "permute" in str(node.target) or str(node.target) in ("aten.t.default", "t"):
-            stack.extend(node.users)
-        else:
-            return True
-    return False
-
-
-def _evaluate(eval_fn: Callable[[nn.Module], float], model: nn.Module, decided: Decided | None) -> float:
-    """Return the metric of a copy of the model, dense or pruned."""
-    trial = copy.deepcopy(model)
-    if decided is not None:
-        _write(trial, decided)
-    return metric(eval_fn, trial)
-
-
-def _write(target: nn.Module, decided: Decided) -> list[LayerPlan]:
-    chosen, refits = decided
-    parameters = dict(target.named_parameters(remove_duplicate=False))
-    for name, values in refits.items():
-        write_refit(chosen[name].match, values, parameters)
-    return [_apply(choice, parameters) for choice in chosen.values()]
-
-
-@torch.no_grad()
-def _apply(choice: Choice, parameters: dict[str, nn.Parameter]) -> LayerPlan:
-    match, layer = choice.match, choice.layer
-    parameter = parameters[match.parameter]
-    mask = match.restore(layer.mask).reshape(parameter.shape)
-    parameter.masked_fill_(~mask, 0)
-    register(parameter, PrunedWeight(choice.pattern, layer, mask))
-    every = len(layer.tiling.columns) == layer.tiling.shape[0]
-    return LayerPlan(
-        name=match.name,
-        parameter=match.parameter,
-        kind=match.kind,
-        pattern=choice.pattern,
-        shape=tuple(parameter.shape),
-        target=choice.target,
-        sparsity=1.0 - mask.float().mean().item(),
-        granularity=layer.tiling.granularity,
-        counts=tuple(layer.counts),
-        columns=None if every else tuple(layer.tiling.columns.tolist()),
-        note=layer.note,
+    return NothingToPrune(
+        reason=f"sparsity={config.sparsity!r} asks nothing of the {len(matches)} prunable layer(s) found",
+        remedy="Run fxprune.explain(model, example_inputs) for the layers and their kinds.",
     )
+
+
+def _meet(model: nn.Module, example_inputs: Any, matches: list[Match], config: Config) -> Speed:
+    """Find levels for a speed; every plan is compiled and measured on a copy of ``model``."""
+    args, kwargs = arguments(example_inputs)
+    plain = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in _COMPILE}
+    unit = KernelTables().unit
+
+    def compiled(module: nn.Module, backend: Callable[..., Any]) -> Callable[[], Any]:
+        run = partial(torch.compile(module, backend=backend, **ISOLATED), *args, **kwargs)
+        with torch._dynamo.config.patch(NO_LIMITS):
+            run()
+        return run
+
+    def build(levels: Mapping[str, float]) -> Callable[[], Any]:
+        module = copy.deepcopy(model)
+        write(module, Decided(choose_levels(matches, config, unit, levels)), unit, model)
+        return compiled(module, partial(hwprune, options=plain))
+
+    with evaluating(model), torch.inference_mode(False), torch.no_grad():
+        start = time.perf_counter()
+        groups = groups_of(matches, config)
+        seconds = time.perf_counter() - start
+        return search(groups, config, compiled(model, partial(stock, config=config)), build, seconds=seconds)
 
 
 def _gain(matches: Sequence[Match], config: Config) -> Callable[[str, int, int], float] | None:
@@ -236,37 +227,3 @@ def _gain(matches: Sequence[Match], config: Config) -> Callable[[str, int, int],
         return abs(share[kept] - share[rounded])
 
     return gain
-
-
-def _achieved(layers: list[LayerPlan], asked: float | Mapping[str, float] | None) -> dict[str, float]:
-    """Element-weighted sparsity by the keys asked for, and by kind."""
-    groups: dict[str, list[LayerPlan]] = {"all": layers}
-    for layer in layers:
-        groups.setdefault(layer.kind, []).append(layer)
-    for key in asked if isinstance(asked, Mapping) else ():
-        named = [layer for layer in layers if hits(key, layer.name, layer.parameter)]
-        if named:
-            groups[key] = named
-    return {key: _weighted(members) for key, members in groups.items()}
-
-
-def _weighted(layers: list[LayerPlan]) -> float:
-    sizes = [math.prod(layer.shape) for layer in layers]
-    return sum(s * layer.sparsity for s, layer in zip(sizes, layers, strict=True)) / max(sum(sizes), 1)
-
-
-def _table(layers: list[LayerPlan], refits: dict[str, Refit], search: Search | None) -> Table:
-    head: tuple[str, ...] = ("layer", "kind", "pattern", "shape", "target", "sparsity", "kept per tile", "note")
-    if refits:
-        head += ("output error", "refitted")
-    rows = []
-    for layer in layers:
-        kept = f"{min(layer.counts)}..{max(layer.counts)}" if layer.counts else "-"
-        shape = "x".join(map(str, layer.shape))
-        numbers = (f"{layer.target:.1%}", f"{layer.sparsity:.1%}")
-        row: tuple[str, ...] = (layer.name, layer.kind, layer.pattern, shape, *numbers, kept, layer.note)
-        if refits:
-            values = refits.get(layer.parameter)
-            row += (f"{values.before:.2%}", f"{values.after:.2%}") if values else ("-", "not recorded")
-        rows.append(row)
-    return Table("pruned layers", head, rows, search.summary() if search else {})

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import cost
 from ..config import Config
 from ..context import Timing, Unit
 from ..match import Match
@@ -41,11 +42,12 @@ class Measure:
         self._config = config
         self._units = units
         self._cache = TimingCache(config.cache_dir) if config.autotune != "off" else None
+        self._rates: dict[str, dict[str, float]] | None = None
         self.seconds = 0.0
 
     def __call__(self, match: Match, mask: LayerMask | None, inputs: Weight | None = None) -> Timing:
         if self._cache is None or not library.available():
-            return self._predict(match, mask, inputs)
+            return self.predict(match, mask, inputs)
         start = time.perf_counter()
         try:
             key = self._key(match, mask) + (self._key(*inputs) if inputs is not None else "")
@@ -81,15 +83,16 @@ class Measure:
             micros, settled = interleave(runs, _ROUNDS[self._config.autotune])
         return [micros[0], min(micros[1:]), micros[1]], settled
 
-    def _predict(self, match: Match, mask: LayerMask | None, inputs: Weight | None) -> Timing:
-        from .. import cost  # sympy is slow to import
-
-        isa = library.isa() if library.available() else "scalar"
+    def predict(self, match: Match, mask: LayerMask | None, inputs: Weight | None = None) -> Timing:
+        """Return what the cost model says, with this machine's rates where it was calibrated."""
         if inputs is not None:
-            return predicted(
-                [cost.predict(*as_linear(w), isa) for w in (inputs, (match, mask))], _concrete(match.geometry.x[0])
-            )
-        return cost.predict(match, mask, isa)
+            pair = [self.predict(*as_linear(weight)) for weight in (inputs, (match, mask))]
+            return predicted(pair, _concrete(match.geometry.x[0]))
+        if not library.available():
+            return cost.predict(match, mask, "scalar")
+        if self._rates is None:
+            self._rates = calibrated(self._config.cache_dir)
+        return cost.predict(match, mask, library.isa(), self._rates)
 
 
 def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> Callable[[], Tensor]:
@@ -178,10 +181,7 @@ class TimingCache:
     """Measured times in one JSON file per machine, library, torch and thread count."""
 
     def __init__(self, folder: str | None) -> None:
-        root = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxprune"
-        label = f"{platform.machine()}-{_cpu_name()}-{library.isa()}-{library.source_hash()[:16]}"
-        label += f"-torch{torch.__version__}-{torch.get_num_threads()}t-float32"
-        self._path = root / ("timings-" + "".join(c if c.isalnum() or c in "-._" else "_" for c in label) + ".json")
+        self._path = cache_file(folder, "timings")
         self._times: dict[str, list[float]] = self._read()
 
     def get(self, key: str) -> list[float] | None:
@@ -192,22 +192,47 @@ class TimingCache:
         self._write()
 
     def _read(self) -> dict[str, list[float]]:
-        try:
-            data = json.loads(self._path.read_text())
-        except (OSError, ValueError):
-            return {}
-        valid = isinstance(data, dict)
-        return {k: v for k, v in data.items() if _is_timing(v)} if valid else {}
+        return {k: v for k, v in read_json(self._path).items() if _is_timing(v)}
 
     def _write(self) -> None:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            merged = {**self._read(), **self._times}
-            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, suffix=".tmp", delete=False) as handle:
-                json.dump(merged, handle)
-            Path(handle.name).replace(self._path)
-        except OSError:  # a read-only home only costs the next process its measurements
-            return
+        write_json(self._path, {**self._read(), **self._times})
+
+
+def cache_file(folder: str | None, what: str) -> Path:
+    """Return the file of "timings" or "rates" for this machine, library, torch and thread count."""
+    root = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxprune"
+    label = f"{what}-{platform.machine()}-{_cpu_name()}-{library.isa()}-{library.source_hash()[:16]}"
+    label += f"-torch{torch.__version__}-{torch.get_num_threads()}t-float32"
+    return root / ("".join(c if c.isalnum() or c in "-._" else "_" for c in label) + ".json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a cache file holds; nothing where it is missing or broken."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Replace a cache file at once; a read-only home only costs the next process its measurements."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as handle:
+            json.dump(data, handle)
+        Path(handle.name).replace(path)
+    except OSError:
+        return
+
+
+def calibrated(folder: str | None) -> dict[str, dict[str, float]]:
+    """Return the rates that :func:`~fxprune.lowering.calibrate.calibrate` kept, by operator; none where it did not run."""
+    return {name: rates for name, rates in read_json(cache_file(folder, "rates")).items() if _are_rates(rates)}
+
+
+def _are_rates(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, (int, float)) and v >= 0 for v in value.values())
 
 
 def _is_timing(value: Any) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch.fx import GraphModule, Node
 
-from ..context import Context, Decision, Timing
+from ..context import Context, Decision, Kernels, Timing
 from ..graph import fake
 from ..match import Match
 from ..plan import lookup
@@ -21,6 +21,7 @@ from ..planner import choose_masks
 from ..sparsity import dcp
 from ..sparsity.found import describe, forms
 from ..sparsity.pattern import LayerMask
+from ..staircase import choose_levels
 from .plan_rnn import decide_recurrent, recurrent_layers
 
 # below this fraction of zeros a weight counts as dense: timing noise is larger than the gain
@@ -44,7 +45,7 @@ def plan(gm: GraphModule, ctx: Context) -> int:
     recurrent = [m for m in ctx.matches if m.recurrent is not None]
     found = {m.node: _mask(m, ctx, wanted) for m in ctx.matches if m.recurrent is None}
     convs = [m for m in ctx.matches if m.kind not in ("linear", "rnn")]
-    for region in _regions(convs):
+    for region in regions(convs):
         _decide_region(region, found, ctx)
     linears = [m for m in ctx.matches if m.kind == "linear"]
     for match in sorted(linears, key=lambda m: found[m.node][1] is None):  # those without zeros join what was chosen
@@ -57,9 +58,13 @@ def plan(gm: GraphModule, ctx: Context) -> int:
 
 
 def _masks_from_options(ctx: Context) -> dict[str, tuple[str, LayerMask]]:
-    if ctx.config.sparsity is None:
+    levels = ctx.extra.get("levels")
+    if levels is not None:  # found for a target speed
+        chosen = choose_levels(ctx.matches, ctx.config, ctx.kernels.unit, levels)
+    elif ctx.config.sparsity is None:
         return {}
-    chosen = choose_masks(ctx.matches, ctx.config, ctx.kernels.unit)
+    else:
+        chosen = choose_masks(ctx.matches, ctx.config, ctx.kernels.unit)
     return {name: (choice.pattern, choice.layer) for name, choice in chosen.items()}
 
 
@@ -110,7 +115,7 @@ def _form(match: Match, mask: torch.Tensor, planned: LayerMask | None, covers: b
     return min(candidates, key=lambda layer: ctx.measure(match, layer).sparse)
 
 
-def _regions(convs: list[Match]) -> Iterable[list[Match]]:
+def regions(convs: list[Match]) -> Iterable[list[Match]]:
     """Group convolutions that exchange activations directly (through anything but another GEMM)."""
     nodes = {m.node: i for i, m in enumerate(convs)}
     parent = list(range(len(convs)))
@@ -144,9 +149,14 @@ def _sources(node: Node, nodes: dict[Node, int]) -> list[Node]:
     return found
 
 
+def unsupported(match: Match, kernels: Kernels) -> str | None:
+    """Return why no compiled kernel runs a match, ``None`` when one does."""
+    return kernels.supports(_OPERATOR[match.kind], match)
+
+
 def _refusal(match: Match, mask: LayerMask | None, ctx: Context) -> str | None:
     """Return why a match cannot run sparse at all, ``None`` when it can."""
-    reason = ctx.extra.get("dense_reason") or ctx.kernels.supports(_OPERATOR[match.kind], match)
+    reason = ctx.extra.get("dense_reason") or unsupported(match, ctx.kernels)
     reason = reason or _layout_refusal(match)
     if reason is None and mask is not None and not _live(match, ctx):
         reason = "the weight is not a float32 constant of this graph"

@@ -71,7 +71,7 @@ def exact(build, match, kept, ctx):  # type: ignore[no-untyped-def]
     from ..weights import StructureChanged
 
     def checked(weight: Tensor) -> tuple[Tensor, ...]:
-        if ctx.config.sparsity is None and torch.count_nonzero(match.matrix(weight)[~kept]).item():
+        if not ctx.config.prunes and torch.count_nonzero(match.matrix(weight)[~kept]).item():
             raise StructureChanged
         return build(weight)
 

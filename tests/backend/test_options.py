@@ -19,6 +19,9 @@ from tests.toys import image, mlp, mobile, pruned, rows, run
 
 LEGAL: dict[str, list[Any]] = {
     "sparsity": [None, 0, 0.5, {"linear": 0.5}, {"fc*": 0.25, "depthwise": 0.0}],
+    "target_speedup": [None, 1, 2.5],
+    "target_latency_ms": [None, 0.5, 3],
+    "max_sparsity": [0.5, 0.99],
     "pattern": ["auto", "tile", "dcp", {"linear": "tile"}],
     "importance": ["magnitude", lambda name, weight: weight.abs()],
     "ignored_layers": [(), ("fc",), ["*.head"]],
@@ -44,6 +47,9 @@ LEGAL: dict[str, list[Any]] = {
 NAN = float("nan")
 ILLEGAL: dict[str, list[Any]] = {
     "sparsity": [1.0, -0.1, NAN, "half", True, {"linear": 1.5}, {"linear": None}, {3: 0.5}],
+    "target_speedup": [0, 0.9, -2.0, NAN, "2x", True],
+    "target_latency_ms": [0, -1.0, NAN, "3 ms", True],
+    "max_sparsity": [0, 0.0, 1, 1.0, 1.5, NAN, None, True],
     "pattern": [5, None, {"conv": "tile"}, {"linear": 3}],
     "importance": ["taylor", 3, None],
     "ignored_layers": ["fc", (3,)],

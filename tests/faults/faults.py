@@ -28,7 +28,7 @@ def module(name: str) -> Any:
     return importlib.import_module(f"fxprune.{name}")
 
 
-prune, verify, planning = module("prune"), module("verify"), module("passes.plan")
+prune, prunable, verify, planning = (module(n) for n in ("prune", "prunable", "verify", "passes.plan"))
 fold_batchnorm, normalize, match_depthwise = (
     module(f"passes.{n}") for n in ("fold_batchnorm", "normalize", "match_depthwise")
 )
@@ -234,12 +234,12 @@ FAULTS: tuple[Fault, ...] = (
     Fault("ties to the higher index", dcp, "keep_largest", last_ties, kill.ties),
     Fault("target rounded down", planner, "targets", weaker, kill.achieved),
     Fault("ignored layers pruned", planner, "_hits", constant(False), kill.ignored),
-    Fault("tied weight pruned", prune, "_shared", constant(False), kill.tied),
+    Fault("tied weight pruned", prunable, "_shared", constant(False), kill.tied),
     Fault("the user's model pruned", prune.copy, "deepcopy", lambda real: lambda model: model, kill.copied),
     Fault("training flags lost", capture, "evaluating", evaluating, kill.flags),
     Fault("index unchecked", tile.Tile, "check", constant(None), kill.corrupted),
     Fault("a loser runs sparse", planning, "_decision", always_chosen, kill.losers),
-    Fault("regions split", planning, "_regions", alone, kill.regions),
+    Fault("regions split", planning, "regions", alone, kill.regions),
     Fault("time keyed without the shape", measure.Measure, "_key", constant("k"), kill.shapes_timed),
     Fault("broken cache trusted", measure, "_is_timing", constant(True), kill.broken_cache),
     Fault("room of a live value reused", forming._Program, "add", room_reused, kill.lived),

@@ -1,0 +1,105 @@
+"""What one unit of a kernel's work takes on each kind of machine: the constants of the cost model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from fxprune.errors import ConfigError, nearest
+
+Rates = Mapping[str, Mapping[str, float]]
+
+# By operator and term, in microseconds: per call ("call", "batched"), per megabyte ("weights", "near", "far", "beyond"),
+# per thousand of the rest. Fitted on two server cores at 2.8 GHz with AVX-512; what counts vectors holds for narrower
+# vectors as well, because there are more of them.
+RATES: Rates = {
+    "conv1x1_nchw": {"beyond": 54.5, "call": 45.8, "loads": 9.74, "products": 0.216, "stores": 8.06},
+    "conv1x1_nhwc": {"beyond": 48, "call": 38.3, "loads": 5.58, "products": 0.211, "weights": 59.3},
+    "conv_nchw": {"beyond": 54.5, "call": 45.8, "loads": 9.74, "products": 0.216, "stores": 8.06, "strided": 0.216},
+    "conv_nhwc": {"beyond": 48, "call": 38.3, "loads": 5.58, "products": 0.211, "strided": 0.211, "weights": 59.3},
+    "conv_pixel": {"batched": 69.9, "call": 6.17, "near": 5.82, "products": 1.52},
+    "depthwise_nchw": {
+        "beyond": 76.2,
+        "call": 72.8,
+        "far": 9.34,
+        "loads": 4.17,
+        "near": 45.5,
+        "products": 0.291,
+        "strided": 0.665,
+    },
+    "depthwise_nhwc": {
+        "beyond": 23.6,
+        "call": 40.4,
+        "far": 2.17,
+        "loads": 0.31,
+        "near": 16.8,
+        "products": 0.443,
+        "strided": 0.641,
+    },
+    "depthwise_taps": {
+        "beyond": 21.9,
+        "call": 13.6,
+        "near": 7.8,
+        "planes": 13.2,
+        "strided": 1.85,
+        "taps": 0.872,
+        "vectors": 0.644,
+    },
+    "linear": {"batched": 29.5, "call": 3.83, "far": 17.9, "near": 5.75, "products": 0.172, "weights": 4.38},
+    "tile_conv": {
+        "beyond": 112,
+        "call": 8.04,
+        "copied": 40,
+        "edges": 1.19,
+        "far": 9.34,
+        "loads": 1.83,
+        "near": 3.28,
+        "products": 0.141,
+        "stores": 1.14,
+    },
+    "tile_gemm_pixels": {
+        "beyond": 112,
+        "call": 8.04,
+        "edges": 1.19,
+        "far": 9.34,
+        "loads": 1.83,
+        "near": 3.28,
+        "products": 0.141,
+        "stores": 1.14,
+    },
+    "tile_gemm_rows": {"call": 7.99, "far": 28.7, "loads": 1.26, "products": 0.117, "stores": 4.81},
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One instruction set of one machine. lanes: floats per vector. rates: by operator and term.
+
+    l2_bytes: of one thread; l3_bytes: of all together.
+    """
+
+    name: str
+    lanes: int
+    threads: int = 2
+    l2_bytes: int = 5 << 18
+    l3_bytes: int = 24 << 20
+    rates: Rates = field(default_factory=lambda: RATES, repr=False)
+
+
+DEVICES: Mapping[str, Device] = {
+    "avx512": Device("avx512", lanes=16),
+    "avx2": Device("avx2", lanes=8),
+    "scalar": Device("scalar", lanes=1),
+}
+
+
+def device(name: str, threads: int | None = None, rates: Rates | None = None) -> Device:
+    """Return a row of :data:`DEVICES`, for ``threads`` threads; raises :class:`ConfigError` for another name.
+
+    rates: what ``fxprune.calibrate()`` found, by operator; operators it lacks keep the row's own.
+    """
+    if name not in DEVICES:
+        expected = f"one of {', '.join(DEVICES)}; did you mean {nearest(name, DEVICES)!r}?"
+        raise ConfigError(name="device", given=name, expected=expected)
+    row = DEVICES[name]
+    return replace(row, threads=threads or row.threads, rates={**row.rates, **(rates or {})})

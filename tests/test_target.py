@@ -1,0 +1,270 @@
+"""A speed instead of a sparsity: the loop that meets it, on a made-up machine, and what ``prune`` makes of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import fxprune
+from fxprune import backend, cost, staircase, target
+from fxprune.capture import capture, detect
+from fxprune.config import Config
+from fxprune.context import Timing
+from fxprune.errors import ConfigError, NothingToPrune, TargetNotReached
+from fxprune.match import Match
+from fxprune.plan import lookup
+from fxprune.staircase import Staircase, Step, staircases
+from fxprune.target import levels_of
+from tests.oracle import assert_exact
+from tests.toys import image, mlp, mobile, rows, run
+
+
+def stair(name: str, dense: float, kind: str = "linear", start: float | None = None, floor: float = 0.1) -> Staircase:
+    """Ten levels; the last takes ``floor`` of the time of the first."""
+    first = dense if start is None else start
+    steps = tuple(Step(i / 10, 1 - (i / 10) ** 2, first * (1 - (1 - floor) * i / 9)) for i in range(10))
+    match = SimpleNamespace(parameter=name, kind=kind)
+    return Staircase((match,), steps, dense)  # type: ignore[arg-type]
+
+
+class Machine:
+    """Milliseconds of a model: what is not pruned, and ``scale`` times its layers."""
+
+    def __init__(self, groups: list[list[Staircase]], rest: float, scale: float) -> None:
+        self.groups, self.rest, self.scale, self.built = groups, rest, scale, 0
+
+    def milliseconds(self, levels: Mapping[str, float]) -> float:
+        time = 0.0
+        for group in self.groups:
+            sparse = any(s.parameter in levels for s in group)
+            for s in group:
+                step = next(step for step in s.steps if step.sparsity == levels.get(s.parameter, 0.0))
+                time += step.micros if sparse else s.dense
+        return self.rest + self.scale * time / 1e3
+
+    def build(self, levels: Mapping[str, float]) -> Callable[[], float]:
+        self.built += 1
+        return lambda: self.milliseconds(levels)
+
+    def search(self, **options: Any) -> target.Speed:
+        def clock(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
+            return {name: run() for name, run in runs.items()}
+
+        return target.search(self.groups, Config(**options), lambda: self.milliseconds({}), self.build, clock)
+
+
+def linears(count: int = 40) -> list[list[Staircase]]:
+    return [[stair(f"l{i}", 100.0 + 7 * i)] for i in range(count)]
+
+
+@given(speedup=st.floats(1.2, 3.0), rest=st.floats(0.0, 2.0), scale=st.sampled_from([0.6, 1.0, 1.5]), latency=st.booleans())
+def test_the_target_is_met_on_a_machine_that_differs(speedup: float, rest: float, scale: float, latency: bool) -> None:
+    machine = Machine(linears(), rest, scale)
+    stock = machine.milliseconds({})
+    goal = {"target_latency_ms": stock / speedup} if latency else {"target_speedup": speedup}
+    speed = machine.search(**goal)
+    assert speed.reached and speed.iterations == machine.built <= 4
+    assert abs(speed.measured_ms * speedup / stock - 1) <= 0.05 + 1e-9
+    assert speed.measured_ms == pytest.approx(machine.milliseconds(speed.levels))
+    assert speed.dense_ms == pytest.approx(stock)
+    assert speed.target_ms == pytest.approx(stock / speedup)
+    assert speed.speedup == pytest.approx(stock / speed.measured_ms)
+
+
+def test_a_tighter_target_retains_less() -> None:
+    found = [Machine(linears(), 0.5, 1.0).search(target_speedup=s) for s in (1.0, 1.2, 1.5, 2.0, 2.5, 3.0)]
+    retained = [speed.retained for speed in found]
+    assert retained == sorted(retained, reverse=True) and retained[0] == 1.0 and not found[0].levels
+    assert all(a.levels.get(n, 0.0) <= 0.9 for a in found for n in a.levels)
+
+
+def test_the_same_times_give_the_same_plan() -> None:
+    one, two = (Machine(linears(), 0.5, 1.3).search(target_speedup=1.7) for _ in range(2))
+    assert one.levels == two.levels
+
+
+def test_out_of_reach_warns_and_returns_the_fastest() -> None:
+    machine = Machine(linears(), 5.0, 1.0)
+    with pytest.warns(TargetNotReached, match=r"target .*: not reached.*max_sparsity="):
+        speed = machine.search(target_speedup=4.0)
+    assert not speed.reached
+    assert speed.measured_ms == pytest.approx(machine.milliseconds(dict.fromkeys(speed.levels, 0.9)))
+    assert len(speed.levels) == len(machine.groups) and set(speed.levels.values()) == {0.9}
+
+
+def test_no_layer_that_gains_stays_dense() -> None:
+    whole = Staircase(stair("l", 100.0).matches, stair("l", 100.0).steps[:1], 100.0)
+    with pytest.warns(TargetNotReached):
+        speed = Machine([[whole]], 1.0, 1.0).search(target_speedup=1.5)
+    assert not speed.levels and speed.measured_ms == speed.dense_ms
+    with pytest.raises(NothingToPrune, match="no layer has a compiled kernel"):
+        Machine([], 1.0, 1.0).search(target_speedup=1.5)
+
+
+def test_convolutions_leave_dense_with_a_few_zeros() -> None:
+    """Our kernels beat dense without any zeros, but the compiler takes a region only when something in it is pruned."""
+    group = [stair(f"c{i}", 200.0, "pointwise", start=100.0) for i in range(4)]
+    speed = Machine([group], 0.0, 1.0).search(target_speedup=1.3)
+    assert speed.reached and speed.speedup >= 2.0
+    assert list(speed.levels.values()) == [0.1], "one layer, its first level"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_speedup": 2.0, "target_latency_ms": 3.0}, "'target_latency_ms' got 3.0; expected no target_speedup"),
+        ({"target_speedup": 2.0, "sparsity": 0.5}, "'target_speedup' got 2.0; expected no sparsity"),
+        ({"target_speedup": 0.5}, "'target_speedup' got 0.5; expected a number from 1"),
+        ({"target_speedup": 0}, "'target_speedup' got 0;"),
+        ({"target_speedup": -1.0}, "'target_speedup' got -1.0;"),
+        ({"target_speedup": "2x"}, "'target_speedup' got '2x'"),
+        ({"target_latency_ms": 0}, "'target_latency_ms' got 0;"),
+        ({"target_latency_ms": float("nan")}, "'target_latency_ms' got nan;"),
+        ({"target_speedup": 2.0, "max_sparsity": 1.0}, "'max_sparsity' got 1.0; expected a fraction between 0 and 1"),
+        ({}, "'sparsity' got None; expected a fraction of zeros, or target_speedup="),
+    ],
+)
+def test_bad_targets(options: dict[str, Any], message: str) -> None:
+    model = mlp()
+    with pytest.raises(ConfigError) as caught:
+        fxprune.prune(model, rows(), **options)
+    assert message in str(caught.value)
+    assert not any(lookup(p) for p in model.parameters())
+
+
+def test_a_target_without_layers_or_in_the_wrong_place() -> None:
+    with pytest.raises(NothingToPrune, match="no depthwise, 1x1 or linear layer"):
+        fxprune.prune(nn.ReLU(), torch.ones(2), target_speedup=2.0)
+    with pytest.raises(NothingToPrune, match="no layer has a compiled kernel"):
+        fxprune.prune(mlp().double(), rows().double(), target_speedup=2.0, fallback="eager", autotune="off")
+    with pytest.raises(ConfigError, match=r"a target is met by fxprune\.prune"):
+        fxprune.explain(mlp(), rows(), target_speedup=2.0)
+    trained = torch.compile(mlp(), backend="hwprune", options={"target_speedup": 2.0, "fallback": "eager"})
+    with pytest.raises(BackendCompilerFailed, match=r"expected inference: .*torch\.no_grad"):
+        trained(rows())
+
+
+def test_staircases_fall_and_follow_the_measured_points() -> None:
+    (graph,) = capture(mobile(), image())
+    context = detect(graph, Config())
+    unit = context.kernels.unit
+
+    def predicted(match: Match, mask: Any) -> Timing:
+        return cost.predict(match, mask, "avx512")
+
+    def measured(match: Match, mask: Any) -> Timing:
+        timing = predicted(match, mask)
+        return Timing(3 * timing.sparse, 9 * timing.dense, 9 * timing.dense_feature_major, True)
+
+    config = Config(target_speedup=2.0, ignored_layers=("pw",), max_sparsity=0.8)
+    stairs = {s.parameter: s for s in staircases(context.matches, config, unit, measured, predicted)}
+    assert list(stairs) == ["dw.weight", "pw.weight", "fc.weight"]
+    for s in stairs.values():
+        (match,) = s.matches
+        micros, retained = [step.micros for step in s.steps], [step.retained for step in s.steps]
+        assert micros == sorted(micros, reverse=True) and retained == sorted(retained, reverse=True)
+        assert retained[0] == 1.0 and all(step.sparsity <= 0.8 for step in s.steps)
+        for step in s.steps[1:]:
+            (choice,) = staircase.choose_levels([match], config, unit, {s.parameter: step.sparsity}).values()
+            scores = match.matrix(match.value.detach()).double().square()
+            assert step.retained == pytest.approx(float((scores * choice.layer.mask).sum() / scores.sum()))
+            assert step.micros == pytest.approx(3 * predicted(match, choice.layer).sparse), "scaled by what was measured"
+    assert len(stairs["pw.weight"].steps) == 1, "ignored"
+    assert len(stairs["fc.weight"].steps) >= 2 and len(stairs["dw.weight"].steps) >= 3
+
+
+def instant(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Half the time of dense for whatever was built; every run is called."""
+    for call in runs.values():
+        call()
+    return {name: 10.0 if name == "dense" else 5.0 for name in runs}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """No timing: predicted kernels, eager rest, a clock that says twice as fast."""
+    monkeypatch.setattr(target.search, "__defaults__", (instant, 0.0))
+    return {"autotune": "off", "fallback": "eager", "min_speedup": 0.0}
+
+
+def test_prune_reports_what_it_did(quick: dict[str, Any]) -> None:
+    model = mobile()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    result = fxprune.prune(model, image(), target_speedup=2.0, **quick)
+    speed = result.speed
+    assert speed is not None and speed.reached and speed.iterations == 1
+    assert (speed.dense_ms, speed.measured_ms, speed.target_ms, speed.speedup) == (10.0, 5.0, 5.0, 2.0)
+    assert {layer.parameter for layer in result.plan} == set(speed.levels)
+    assert {layer.parameter: layer.target for layer in result.plan} == dict(speed.levels)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the model passed in is untouched"
+    assert not any(lookup(p) for p in model.parameters())
+    assert "reached" in str(result.report) and set(speed.seconds) == {"plan", "build"}
+    again = fxprune.prune(model, image(), target_speedup=2.0, inplace=True, **quick)
+    assert again.model is model and again.speed is not None and again.speed.levels == speed.levels
+    for name, value in result.model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+def test_a_failure_leaves_the_model_alone(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mobile().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def broken(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
+        if len(runs) > 1:
+            raise RuntimeError("the clock stopped")
+        return {"dense": 10.0}
+
+    monkeypatch.setattr(target.search, "__defaults__", (broken, 0.0))
+    with pytest.raises(RuntimeError, match="the clock stopped"):
+        fxprune.prune(model, image(), target_speedup=2.0, inplace=True, **quick)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.training and not any(lookup(p) for p in model.parameters())
+
+
+def test_a_target_inside_the_compile(quick: dict[str, Any]) -> None:
+    model = mobile()
+    fast = torch.compile(model, backend="hwprune", options={"target_speedup": 2.0, **quick})
+    fxprune.register()
+    backend.LAST_REPORTS.clear()
+    output = run(fast, image())
+    decided = backend.LAST_REPORTS[-1].decisions
+    assert any(d.mask is not None and d.chosen for d in decided)
+    masked = mobile()
+    with torch.no_grad():
+        for decision in decided:
+            if decision.mask is not None:
+                weight = dict(masked.named_parameters())[decision.match.parameter]
+                weight.mul_(decision.match.restore(decision.mask.mask).reshape(weight.shape))
+    assert_exact(output, run(masked, image()), "the masked model")
+    with torch.no_grad():
+        model.fc.weight.mul_(2.0)
+    run(fast, image())  # other values, the same levels: nothing is searched again
+
+
+def test_a_real_target_is_consistent() -> None:
+    """Measured, so no time is asserted: the report agrees with itself and the model with its plan."""
+    model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)).eval()
+    x = torch.randn(64, 256)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TargetNotReached)
+        result = fxprune.prune(model, x, target_speedup=1.5, fallback="eager", autotune="off")
+    speed = result.speed
+    assert speed is not None and 1 <= speed.iterations <= 4
+    assert speed.dense_ms > 0 and speed.measured_ms > 0 and 0 < speed.retained <= 1
+    assert speed.reached == (speed.measured_ms <= 1.05 * speed.target_ms)
+    assert speed.target_ms == pytest.approx(speed.dense_ms / 1.5)
+    assert len(result.plan) == len(speed.levels)
+
+
+def test_levels_of_names_only_what_loses() -> None:
+    groups = [[stair("a", 10.0), stair("b", 10.0)], [stair("c", 10.0)]]
+    assert levels_of(groups, [(0, 3), None]) == {"b": 0.3}
