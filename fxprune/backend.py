@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from fxprune import dump
 from fxprune.compiled import Built, CompiledGraph
 from fxprune.config import Config
-from fxprune.context import Context, Decision
+from fxprune.context import Context, Decision, Shrunk
 from fxprune.errors import FxPruneError, RequireSparse, VerificationError
 from fxprune.lowering import codegen
 from fxprune.lowering.kernels import KernelTables
@@ -107,7 +107,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
 
 
 def rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> tuple[GraphModule, Context, bool]:
-    """Run the forward pipeline on a clone of ``gm``; returns (clone, context, whether a kernel was placed)."""
+    """Run the forward pipeline on a clone of ``gm``; returns (clone, context, whether anything was gained)."""
     clone = GraphModule(gm, copy.deepcopy(gm.graph))
     tables = KernelTables()
     training = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs)
@@ -128,7 +128,7 @@ def rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> t
     ctx.seconds["measure"] = measure.seconds
     ctx.counts.update(lower(clone, tables))
     _require(ctx)
-    return clone, ctx, any(d.chosen for d in ctx.decisions)
+    return clone, ctx, bool(ctx.shrunk) or any(d.chosen for d in ctx.decisions)
 
 
 def _lint(gm: GraphModule, stage: str) -> None:
@@ -205,10 +205,18 @@ def _report(ctx: Context, seconds: float) -> None:
         len(masked),
         seconds,
     )
+    if ctx.shrunk:
+        log.info("%d groups of channels shrunk: %s", len(ctx.shrunk), cut_channels(ctx.shrunk))
     for decision in ctx.decisions:
         log.debug("%s", describe(decision))
     LAST_REPORTS.append(ctx)
     del LAST_REPORTS[:-16]
+
+
+def cut_channels(shrunk: Sequence[Shrunk]) -> str:
+    """Return one line about the channels that were cut out of a graph."""
+    parts = [f"{s.layers[0]}{' ...' if len(s.layers) > 1 else ''} {s.before} -> {s.after}" for s in shrunk]
+    return f"{sum(s.before for s in shrunk)} -> {sum(s.after for s in shrunk)} channels ({', '.join(parts)})"
 
 
 def describe(decision: Decision) -> str:

@@ -16,6 +16,7 @@ _CHOICES = {
     "scope": ("layer", "global"),
     "ranking": ("corrected", "published"),
     "recalibrate": ("auto", "deterministic", "off"),
+    "channel_score": ("l1", "l2", "fpgm"),
     "autotune": ("fast", "full", "off"),
     "fallback": ("inductor", "eager"),
 }
@@ -39,6 +40,8 @@ class Config:
     columns: let `tile` remove whole output features (2-D). ``None``: only for linear layers, because the
         outputs of a 1x1 convolution may feed a depthwise one (DEPrune, Sec. 4.2).
     scope: rank tiles per "layer" or over all layers ("global"). ranking: "corrected" or "published".
+    channel_score: what ranks the filters of `channel`: "l1" or "l2" norm of the importance, or "fpgm", the distance to
+        the layer's other filters (DEPrune, Table 5).
     min_speedup: a match must be at least this much faster than dense to leave dense.
     autotune: "fast" measures with few rounds, "full" with many, "off" trusts the cost model.
     cache_dir: where measured times are kept; ``None`` is the user's cache folder.
@@ -62,6 +65,7 @@ class Config:
     columns: bool | Mapping[str, bool] | None = None
     scope: str = "layer"
     ranking: str = "corrected"
+    channel_score: str = "l2"
     min_speedup: float = 1.02
     autotune: str = "fast"
     cache_dir: str | None = None

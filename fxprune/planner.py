@@ -13,7 +13,8 @@ from torch import Tensor
 from fxprune.config import KINDS, Config
 from fxprune.errors import ConfigError, NonFiniteWeight, UnknownLayer, UnknownPattern, nearest
 from fxprune.match import Match
-from fxprune.sparsity import PATTERNS, dcp, tile
+from fxprune.plan import lookup
+from fxprune.sparsity import PATTERNS, channel, dcp, tile
 from fxprune.sparsity.pattern import LayerMask
 
 Gain = Callable[[str, int, int], float]
@@ -88,7 +89,9 @@ def choose_masks(
             by_pattern.setdefault(pattern_of(match, config), {}).setdefault(match.parameter, match)
     chosen: dict[str, Choice] = {}
     for pattern, layers in by_pattern.items():
-        importances = {name: _importance(m, config) for name, m in layers.items()}
+        if pattern == "channel":  # coupled over layers: fxprune/channel_plan.py
+            continue
+        importances = {name: importance(m, config) for name, m in layers.items()}
         share = {name: asked[name] for name in layers}
         if pattern == "dcp":
             masks = _tap_masks(importances, share, config, unit("depthwise").k_step, gain)
@@ -135,27 +138,44 @@ def _tile_masks(
     masks: dict[str, LayerMask] = {}
     for kind in ("pointwise", "linear"):
         names = [n for n, m in layers.items() if m.kind == kind]
+        live = {n: _live(layers[n]) for n in names}  # channels that are gone already are not planned again
         if not names:
             continue
         row = unit(kind)
         columns = config.by_kind("columns", kind)
         recalibrate = config.recalibrate != "off"
-        masks.update(
-            tile.plan_layers(
-                {n: importances[n] for n in names},
-                {n: share[n] for n in names},
-                granularity=config.by_kind("granularity", kind) or row.granularity,
-                columns=kind == "linear" if columns is None else columns,
-                scope=config.scope,
-                ranking=config.ranking,
-                step=row.k_step if recalibrate else 1,
-                column_step=row.column_step if recalibrate else None,
-            )
+        planned = tile.plan_layers(
+            {n: importances[n][rows][:, cols] for n, (rows, cols) in live.items()},
+            {n: _share_of_rest(share[n], *live[n]) for n in names},
+            granularity=config.by_kind("granularity", kind) or row.granularity,
+            columns=kind == "linear" if columns is None else columns,
+            scope=config.scope,
+            ranking=config.ranking,
+            step=row.k_step if recalibrate else 1,
+            column_step=row.column_step if recalibrate else None,
         )
+        masks.update({n: channel.within(layers[n].matrix_shape, *live[n], mask) for n, mask in planned.items()})
     return masks
 
 
-def _importance(match: Match, config: Config) -> Tensor:
+def _live(match: Match) -> tuple[Tensor, Tensor]:
+    """Return bool (N,) and (K,): the features a plan has not removed; all of them of a weight without a plan."""
+    planned = lookup(match.value)
+    if planned is None or not planned.mask.any():
+        n, k = match.matrix_shape
+        return torch.ones(n, dtype=torch.bool), torch.ones(k, dtype=torch.bool)
+    mask = match.matrix(planned.mask)
+    return mask.any(1), mask.any(0)
+
+
+def _share_of_rest(share: float, rows: Tensor, columns: Tensor) -> float:
+    """Return the sparsity asked of the remaining submatrix, so that the whole weight reaches ``share``."""
+    rest = rows.float().mean().item() * columns.float().mean().item()
+    return max(1.0 - (1.0 - share) / rest, 0.0)
+
+
+def importance(match: Match, config: Config) -> Tensor:
+    """Return the element scores of a match, in its matrix view."""
     weight = match.value.detach()
     finite = torch.isfinite(weight)
     if not finite.all():

@@ -18,6 +18,7 @@ from .normalize import normalize
 from .plan import plan
 from .rewrite_depthwise import rewrite_depthwise
 from .rewrite_gemm import rewrite_gemm
+from .shrink import shrink
 
 Pass = Callable[[GraphModule, Context], int]
 
@@ -31,6 +32,7 @@ DETECT: tuple[Pass, ...] = (
 FORWARD: tuple[Pass, ...] = (
     normalize,  # first: everything below speaks ATen
     fold_batchnorm,  # before matching, so that a match sees the weight the kernel will run
+    shrink,  # after folding, so that a filter and its BatchNorm are one; before matching, so that masks are of what is left
     match_depthwise,
     match_gemm,
     match_blocks,

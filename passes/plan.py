@@ -14,11 +14,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..context import Context, Decision, Timing
+from ..errors import ConfigError
 from ..graph import fake
 from ..match import Match
-from ..plan import lookup
-from ..planner import choose_masks
-from ..sparsity import dcp, tile
+from ..plan import PrunedWeight, lookup
+from ..planner import choose_masks, pattern_of
+from ..sparsity import dcp, refit, tile
 from ..sparsity.pattern import LayerMask
 
 # below this fraction of zeros a weight counts as dense: timing noise is larger than the gain
@@ -48,6 +49,9 @@ def plan(gm: GraphModule, ctx: Context) -> int:
 def _masks_from_options(ctx: Context) -> dict[str, tuple[str, LayerMask]]:
     if ctx.config.sparsity is None:
         return {}
+    if any(pattern_of(match, ctx.config) == "channel" for match in ctx.matches):
+        expected = 'fxprune.prune(model, ..., pattern="channel") before compiling: it also zeroes BatchNorm and biases'
+        raise ConfigError(name="pattern", given=ctx.config.pattern, expected=expected)
     chosen = choose_masks(ctx.matches, ctx.config, ctx.kernels.unit)
     return {name: (choice.pattern, choice.layer) for name, choice in chosen.items()}
 
@@ -60,15 +64,29 @@ def _mask(match: Match, ctx: Context, wanted: dict[str, tuple[str, LayerMask]]) 
     planned = None if parameter is None else lookup(parameter)
     matrix = match.matrix(match.value.detach())
     if planned is not None:
-        obeyed = not torch.count_nonzero(matrix[~planned.layer.mask]).item()
+        layer = _cut(planned, match, ctx)
+        if ctx.kept.get(match.weight) and layer.mask.float().mean().item() > 1.0 - _MIN_SPARSITY:
+            return "", None
+        obeyed = not torch.count_nonzero(matrix[~layer.mask]).item()
         if obeyed or not ctx.inference:
-            return planned.pattern, planned.layer
+            return planned.pattern, layer
     if not ctx.inference:
         return "", None
     zeros = 1.0 - torch.count_nonzero(matrix).item() / max(matrix.numel(), 1)
     if zeros < _MIN_SPARSITY:
         return "", None
     return _infer(match, matrix, ctx)
+
+
+def _cut(planned: PrunedWeight, match: Match, ctx: Context) -> LayerMask:
+    """Return the mask of a plan without the channels that were cut out of the graph."""
+    cuts = ctx.kept.get(match.weight)
+    if not cuts:
+        return planned.layer
+    mask = planned.mask
+    for axis, index in cuts:
+        mask = mask.index_select(axis, index)
+    return refit(match.matrix(mask), planned.layer.tiling.granularity, match.kind == "depthwise")
 
 
 def _infer(match: Match, matrix: torch.Tensor, ctx: Context) -> tuple[str, LayerMask | None]:
