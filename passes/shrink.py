@@ -34,16 +34,19 @@ def shrink(gm: GraphModule, ctx: Context) -> int:
     spaces = [s for s in coupling.spaces if s.producers and s.consumers and not s.reason]
     if not spaces:
         return 0
-    kept = _Liveness(coupling, spaces).kept()
+    liveness = _Liveness(coupling, spaces)
+    kept = liveness.kept()
     if not kept:
         return 0
     touched = {node for space in kept for node in space.values}
     gemms = {g.node: g for space in kept for g in (*space.producers, *space.consumers)}
     for gemm in gemms.values():
-        _cut_gemm(gemm, coupling, kept, ctx)
+        _cut_gemm(gemm, liveness.facts(gemm), coupling, kept, ctx)
     for space, channels in kept.items():
         for constant in space.constants:
             _cut_constant(constant, channels, ctx)
+        for node in space.depthwise:
+            _set_groups(node, len(channels))
     for node in gm.graph.nodes:
         if node in touched or node in gemms:
             _propagate(node, node in touched)
@@ -96,6 +99,18 @@ class _Liveness:
                 repeated = self._alive[space].repeat_interleave(support.shape[axis] // space.size)
                 support = support & (repeated[:, None] if axis == 0 else repeated)
         return support
+
+    def facts(self, gemm: Gemm) -> tuple[Tensor, Tensor]:
+        """Return which rows and columns of a weight count as empty: a removal may rest on that."""
+        support = self._support[gemm.node]
+        rows, columns = support, support
+        source = self._coupling.space(self._coupling.operand(gemm.node))
+        if source in self._alive:
+            rows = support[:, self._alive[source].repeat_interleave(support.shape[1] // source.size)]
+        target = self._coupling.space(gemm.node)
+        if target in self._alive:
+            columns = support[self._alive[target]]
+        return ~rows.any(1), ~columns.any(0)
 
     def _zeros(self, space: Space) -> dict[Node, Tensor]:
         """Return the channels in which each value is exactly zero."""
@@ -159,7 +174,7 @@ def _rounded(alive: Tensor) -> Tensor:
     return torch.cat([alive.nonzero().flatten(), spare]).sort().values
 
 
-def _cut_gemm(gemm: Gemm, coupling: Coupling, kept: dict[Space, Tensor], ctx: Context) -> None:
+def _cut_gemm(gemm: Gemm, empty: tuple[Tensor, Tensor], coupling: Coupling, kept: dict[Space, Tensor], ctx: Context) -> None:
     value = ctx.weights.value(gemm.weight)
     assert value is not None
     source = coupling.space(coupling.operand(gemm.node))
@@ -169,7 +184,8 @@ def _cut_gemm(gemm: Gemm, coupling: Coupling, kept: dict[Space, Tensor], ctx: Co
         inner = value.shape[gemm.columns] // source.size
         columns = (columns[:, None] * inner + torch.arange(inner)).flatten()
     cuts = [(axis, index) for axis, index in ((gemm.rows, rows), (gemm.columns, columns)) if index is not None]
-    (weight,) = ctx.weights.derive([f"{gemm.node.name}_kept"], [gemm.weight], _select(value, cuts))
+    claimed = _along(empty[0], gemm.rows, value.dim()) | _along(empty[1], gemm.columns, value.dim())
+    (weight,) = ctx.weights.derive([f"{gemm.node.name}_kept"], [gemm.weight], _select(value, cuts, claimed))
     ctx.kept[weight] = tuple(cuts)
     gemm.node.replace_input_with(gemm.weight, weight)
     if gemm.bias is not None and rows is not None:
@@ -181,20 +197,32 @@ def _cut_constant(constant: Constant, channels: Tensor, ctx: Context) -> None:
     assert value is not None
     cuts = [(constant.axis, channels)]
     name = f"{constant.user.name}_{constant.tensor.name}_kept"
-    (cut,) = ctx.weights.derive([name], [constant.tensor], _select(value, cuts))
+    (cut,) = ctx.weights.derive([name], [constant.tensor], _select(value, cuts, torch.tensor(True)))
     if value.dim() > 1:
         ctx.kept[cut] = tuple(cuts)
     constant.user.replace_input_with(constant.tensor, cut)
 
 
-def _select(value: Tensor, cuts: list[tuple[int, Tensor]]) -> Callable[[Tensor], tuple[Tensor]]:
-    """Return a build that selects what is kept and fails when something removed is no longer as zero as it was."""
+def _set_groups(node: Node, channels: int) -> None:
+    if "groups" in node.kwargs:
+        node.update_kwarg("groups", channels)
+    else:
+        node.update_arg(6, channels)
+
+
+def _along(vector: Tensor, axis: int, rank: int) -> Tensor:
+    """View a vector so that it broadcasts along one axis."""
+    return vector.reshape([-1 if d == axis else 1 for d in range(rank)])
+
+
+def _select(value: Tensor, cuts: list[tuple[int, Tensor]], claimed: Tensor) -> Callable[[Tensor], tuple[Tensor]]:
+    """Return a build that selects what is kept, and fails when a ``claimed`` zero that was removed is none any more."""
     removed = torch.zeros(value.shape, dtype=torch.bool)
     for axis, index in cuts:
         gone = torch.ones(value.shape[axis], dtype=torch.bool)
         gone[index] = False
-        removed |= gone.reshape([-1 if d == axis else 1 for d in range(value.dim())])
-    must_be_zero = removed & (value.detach() == 0)
+        removed |= _along(gone, axis, value.dim())
+    must_be_zero = removed & claimed & (value.detach() == 0)
 
     def build(tensor: Tensor) -> tuple[Tensor]:
         if torch.count_nonzero(tensor[must_be_zero]).item():
