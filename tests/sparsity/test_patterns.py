@@ -130,6 +130,7 @@ def _write(key: str, where: int | tuple[int, int], value: float) -> Callable[[Pa
 
 HEADER = {"dcp": ("channels", "taps", "group"), "tile": ("out_features", "in_features", "granularity")}
 TENSORS = {"dcp": ("weight", "taps"), "tile": ("values", "index", "tile_ptr", "columns")}
+HEADER["channel"], TENSORS["channel"] = HEADER["tile"], TENSORS["tile"]  # the same packed form
 
 
 def generic_corruptions(name: str) -> dict[str, Callable[[Packed], Packed]]:
@@ -187,12 +188,26 @@ SPECIFIC: dict[str, dict[str, Callable[[Packed], Packed]]] = {
 }
 
 
+# of channel's nine kept filters the tenth is missing, and each tile has all nine rows
+SPECIFIC["channel"] = {
+    "granularity 0": _set("granularity", 0),
+    "in_features too small": _set("in_features", 8),
+    "out_features too small": _set("out_features", 8),
+    "index unsorted": _edit("index", lambda t: torch.cat([t[1:2], t[:1], t[2:]])),
+    "columns repeated": _write("columns", 1, 0),
+    "columns too large": _write("columns", -1, 10),
+}
+
+
 def sound(name: str) -> Packed:
-    """(10, 9) in tiles of 4, 4 and 2; dcp keeps taps 0..7 of each channel, tile keeps 6, 5 and 3 rows."""
+    """(10, 9) in tiles of 4; dcp keeps taps 0..7 of each channel, tile 6, 5 and 3 rows, channel filters 0..8."""
     pattern = get(name)
     tiling = pattern.tiles((10, 9), 4)
     mask = torch.zeros(10, 9, dtype=torch.bool)
     mask[:, :8] = True
+    if name == "channel":
+        mask = torch.ones(10, 9, dtype=torch.bool)
+        mask[9] = False
     if name == "tile":
         chosen = pattern.select([torch.arange(9.0)] * 3, [6, 5, 3])
         mask = pattern.mask(tiling, chosen)
