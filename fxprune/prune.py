@@ -159,9 +159,7 @@ def _apply_cut(cut: Cut, parameters: dict[str, nn.Parameter], unit: Callable[[st
 
 
 @torch.no_grad()
-def _write(
-    parameter: nn.Parameter, pattern: str, layer: LayerMask, mask: torch.Tensor, match: Match | None
-) -> PrunedWeight:
+def _write(parameter: nn.Parameter, pattern: str, layer: LayerMask, mask: torch.Tensor, match: Match | None) -> PrunedWeight:
     """Write zeros and register the mask, together with that of an earlier call; returns what was registered."""
     before = lookup(parameter)
     if before is not None:
@@ -248,7 +246,9 @@ def _table(layers: list[LayerPlan], channels: Channels) -> Table:
     summary = {}
     if channels.cuts:
         share = channels.removed / channels.total
-        summary["channels"] = f"{channels.removed} of {channels.total} filters of {channels.groups} group(s) removed ({share:.1%})"
+        summary["channels"] = (
+            f"{channels.removed} of {channels.total} filters of {channels.groups} group(s) removed ({share:.1%})"
+        )
     for reason in dict.fromkeys(channels.skipped.values()):
         names = [name for name, why in channels.skipped.items() if why == reason]
         summary[f"keep all filters ({reason})"] = "; ".join(names)

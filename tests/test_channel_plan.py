@@ -128,7 +128,9 @@ def test_mobilenet_v1_has_nothing_to_prune() -> None:
     layers = [nn.Conv2d(8, 16, 3), depthwise(16), pointwise(16, 32), nn.ReLU6(), depthwise(32), pointwise(32, 24)]
     model = integer_model(nn.Sequential(*layers))
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(NothingToPrune, match=r"2\.0: it feeds a depthwise convolution .*; 5\.0: its channels reach an output"):
+    with pytest.raises(
+        NothingToPrune, match=r"2\.0: it feeds a depthwise convolution .*; 5\.0: its channels reach an output"
+    ):
         fxprune.prune(model, X, inplace=True, **CHANNEL)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 

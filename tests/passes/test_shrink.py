@@ -226,9 +226,14 @@ def test_addmm_of_a_hidden_layer() -> None:
     assert [(b, a) for _, b, a in cut(check(model, integers(5, 8), **DENSE))] == [(24, 16)]
 
 
+def returned(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    y = F.relu6(m.first(x))
+    return m.second(y), y
+
+
 OUTSIDE: dict[str, Callable[[Any, Tensor], Any]] = {
-    "output": lambda m, x: (m.second(y := F.relu6(m.first(x))), y),
-    "graph break": lambda m, x: m.second((y := F.relu6(m.first(x)), torch._dynamo.graph_break())[0]),
+    "output": returned,
+    "graph break": lambda m, x: m.second((F.relu6(m.first(x)), torch._dynamo.graph_break())[0]),
     "training norm": lambda m, x: m.second(F.batch_norm(m.first(x), None, None, training=True)),
     "computed weight": lambda m, x: F.conv2d(F.relu6(m.first(x)), m.second.weight * 2),
 }
