@@ -19,7 +19,7 @@ from tests.toys import image, mlp, mobile, pruned, rows, run
 
 LEGAL: dict[str, list[Any]] = {
     "sparsity": [None, 0, 0.5, {"linear": 0.5}, {"fc*": 0.25, "depthwise": 0.0}],
-    "pattern": ["auto", "tile", "dcp", {"linear": "tile"}],
+    "pattern": ["auto", "tile", "dcp", "channel", {"linear": "tile"}],
     "importance": ["magnitude", lambda name, weight: weight.abs()],
     "ignored_layers": [(), ("fc",), ["*.head"]],
     "group": [1, 32, 7],
@@ -29,6 +29,7 @@ LEGAL: dict[str, list[Any]] = {
     "columns": [None, True, False, {"pointwise": True}],
     "scope": ["layer", "global"],
     "ranking": ["corrected", "published"],
+    "channel_score": ["l1", "l2", "fpgm"],
     "min_speedup": [0, 1.02, 100],
     "autotune": ["fast", "full", "off"],
     "cache_dir": [None, "folder"],
@@ -54,6 +55,7 @@ ILLEGAL: dict[str, list[Any]] = {
     "columns": ["yes", 1, {"conv": True}],
     "scope": ["model", None],
     "ranking": ["best", None],
+    "channel_score": ["L2", 2, None],
     "min_speedup": [-1, NAN, "fast", True, None],
     "autotune": ["on", True, None],
     "cache_dir": [3, True],
