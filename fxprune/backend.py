@@ -22,7 +22,7 @@ from fxprune import dump
 from fxprune.capture import Captured, detect
 from fxprune.compiled import Built, CompiledGraph
 from fxprune.config import Config
-from fxprune.context import Context, Decision
+from fxprune.context import Context, Decision, Shrunk
 from fxprune.errors import ConfigError, FxPruneError, RequireSparse, VerificationError
 from fxprune.lowering import calibrate, codegen, library, measure
 from fxprune.lowering.kernels import KernelTables
@@ -128,7 +128,7 @@ def groups_of(matches: Sequence[Match], config: Config) -> list[list[Staircase]]
         calibrate.calibrate(config.cache_dir)
     tables = KernelTables()
     timer = Measure(config, tables.unit)
-    mine = [match for match in matches if unsupported(match, tables) is None]
+    mine = [m for m in matches if m.recurrent is None and unsupported(m, tables) is None]
     stairs = staircases(mine, config, tables.unit, timer, timer.predict)
     return grouped(stairs, regions([match for match in mine if match.kind != "linear"]))
 
@@ -166,7 +166,7 @@ def _trains(inputs: Sequence[Any]) -> bool:
 def rewrite(
     gm: GraphModule, example_inputs: Sequence[Any], config: Config, levels: Mapping[str, float] | None = None
 ) -> tuple[GraphModule, Context, bool]:
-    """Run the forward pipeline on a clone of ``gm``; returns (clone, context, whether a kernel was placed).
+    """Run the forward pipeline on a clone of ``gm``; returns (clone, context, whether anything was gained).
 
     levels: sparsity by parameter that a target speed came to.
     """
@@ -192,7 +192,7 @@ def rewrite(
     ctx.seconds["measure"] = timer.seconds
     ctx.counts.update(lower(clone, tables))
     _require(ctx)
-    return clone, ctx, any(d.chosen for d in ctx.decisions)
+    return clone, ctx, bool(ctx.shrunk) or any(d.chosen for d in ctx.decisions)
 
 
 def _lint(gm: GraphModule, stage: str) -> None:
@@ -271,10 +271,18 @@ def _report(ctx: Context, seconds: float) -> None:
         len(masked),
         seconds,
     )
+    if ctx.shrunk:
+        log.info("%d groups of channels shrunk: %s", len(ctx.shrunk), cut_channels(ctx.shrunk))
     for decision in ctx.decisions:
         log.debug("%s", describe(decision))
     LAST_REPORTS.append(ctx)
     del LAST_REPORTS[:-16]
+
+
+def cut_channels(shrunk: Sequence[Shrunk]) -> str:
+    """Return one line about the channels that were cut out of a graph."""
+    parts = [f"{s.layers[0]}{' ...' if len(s.layers) > 1 else ''} {s.before} -> {s.after}" for s in shrunk]
+    return f"{sum(s.before for s in shrunk)} -> {sum(s.after for s in shrunk)} channels ({', '.join(parts)})"
 
 
 def describe(decision: Decision) -> str:

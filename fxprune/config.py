@@ -16,6 +16,7 @@ _CHOICES = {
     "scope": ("layer", "global"),
     "ranking": ("corrected", "published"),
     "recalibration": ("deprune", "deterministic", "off"),
+    "channel_score": ("l1", "l2", "fpgm"),
     "autotune": ("fast", "full", "off"),
     "fallback": ("inductor", "eager"),
 }
@@ -47,6 +48,8 @@ class Config:
         outputs of a 1x1 convolution may feed a depthwise one (DEPrune, Sec. 4.2).
     scope: rank tiles per "layer" or over all layers ("global"). ranking: "corrected" or "published".
     apriori: for `tile`, `tvw` and `tew`: share of columns and rows that an element-wise mask settles before the ranking.
+    channel_score: what ranks the filters of `channel`: "l1" or "l2" norm of the importance, or "fpgm", the distance to
+        the layer's other filters (DEPrune, Table 5).
     min_speedup: a match must be at least this much faster than dense to leave dense.
     autotune: "fast" measures with few rounds, "full" with many, "off" trusts the cost model.
     cache_dir: where measured times are kept; ``None`` is the user's cache folder.
@@ -75,6 +78,7 @@ class Config:
     scope: str = "layer"
     ranking: str = "corrected"
     apriori: float = 0.0
+    channel_score: str = "l2"
     min_speedup: float = 1.02
     autotune: str = "fast"
     cache_dir: str | None = None

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from torch import Tensor
+from torch.fx import Node
+
 from fxprune.config import Config
 from fxprune.match import Block, Match
 from fxprune.sparsity.pattern import LayerMask
@@ -76,6 +79,15 @@ class Refusal:
     reason: str
 
 
+@dataclass(frozen=True)
+class Shrunk:
+    """Channels cut out of the graph: the layers that produce them, how many there were and how many are left."""
+
+    layers: tuple[str, ...]
+    before: int
+    after: int
+
+
 @dataclass
 class Context:
     """State of one compile; passes read it and add to it, nothing outlives it."""
@@ -89,6 +101,8 @@ class Context:
     blocks: list[Block] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
+    shrunk: list[Shrunk] = field(default_factory=list)
+    kept: dict[Node, tuple[tuple[int, Tensor], ...]] = field(default_factory=dict)  # cut weight: (axis, indices left)
     counts: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.backend import rewrite
+from fxprune.backend import cut_channels, rewrite
 from fxprune.capture import capture
 from fxprune.config import Config
-from fxprune.context import Decision, Refusal
+from fxprune.context import Decision, Refusal, Shrunk
 from fxprune.errors import ConfigError
 from fxprune.report import Table
 
@@ -32,16 +32,18 @@ def explain(model: nn.Module, example_inputs: Any, **options: Any) -> Table:
         raise ConfigError(name="target_speedup or target_latency_ms", given="a target", expected=expected)
     decisions: list[Decision] = []
     refused: list[Refusal] = []
+    shrunk: list[Shrunk] = []
     blocks = 0
     for graph in capture(model, example_inputs):
         with torch.no_grad():
             _, ctx, _ = rewrite(graph.gm, graph.inputs, config)
         decisions += ctx.decisions
         refused += [*graph.outside, *ctx.refused]
+        shrunk += ctx.shrunk
         blocks += len(ctx.blocks)
     rows = [_row(d) for d in decisions]
     rows += [(r.name, r.kind, r.shape, "-", "-", "dense", "-", "-", r.reason) for r in refused]
-    return Table("matches", _HEAD, rows, _summary(decisions, blocks))
+    return Table("matches", _HEAD, rows, _summary(decisions, shrunk, blocks))
 
 
 def _row(decision: Decision) -> tuple[str, ...]:
@@ -65,7 +67,7 @@ def _row(decision: Decision) -> tuple[str, ...]:
     )
 
 
-def _summary(decisions: list[Decision], blocks: int) -> dict[str, Any]:
+def _summary(decisions: list[Decision], shrunk: list[Shrunk], blocks: int) -> dict[str, Any]:
     kinds: dict[str, int] = {}
     for decision in decisions:
         kinds[decision.match.kind] = kinds.get(decision.match.kind, 0) + 1
@@ -75,6 +77,8 @@ def _summary(decisions: list[Decision], blocks: int) -> dict[str, Any]:
     summary: dict[str, Any] = {"matches": ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none"}
     summary["depthwise-separable blocks"] = blocks
     summary["chosen"] = f"{sum(d.chosen for d in decisions)} of {len(decisions)}"
+    if shrunk:
+        summary["cut out"] = cut_channels(shrunk)
     if timed:
         summary["time in timed matches"] = f"{ours:.0f} us, dense {dense:.0f} us ({dense / max(ours, 1e-9):.2f}x)"
     return summary

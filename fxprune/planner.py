@@ -14,7 +14,9 @@ from fxprune.config import KINDS, Config
 from fxprune.errors import NonFiniteWeight, UnknownLayer, UnknownPattern, nearest
 from fxprune.importance import element_scores
 from fxprune.match import Match
+from fxprune.plan import lookup
 from fxprune.sparsity import PATTERNS, get
+from fxprune.sparsity.channel import within
 from fxprune.sparsity.pattern import Ask, LayerMask
 
 Gain = Callable[[str, int, int], float]
@@ -91,22 +93,47 @@ def choose_masks(
             by_pattern.setdefault(pattern_of(match, config), {}).setdefault(match.parameter, match)
     chosen: dict[str, Choice] = {}
     for pattern, layers in by_pattern.items():
+        if pattern == "channel":  # coupled over layers: fxprune/channel_plan.py
+            continue
         found = importances(list(layers.values()), config) if scores is None else {n: scores[n] for n in layers}
         share = {name: asked[name] for name in layers}
         kinds = {name: m.kind for name, m in layers.items()}
         groups = {name: m.geometry.groups for name, m in layers.items()}
+        live = {name: _live(m) for name, m in layers.items() if pattern == "tile" and groups[name] == 1}
+        for name, (rows, columns) in live.items():  # channels that are gone already are not planned again
+            found[name] = found[name][rows][:, columns]
+            share[name] = _share_of_rest(share[name], rows, columns)
         masks = get(pattern).choose(Ask(found, share, kinds, config, unit, gain, groups))
+        for name, kept in live.items():
+            masks[name] = within(layers[name].matrix_shape, *kept, masks[name])
         for name, mask in masks.items():
-            chosen[name] = Choice(layers[name], pattern, mask, share[name])
+            chosen[name] = Choice(layers[name], pattern, mask, asked[name])
     return chosen
 
 
 def importances(matches: Sequence[Match], config: Config) -> dict[str, Tensor]:
     """Return element scores of the matrix views, by parameter name."""
-    return {match.parameter: _importance(match, config) for match in matches}
+    return {match.parameter: importance(match, config) for match in matches}
 
 
-def _importance(match: Match, config: Config) -> Tensor:
+def _live(match: Match) -> tuple[Tensor, Tensor]:
+    """Return bool (N,) and (K,): the features a plan has not removed; all of them of a weight without a plan."""
+    planned = lookup(match.value)
+    if planned is None or not planned.mask.any():
+        n, k = match.matrix_shape
+        return torch.ones(n, dtype=torch.bool), torch.ones(k, dtype=torch.bool)
+    mask = match.matrix(planned.mask)
+    return mask.any(1), mask.any(0)
+
+
+def _share_of_rest(share: float, rows: Tensor, columns: Tensor) -> float:
+    """Return the sparsity asked of the remaining submatrix, so that the whole weight reaches ``share``."""
+    rest = rows.float().mean().item() * columns.float().mean().item()
+    return max(1.0 - (1.0 - share) / rest, 0.0)
+
+
+def importance(match: Match, config: Config) -> Tensor:
+    """Return the element scores of a match, in its matrix view."""
     weight = match.value.detach()
     finite = torch.isfinite(weight)
     if not finite.all():

@@ -27,14 +27,16 @@ def stock(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Cal
 def compile_rest(
     gm: GraphModule, example_inputs: Sequence[Any], constant: Sequence[bool], config: Config
 ) -> Callable[..., Any]:
-    """Compile a rewritten graph. Convolutions left in it stay NCHW, the layout of the kernels around them.
+    """Compile a rewritten graph. Beside our kernels, convolutions left in it stay NCHW, the layout of those.
 
     constant: per input, whether it is a weight; with ``freeze`` those are folded into the compiled code.
     """
     if config.fallback == "eager" or _unrolls(gm):
         return gm.forward
-    # Inductor would check the sizes of every packed weight on every call; a region checks what it reads itself
-    ours = {"layout_optimization": False, "size_asserts": False, "joint_custom_pre_pass": Salt()}
+    ours: dict[str, Any] = {}
+    if any(getattr(node.target, "namespace", "") == "fxprune" for node in gm.graph.nodes):
+        # Inductor would check the sizes of every packed weight on every call; a region checks what it reads itself
+        ours = {"layout_optimization": False, "size_asserts": False, "joint_custom_pre_pass": Salt()}
     patches = {**ours, **_patches(config)}
     if not config.freeze or torch.is_grad_enabled():
         return _compile(gm, example_inputs, patches)

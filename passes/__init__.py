@@ -23,6 +23,7 @@ from .rewrite_conv import rewrite_conv
 from .rewrite_depthwise import rewrite_depthwise
 from .rewrite_gemm import rewrite_gemm
 from .rewrite_rnn import rewrite_rnn
+from .shrink import shrink
 
 Pass = Callable[[GraphModule, Context], int]
 
@@ -40,6 +41,7 @@ FORWARD: tuple[Pass, ...] = (
     normalize,  # first: everything below speaks ATen
     fold_weights,  # before everything that asks whether a weight is constant
     fold_batchnorm,  # before matching, so that a match sees the weight the kernel will run
+    shrink,  # after folding, so that a filter and its BatchNorm are one; before matching, so that masks are of what is left
     match_depthwise,
     match_gemm,
     match_conv,

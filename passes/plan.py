@@ -14,11 +14,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..context import Context, Decision, Kernels, Timing
+from ..errors import ConfigError
 from ..graph import fake
 from ..match import Match
-from ..plan import lookup
-from ..planner import choose_masks
-from ..sparsity import dcp
+from ..plan import PrunedWeight, lookup
+from ..planner import choose_masks, pattern_of
+from ..sparsity import dcp, refit
 from ..sparsity.found import describe, forms
 from ..sparsity.pattern import LayerMask
 from ..staircase import choose_levels
@@ -64,6 +65,9 @@ def _masks_from_options(ctx: Context) -> dict[str, tuple[str, LayerMask]]:
     elif ctx.config.sparsity is None:
         return {}
     else:
+        if any(pattern_of(match, ctx.config) == "channel" for match in ctx.matches):
+            expected = 'fxprune.prune(model, ..., pattern="channel") before compiling: it also zeroes BatchNorm and biases'
+            raise ConfigError(name="pattern", given=ctx.config.pattern, expected=expected)
         chosen = choose_masks(ctx.matches, ctx.config, ctx.kernels.unit)
     return {name: (choice.pattern, choice.layer) for name, choice in chosen.items()}
 
@@ -77,9 +81,12 @@ def _mask(match: Match, ctx: Context, wanted: dict[str, tuple[str, LayerMask]]) 
     planned = None if parameter is None else lookup(parameter)
     matrix = match.matrix(match.value.detach())
     if planned is not None:
-        obeyed = not torch.count_nonzero(matrix[~planned.layer.mask]).item()
+        layer = _cut(planned, match, ctx)
+        if ctx.kept.get(match.weight) and layer.mask.float().mean().item() > 1.0 - _MIN_SPARSITY:
+            return "", None
+        obeyed = not torch.count_nonzero(matrix[~layer.mask]).item()
         if obeyed or not ctx.inference:
-            return planned.pattern, _form(match, planned.layer.mask, planned.layer, ctx.inference, ctx)
+            return planned.pattern, _form(match, layer.mask, layer, ctx.inference, ctx)
     if not ctx.inference:
         return "", None
     zeros = 1.0 - torch.count_nonzero(matrix).item() / max(matrix.numel(), 1)
@@ -90,6 +97,17 @@ def _mask(match: Match, ctx: Context, wanted: dict[str, tuple[str, LayerMask]]) 
     mask = matrix != 0  # -0.0 is zero, NaN is not
     name = describe(mask, match.tile_width(_native(match, ctx)), _drops(match))
     return f"found {name}", _form(match, mask, None, True, ctx)
+
+
+def _cut(planned: PrunedWeight, match: Match, ctx: Context) -> LayerMask:
+    """Return the mask of a plan without the channels that were cut out of the graph."""
+    cuts = ctx.kept.get(match.weight)
+    if not cuts:
+        return planned.layer
+    mask = planned.mask
+    for axis, index in cuts:
+        mask = mask.index_select(axis, index)
+    return refit(match.matrix(mask), planned.layer.tiling.granularity, match.kind == "depthwise", _drops(match))
 
 
 def _native(match: Match, ctx: Context) -> int:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from fxprune.errors import UnknownPattern, nearest
+from fxprune.sparsity import dcp, tile
 from fxprune.sparsity.block import Block
+from fxprune.sparsity.channel import Channel
 from fxprune.sparsity.dcp import Dcp
 from fxprune.sparsity.n_of_m import NofM
-from fxprune.sparsity.pattern import Pattern
+from fxprune.sparsity.pattern import LayerMask, Pattern
 from fxprune.sparsity.tew import Tew
 from fxprune.sparsity.tile import Tile
 from fxprune.sparsity.tvw import Tvw
 from fxprune.sparsity.unstructured import Unstructured
 
-PATTERNS: tuple[Pattern, ...] = (Dcp(), Tile(), Unstructured(), NofM(), Block(), Tvw(), Tew())
+PATTERNS: tuple[Pattern, ...] = (Dcp(), Tile(), Channel(), Unstructured(), NofM(), Block(), Tvw(), Tew())
 _PARAMETERISED = (NofM, Block, Tvw, Tew)  # whose names may hold numbers: "1:2", "block:16x8", "tvw:1:2", "tew:0.01"
 
 
@@ -27,3 +31,12 @@ def get(name: str) -> Pattern:
             return parsed
     legal = [p.name for p in PATTERNS]
     raise UnknownPattern(name=name, context="", nearest=nearest(str(name), legal), legal=", ".join(legal))
+
+
+def refit(mask: Tensor, granularity: int, depthwise: bool, drops: bool = True) -> LayerMask:
+    """Return the tightest mask our kernels run that keeps all of ``mask``, bool of a weight's matrix view.
+
+    drops: output features that are empty may go; in a grouped convolution they may not.
+    """
+    kept = mask.float()
+    return dcp.infer(kept, granularity) if depthwise else tile.infer(kept, granularity, drop_columns=drops)

@@ -168,6 +168,7 @@ TILE_TENSORS = ("values", "index", "tile_ptr", "columns")
 HEADER = {
     "dcp": ("channels", "taps", "group"),
     "tile": TILE_HEADER,
+    "channel": TILE_HEADER,
     "unstructured": TILE_HEADER,
     "2:4": ("out_features", "in_features", "n", "m"),
     "block": ("out_features", "in_features", "rows", "columns"),
@@ -177,6 +178,7 @@ HEADER = {
 TENSORS = {
     "dcp": ("weight", "taps"),
     "tile": TILE_TENSORS,
+    "channel": TILE_TENSORS,
     "unstructured": TILE_TENSORS,
     "2:4": ("values", "index"),
     "block": ("values", "index", "row_ptr"),
@@ -282,6 +284,17 @@ SPECIFIC: dict[str, dict[str, Callable[[Packed], Packed]]] = {
 }
 
 
+# of channel's nine kept filters the tenth is missing, and each tile has all nine rows
+SPECIFIC["channel"] = {
+    "granularity 0": _set("granularity", 0),
+    "in_features too small": _set("in_features", 8),
+    "out_features too small": _set("out_features", 8),
+    "index unsorted": _edit("index", lambda t: torch.cat([t[1:2], t[:1], t[2:]])),
+    "columns repeated": _write("columns", 1, 0),
+    "columns too large": _write("columns", -1, 10),
+}
+
+
 def _twice(packed: Packed) -> dict[str, Tensor]:
     """The tile part once more, as elements."""
     tiles = Packed("tile", packed.header, {name: packed.tensors[f"tile_{name}"] for name in TILE_TENSORS})
@@ -292,15 +305,20 @@ def _twice(packed: Packed) -> dict[str, Tensor]:
 
 
 def sound(name: str) -> Packed:
-    """(10, 9) in tiles of 4, 4 and 2; dcp keeps taps 0..7 of each channel, tile 6, 5 and 3 rows, others what they choose."""
+    """(10, 9) in tiles of 4, 4 and 2; dcp keeps taps 0..7 of each channel, tile 6, 5 and 3 rows, channel filters 0..8,
+    others what they choose.
+    """
     pattern: Any = get(name)
     gen = torch.Generator().manual_seed(1)
-    if name not in ("dcp", "tile"):
+    if name not in ("dcp", "tile", "channel"):
         weight = torch.randn(10, 9, generator=gen)
         return pattern.pack(weight, *planned(pattern, weight.abs(), 4))  # type: ignore[no-any-return]
     tiling = pattern.tiles((10, 9), 4)
     mask = torch.zeros(10, 9, dtype=torch.bool)
     mask[:, :8] = True
+    if name == "channel":
+        mask = torch.ones(10, 9, dtype=torch.bool)
+        mask[9] = False
     if name == "tile":
         chosen = pattern.select([torch.arange(9.0)] * 3, [6, 5, 3])
         mask = pattern.mask(tiling, chosen)
