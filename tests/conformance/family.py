@@ -1,0 +1,187 @@
+"""One row of the family table: four ways to run one timm model, each compared with the one before it.
+
+eager: the model runs. aot_eager: a compiler that is not ours agrees with eager; where it does not, we are not to blame.
+exact: ``hwprune`` without zeros hands every graph to stock and agrees with eager. pruned: half of the weights are zero,
+every kernel is forced, and the result is that of the masked dense model.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from benchmarks import zoo
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.fx import GraphModule
+
+import fxprune
+from fxprune import backend
+from fxprune.capture import Captured, detect
+from fxprune.compiled import CompiledGraph
+from fxprune.config import Config
+from fxprune.errors import NothingToPrune
+from tests.oracle import FORCED, assert_close_fp64
+
+COLUMNS = (
+    "family",
+    "model",
+    "side",
+    "parameters",
+    "eager",
+    "aot_eager",
+    "exact",
+    "pruned",
+    "matches",
+    "layers pruned",
+    "layers rewritten",
+    "graphs",
+    "breaks",
+    "reason",
+)
+BATCH = 2
+SPARSITY = 0.5
+
+
+def build(name: str, side: int, seed: int = 0) -> nn.Module:
+    """Return the model for images of ``side`` pixels in evaluation mode, with weights that all show in the output."""
+    with torch.random.fork_rng(devices=[]), zoo.torchvision_absent(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import timm
+
+        torch.manual_seed(seed)
+        try:
+            model = timm.create_model(name, img_size=side)
+        except TypeError:  # it takes any size
+            model = timm.create_model(name)
+        awaken(model.eval())
+        zoo.calibrate(model, [torch.randn(4, 3, side, side)])
+    return model.eval()
+
+
+@torch.no_grad()
+def awaken(model: nn.Module) -> None:
+    """Draw the constant parameters anew.
+
+    A layer scale of 1e-5, a last gamma of zero or a bias of zero would hide a wrong branch from the output.
+    """
+    for name, parameter in model.named_parameters():
+        first = parameter.flatten()[:1]
+        if parameter.numel() < 2 or not bool((parameter == first).all()):
+            continue
+        if first.item() == 1.0:
+            parameter.uniform_(0.5, 1.5)
+        elif parameter.dim() == 1 and not name.endswith("bias"):
+            parameter.uniform_(0.3, 0.7)
+        else:
+            parameter.normal_(0.0, 0.1)
+
+
+def images(side: int, batch: int = BATCH) -> Tensor:
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def row(family: str, name: str, side: int) -> dict[str, str]:
+    """Return the cells of :data:`COLUMNS`; a column that fails says so, and ``reason`` says why."""
+    cells = dict.fromkeys(COLUMNS, "")
+    cells.update(family=family, model=name, side=str(side))
+    reasons: list[str] = []
+    try:
+        model, x = build(name, side), images(side)
+        cells["parameters"] = str(sum(p.numel() for p in model.parameters()))
+        expected = run(model, x)
+        cells["eager"] = "runs"
+    except Exception as error:
+        cells.update(eager="fails", reason=f"eager: {brief(error)}")
+        return cells
+    exact = double(model, x)
+
+    def attempt(column: str, body: Callable[[], str]) -> None:
+        torch._dynamo.reset()
+        try:
+            cells[column] = body()
+        except AssertionError as error:
+            cells[column] = "differs"
+            reasons.append(f"{column}: {brief(error)}")
+        except Exception as error:
+            cells[column] = "fails"
+            reasons.append(f"{column}: {brief(error)}")
+
+    attempt("aot_eager", lambda: equal(run(torch.compile(model, backend="aot_eager"), x), expected, exact))
+    attempt("exact", lambda: _exact(model, x, expected, exact, cells))
+    attempt("pruned", lambda: _pruned(model, x, cells, reasons))
+    torch._dynamo.reset()
+    cells["reason"] = "; ".join(reasons)
+    return cells
+
+
+def _exact(model: nn.Module, x: Tensor, expected: Any, exact: Any, cells: dict[str, str]) -> str:
+    kinds: Counter[str] = Counter()
+    graphs: list[Any] = []
+
+    def keep(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        kinds.update(m.kind for m in detect(Captured(gm, tuple(inputs)), Config()).matches)
+        graphs.append(backend.hwprune(gm, inputs, options=FORCED))
+        return graphs[-1]
+
+    counters.clear()
+    given = run(torch.compile(model, backend=keep), x)
+    cells["matches"] = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+    cells["graphs"] = str(len(graphs))
+    cells["breaks"] = str(sum(counters["graph_break"].values()))
+    placed = [d.match.name for g in contexts(graphs) for d in g.decisions if d.chosen]
+    assert not placed, f"kernels without zeros: {placed[:3]}"
+    return equal(given, expected, exact)
+
+
+def _pruned(model: nn.Module, x: Tensor, cells: dict[str, str], reasons: list[str]) -> str:
+    try:
+        result = fxprune.prune(model, x, sparsity=SPARSITY, inplace=True)
+    except NothingToPrune:
+        return "nothing to prune"
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def keep(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        graphs.append(backend.hwprune(gm, inputs, options=FORCED))
+        return graphs[-1]
+
+    expected, exact = run(model, x), double(model, x)
+    given = run(torch.compile(model, backend=keep), x)
+    decided = [d for context in contexts(graphs) for d in context.decisions if d.mask is not None]
+    ours = {d.match.parameter for d in decided if d.chosen}
+    cells["layers pruned"], cells["layers rewritten"] = str(len(result.plan)), str(len(ours))
+    left = Counter(d.reason for d in decided if not d.chosen)
+    reasons += [f"{count} dense: {reason}" for reason, count in sorted(left.items())]
+    return equal(given, expected, exact)
+
+
+def contexts(graphs: Sequence[Any]) -> list[Any]:
+    return [g.context for g in graphs if isinstance(g, CompiledGraph) and g.context is not None]
+
+
+def equal(given: Any, expected: Any, exact: Any) -> str:
+    """Return "equal"; raises ``AssertionError`` when two float32 outputs differ by more than the fp64 rule allows."""
+    assert_close_fp64(given, expected, exact, tolerance=1e-4)
+    return "equal"
+
+
+def double(model: nn.Module, x: Tensor) -> Any:
+    return run(copy.deepcopy(model).double(), x.double())
+
+
+@torch.no_grad()
+def run(call: Any, x: Tensor) -> Any:
+    return call(x)
+
+
+def brief(error: BaseException) -> str:
+    """The first line of an error without what differs from run to run."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = re.sub(r"0x[0-9a-f]+|/\S+/", "", text).partition("; reproduce")[0]
+    return f"{type(error).__name__}: {text}"[:160]
