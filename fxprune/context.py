@@ -65,6 +65,16 @@ class Decision:
         return (value == 0).sum().item() / max(value.numel(), 1)
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A layer that was seen but is no match, and why."""
+
+    name: str
+    kind: str
+    shape: str
+    reason: str
+
+
 @dataclass
 class Context:
     """State of one compile; passes read it and add to it, nothing outlives it."""
@@ -77,6 +87,7 @@ class Context:
     matches: list[Match] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import nn
 
 from fxprune.capture import capture, detect
 from fxprune.config import KINDS, Config
+from fxprune.context import Context
 from fxprune.errors import ConfigError, NothingToPrune
+from fxprune.left import left_rows, other_readers, why_left
 from fxprune.lowering.kernels import KernelTables
 from fxprune.lowering.measure import Measure
 from fxprune.match import Match
@@ -54,7 +56,8 @@ def prune(
     Sources: DEPrune (NeurIPS 2024) Sec. 4-5 for ``dcp``, tile-wise sparsity (SC'20) for ``tile``.
     """
     config = Config.from_options({"sparsity": sparsity, **options})
-    matches = prunable(model, example_inputs, config, filter_fn)
+    contexts = _contexts(model, example_inputs, config)
+    matches = prunable(model, contexts, filter_fn)
     chosen = choose_masks(matches, config, KernelTables().unit, _gain(matches, config))
     if not chosen:
         raise NothingToPrune(
@@ -64,48 +67,37 @@ def prune(
     target = model if inplace else copy.deepcopy(model)
     parameters = dict(target.named_parameters(remove_duplicate=False))
     layers = [_apply(choice, parameters) for choice in chosen.values()]
-    return PruneResult(target, Plan(layers), _achieved(layers, sparsity), _table(layers))
+    return PruneResult(target, Plan(layers), _achieved(layers, sparsity), _table(layers, contexts))
+
+
+def _contexts(model: nn.Module, example_inputs: Any, config: Config) -> list[Context]:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(name="model", given=type(model).__name__, expected="a torch.nn.Module")
+    return [detect(graph, config) for graph in capture(model, example_inputs)]
 
 
 def prunable(
-    model: nn.Module, example_inputs: Any, config: Config, filter_fn: Callable[[nn.Module, str], bool] | None = None
+    model: nn.Module, contexts: Sequence[Context], filter_fn: Callable[[nn.Module, str], bool] | None = None
 ) -> list[Match]:
     """Return the matches whose weight may be zeroed: a float parameter that nothing unmatched shares."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(name="model", given=type(model).__name__, expected="a torch.nn.Module")
-    graphs = capture(model, example_inputs)
     modules = dict(model.named_modules())
+    readers = other_readers(contexts)
     found: list[Match] = []
-    for graph in graphs:
-        ctx = detect(graph, config)
-        matched = {m.node for m in ctx.matches}
+    for ctx in contexts:
         for match in ctx.matches:
             owner = match.parameter.rpartition(".")[0]  # "" when the model itself is the layer
-            if owner not in modules or not isinstance(match.value, nn.Parameter) or _shared(match, matched):
+            if owner not in modules or why_left(match, ctx, readers) is not None:
                 continue
             if filter_fn is None or filter_fn(modules[owner], match.name):
                 found.append(match)
     if not found:
+        left = "; ".join(f"{name}: {reason}" for name, _, _, reason in left_rows(contexts, set())[:3])
         raise NothingToPrune(
-            reason=f"no depthwise, 1x1 or linear layer among the {len(graphs)} captured graph(s)",
+            reason=f"no depthwise, 1x1 or linear layer among the {len(contexts)} captured graph(s)"
+            + (f" may be pruned ({left})" if left else ""),
             remedy="Supported kinds: " + ", ".join(KINDS) + ".",
         )
     return found
-
-
-def _shared(match: Match, matched: set[Any]) -> bool:
-    """True when something other than matched layers reads the weight (an embedding it is tied to)."""
-    stack, seen = list(match.weight.users), set()
-    while stack:
-        node = stack.pop()
-        if node in matched or node in seen:
-            continue
-        seen.add(node)
-        if "transpose" in str(node.target) or "permute" in str(node.target) or str(node.target) in ("aten.t.default", "t"):
-            stack.extend(node.users)
-        else:
-            return True
-    return False
 
 
 @torch.no_grad()
@@ -172,7 +164,7 @@ def _weighted(layers: list[LayerPlan]) -> float:
     return sum(s * layer.sparsity for s, layer in zip(sizes, layers, strict=True)) / max(sum(sizes), 1)
 
 
-def _table(layers: list[LayerPlan]) -> Table:
+def _table(layers: list[LayerPlan], contexts: Sequence[Context]) -> Table:
     head = ("layer", "kind", "pattern", "shape", "target", "sparsity", "kept per tile", "note")
     rows = []
     for layer in layers:
@@ -180,4 +172,6 @@ def _table(layers: list[LayerPlan]) -> Table:
         shape = "x".join(map(str, layer.shape))
         numbers = (f"{layer.target:.1%}", f"{layer.sparsity:.1%}")
         rows.append((layer.name, layer.kind, layer.pattern, shape, *numbers, kept, layer.note))
+    for name, kind, shape, reason in left_rows(contexts, {layer.parameter for layer in layers}):
+        rows.append((name, kind, "-", shape, "-", "-", "-", f"left: {reason}"))
     return Table("pruned layers", head, rows)

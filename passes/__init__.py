@@ -15,7 +15,9 @@ from .match_block import match_blocks
 from .match_depthwise import match_depthwise
 from .match_gemm import match_gemm
 from .normalize import normalize
+from .normalize_gemm import normalize_gemm
 from .plan import plan
+from .refuse_gemm import refuse_gemm
 from .rewrite_depthwise import rewrite_depthwise
 from .rewrite_gemm import rewrite_gemm
 
@@ -23,16 +25,20 @@ Pass = Callable[[GraphModule, Context], int]
 
 DETECT: tuple[Pass, ...] = (
     normalize,  # one vocabulary: pre-autograd ATen, no in-place activations
+    normalize_gemm,  # einsum, bmm, baddbmm and addmm with a constant matrix are matmul or linear
     match_depthwise,  # conv2d with groups == channels
     match_gemm,  # linear, addmm, mm, 1x1 conv2d
+    refuse_gemm,  # products with a weight that are no match, for the report
     match_blocks,  # [PW ->] DW -> [gate] -> PW chains over the two above
 )
 
 FORWARD: tuple[Pass, ...] = (
     normalize,  # first: everything below speaks ATen
+    normalize_gemm,  # right after: what else multiplies by a constant matrix
     fold_batchnorm,  # before matching, so that a match sees the weight the kernel will run
     match_depthwise,
     match_gemm,
+    refuse_gemm,
     match_blocks,
     plan,  # masks and the choice sparse or dense; the only pass that reads weight values
     rewrite_depthwise,  # conv2d -> depthwise_taps

@@ -25,6 +25,7 @@ from fxprune import backend
 from fxprune.capture import Captured, detect
 from fxprune.compiled import CompiledGraph
 from fxprune.config import Config
+from fxprune.context import Decision
 from fxprune.errors import NothingToPrune
 from tests.oracle import FORCED, assert_close_fp64
 
@@ -66,15 +67,16 @@ def build(name: str, side: int, seed: int = 0) -> nn.Module:
 
 @torch.no_grad()
 def awaken(model: nn.Module) -> None:
-    """Draw the constant parameters anew.
+    """Draw constant parameters anew, and fill the zeros of the others.
 
     A layer scale of 1e-5, a last gamma of zero or a bias of zero would hide a wrong branch from the output.
     """
     for name, parameter in model.named_parameters():
-        first = parameter.flatten()[:1]
-        if parameter.numel() < 2 or not bool((parameter == first).all()):
+        if parameter.numel() < 2:
             continue
-        if first.item() == 1.0:
+        if not bool((parameter == parameter.flatten()[0]).all()):
+            parameter.add_((parameter == 0) * torch.randn_like(parameter), alpha=0.02)
+        elif parameter.flatten()[0].item() == 1.0:
             parameter.uniform_(0.5, 1.5)
         elif parameter.dim() == 1 and not name.endswith("bias"):
             parameter.uniform_(0.3, 0.7)
@@ -101,8 +103,9 @@ def row(family: str, name: str, side: int) -> dict[str, str]:
         return cells
     exact = double(model, x)
 
+    hwprune = Recorded(model)
+
     def attempt(column: str, body: Callable[[], str]) -> None:
-        torch._dynamo.reset()
         try:
             cells[column] = body()
         except AssertionError as error:
@@ -112,57 +115,59 @@ def row(family: str, name: str, side: int) -> dict[str, str]:
             cells[column] = "fails"
             reasons.append(f"{column}: {brief(error)}")
 
+    torch._dynamo.reset()
     attempt("aot_eager", lambda: equal(run(torch.compile(model, backend="aot_eager"), x), expected, exact))
-    attempt("exact", lambda: _exact(model, x, expected, exact, cells))
-    attempt("pruned", lambda: _pruned(model, x, cells, reasons))
+    torch._dynamo.reset()
+    attempt("exact", lambda: _exact(hwprune, x, expected, exact, cells))
+    attempt("pruned", lambda: _pruned(model, hwprune, x, cells, reasons))
     torch._dynamo.reset()
     cells["reason"] = "; ".join(reasons)
     return cells
 
 
-def _exact(model: nn.Module, x: Tensor, expected: Any, exact: Any, cells: dict[str, str]) -> str:
-    kinds: Counter[str] = Counter()
-    graphs: list[Any] = []
+class Recorded:
+    """A model under our backend with every kernel forced, and what was found in its graphs."""
 
-    def keep(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        kinds.update(m.kind for m in detect(Captured(gm, tuple(inputs)), Config()).matches)
-        graphs.append(backend.hwprune(gm, inputs, options=FORCED))
-        return graphs[-1]
+    def __init__(self, model: nn.Module) -> None:
+        self.graphs: list[Any] = []
+        self.kinds: Counter[str] = Counter()
+        self.call = torch.compile(model, backend=self._compile)
 
+    def _compile(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.kinds.update(m.kind for m in detect(Captured(gm, tuple(inputs)), Config()).matches)
+        self.graphs.append(backend.hwprune(gm, inputs, options=FORCED))
+        return self.graphs[-1]
+
+    @property
+    def decisions(self) -> list[Decision]:
+        contexts = [g.context for g in self.graphs if isinstance(g, CompiledGraph)]
+        return [d for context in contexts if context is not None for d in context.decisions]
+
+
+def _exact(hwprune: Recorded, x: Tensor, expected: Any, exact: Any, cells: dict[str, str]) -> str:
     counters.clear()
-    given = run(torch.compile(model, backend=keep), x)
-    cells["matches"] = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
-    cells["graphs"] = str(len(graphs))
+    given = run(hwprune.call, x)
+    cells["matches"] = ", ".join(f"{kind} {count}" for kind, count in sorted(hwprune.kinds.items()))
+    cells["graphs"] = str(len(hwprune.graphs))
     cells["breaks"] = str(sum(counters["graph_break"].values()))
-    placed = [d.match.name for g in contexts(graphs) for d in g.decisions if d.chosen]
+    placed = [d.match.name for d in hwprune.decisions if d.chosen]
     assert not placed, f"kernels without zeros: {placed[:3]}"
     return equal(given, expected, exact)
 
 
-def _pruned(model: nn.Module, x: Tensor, cells: dict[str, str], reasons: list[str]) -> str:
+def _pruned(model: nn.Module, hwprune: Recorded, x: Tensor, cells: dict[str, str], reasons: list[str]) -> str:
+    """Prune the compiled model in place: its graphs notice."""
     try:
         result = fxprune.prune(model, x, sparsity=SPARSITY, inplace=True)
     except NothingToPrune:
         return "nothing to prune"
-    torch._dynamo.reset()
-    graphs: list[Any] = []
-
-    def keep(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        graphs.append(backend.hwprune(gm, inputs, options=FORCED))
-        return graphs[-1]
-
-    expected, exact = run(model, x), double(model, x)
-    given = run(torch.compile(model, backend=keep), x)
-    decided = [d for context in contexts(graphs) for d in context.decisions if d.mask is not None]
+    given = run(hwprune.call, x)
+    decided = [d for d in hwprune.decisions if d.mask is not None]
     ours = {d.match.parameter for d in decided if d.chosen}
     cells["layers pruned"], cells["layers rewritten"] = str(len(result.plan)), str(len(ours))
     left = Counter(d.reason for d in decided if not d.chosen)
     reasons += [f"{count} dense: {reason}" for reason, count in sorted(left.items())]
-    return equal(given, expected, exact)
-
-
-def contexts(graphs: Sequence[Any]) -> list[Any]:
-    return [g.context for g in graphs if isinstance(g, CompiledGraph) and g.context is not None]
+    return equal(given, run(model, x), double(model, x))
 
 
 def equal(given: Any, expected: Any, exact: Any) -> str:
