@@ -27,7 +27,7 @@ from fxprune.compiled import CompiledGraph
 from fxprune.config import Config
 from fxprune.context import Decision
 from fxprune.errors import NothingToPrune
-from tests.oracle import FORCED, assert_close_fp64
+from tests.oracle import FORCED, assert_close_fp64, widened
 
 COLUMNS = (
     "family",
@@ -131,10 +131,13 @@ class Recorded:
     def __init__(self, model: nn.Module) -> None:
         self.graphs: list[Any] = []
         self.kinds: Counter[str] = Counter()
+        self.blocks: Counter[str] = Counter()
         self.call = torch.compile(model, backend=self._compile)
 
     def _compile(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.kinds.update(m.kind for m in detect(Captured(gm, tuple(inputs)), Config()).matches)
+        found = detect(Captured(gm, tuple(inputs)), Config())
+        self.kinds.update(m.kind for m in found.matches)
+        self.blocks.update(b.kind for b in found.blocks)
         self.graphs.append(backend.hwprune(gm, inputs, options=FORCED))
         return self.graphs[-1]
 
@@ -176,13 +179,13 @@ def equal(given: Any, expected: Any, exact: Any) -> str:
     return "equal"
 
 
-def double(model: nn.Module, x: Tensor) -> Any:
-    return run(copy.deepcopy(model).double(), x.double())
+def double(model: nn.Module, *inputs: Tensor) -> Any:
+    return run(copy.deepcopy(model).double(), *widened(inputs))
 
 
 @torch.no_grad()
-def run(call: Any, x: Tensor) -> Any:
-    return call(x)
+def run(call: Any, *inputs: Tensor) -> Any:
+    return call(*inputs)
 
 
 def brief(error: BaseException) -> str:
