@@ -44,7 +44,7 @@ TIMM: dict[str, dict[str, Any]] = {
     "mobilevit_s": {},
     "regnetx_004": {},
     "resnet50": {},
-    "vgg16": {"num_features": 512},
+    "vgg16": {"mlp_ratio": 0.125},
 }
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "ConvNextModel": {"hidden_sizes": [48, 96, 192, 384], "depths": [2, 2, 2, 2], "layer_scale_init_value": 0.3},
