@@ -25,7 +25,15 @@ from ..graph import aten, call, is_call, mutation_between, replace, shape
 EINSUM = (torch.functional.einsum, aten.einsum.default)
 BATCHED = (torch.bmm, "bmm", aten.bmm.default, aten.matmul.default)
 ADDED = (torch.addmm, "addmm", aten.addmm.default, torch.baddbmm, "baddbmm", aten.baddbmm.default)
-_REPEATS = ("expand", "repeat", "unsqueeze", torch.unsqueeze, aten.expand.default, aten.repeat.default, aten.unsqueeze.default)
+_REPEATS = (
+    "expand",
+    "repeat",
+    "unsqueeze",
+    torch.unsqueeze,
+    aten.expand.default,
+    aten.repeat.default,
+    aten.unsqueeze.default,
+)
 _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
 
 
@@ -39,7 +47,7 @@ def normalize_gemm(gm: GraphModule, ctx: Context) -> int:
         if node.target in EINSUM:
             new = _einsum(node, ctx)
         elif node.target in BATCHED and len(node.args) == 2 and not node.kwargs:
-            new = _product(node, *node.args, ctx)
+            new = _product(node, node.args[0], node.args[1], ctx)
         elif node.target in ADDED and len(node.args) == 3 and node.kwargs.keys() <= {"alpha", "beta"}:
             new = _added(node, ctx)
         if new is not None:

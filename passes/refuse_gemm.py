@@ -1,6 +1,6 @@
 """Say why a product with a weight is no match: the weight is computed in the graph, is no matrix, or stands on the left.
 
-    linear(x, cat([wq, wk, wv]))   x @ w[H, K, N]   w @ x   einsum("bthd,hdo->bto", x, w)
+linear(x, cat([wq, wk, wv]))   x @ w[H, K, N]   w @ x   einsum("bthd,hdo->bto", x, w)
 """
 
 from __future__ import annotations

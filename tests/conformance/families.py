@@ -111,7 +111,9 @@ def start() -> subprocess.Popen[str]:
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore", **os.environ}
     command = [sys.executable, "-m", "tests.conformance.families", "--worker"]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+    )
 
 
 def ask(worker: subprocess.Popen[str], cells: Cells, limit: int) -> Cells:
@@ -146,6 +148,7 @@ def work() -> int:
 def choose() -> list[Cells]:
     """Return the smallest model of every timm family below the limit, with the smallest side of :data:`SIDES` it runs at."""
     import torch
+
     from benchmarks import zoo
 
     with zoo.torchvision_absent():

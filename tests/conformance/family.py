@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from benchmarks import zoo
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 import fxprune
+from benchmarks import zoo
 from fxprune import backend
 from fxprune.capture import Captured, detect
 from fxprune.compiled import CompiledGraph

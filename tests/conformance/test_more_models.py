@@ -1,4 +1,4 @@
-"""More architectures, each compiled once: equal to eager without zeros, then pruned in place and equal to the masked model."""
+"""More architectures, compiled once: equal to eager without zeros, then pruned in place and equal to the masked model."""
 
 from __future__ import annotations
 
