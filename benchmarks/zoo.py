@@ -108,7 +108,7 @@ def _transformer(name: str) -> tuple[nn.Module, Callable[[int], Inputs]]:
     import transformers
 
     cls = getattr(transformers, name)
-    model = cls(cls.config_class(**TRANSFORMERS[name], return_dict=False)).eval()
+    model = cls(cls.config_class(**TRANSFORMERS[name])).eval()
     if name == "DistilBertModel":
         return model, lambda batch: (torch.randint(1000, (batch, 16), generator=torch.Generator().manual_seed(1)),)
     calibrate(model, [torch.randn(8, 3, 64, 64) for _ in range(2)])
