@@ -103,7 +103,8 @@ def sweep(rows: Sequence[Cells], limit: int) -> Iterator[Cells]:
                     break
         finally:
             worker.kill()
-            worker.wait()
+            with worker:  # closes the pipes and waits
+                pass
 
 
 def start() -> subprocess.Popen[str]:
