@@ -1,8 +1,10 @@
 # One file for people and for CI. `make demo` and `make test` work from a fresh clone.
 #   PYTHON=...          the interpreter the virtual environment is made with
+#   ARGS=...            options of `make conformance`: --only NAME, --resume, --write, --choose
 #   FXPRUNE_PYTHON=...  an interpreter that already has the packages: no environment is made, nothing is downloaded
 PYTHON ?= python3
 FXPRUNE_FUZZ ?= 5000
+ARGS ?=
 
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 PACKAGES := "setuptools>=77" wheel numpy sympy "pytest>=8" "hypothesis>=6.100" pytest-cov expecttest scikit-learn \
@@ -18,13 +20,14 @@ READY := .venv/.ready
 endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check bench asan fuzz docs clean help
+.PHONY: demo test check bench conformance asan fuzz docs clean help
 
 help:
 	@echo "make demo    prune, compile, verify and time three models beside stock torch.compile"
 	@echo "make test    the tests"
 	@echo "make check   formatting, lint, types, file sizes"
 	@echo "make bench   whole-model benchmarks into benchmarks/results/, and the table of README.md"
+	@echo "make conformance  every timm family in four ways, compared with tests/conformance/families.csv"
 	@echo "make asan    kernels under the address and undefined-behaviour sanitizers"
 	@echo "make fuzz    property tests with FXPRUNE_FUZZ=$(FXPRUNE_FUZZ) examples each"
 	@echo "make docs    docs/options.md and docs/errors.md from the sources"
@@ -42,6 +45,9 @@ check: $(READY)
 bench: $(READY)
 	$(PY) benchmarks/bench_models.py
 	$(PY) benchmarks/render.py
+
+conformance: $(READY)
+	$(PY) -m tests.conformance.families $(ARGS)
 
 asan: $(READY)
 	PYTHON="$(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY))" bash tests/csrc/asan.sh

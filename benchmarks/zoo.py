@@ -36,7 +36,30 @@ BERT: dict[str, tuple[dict[str, Any], int]] = {
         32,
     ),
 }
-NAMES = (*VISION, *BERT)
+# the conformance tests alone: timm's names -> options of create_model, transformers' models -> configuration fields
+TIMM: dict[str, dict[str, Any]] = {
+    "ghostnet_100": {},
+    "mobilenetv1_100": {},
+    "mobilenetv3_large_100": {},
+    "mobilevit_s": {},
+    "regnetx_004": {},
+    "resnet50": {},
+    "vgg16": {"mlp_ratio": 0.125},
+}
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "ConvNextModel": {"hidden_sizes": [48, 96, 192, 384], "depths": [2, 2, 2, 2], "layer_scale_init_value": 0.3},
+    "DistilBertModel": {"n_layers": 2, "dim": 128, "n_heads": 2, "hidden_dim": 512, "vocab_size": 1000},
+    "MobileNetV2Model": {},
+    "SegformerModel": {},
+    "ViTModel": {
+        "num_hidden_layers": 2,
+        "hidden_size": 128,
+        "num_attention_heads": 2,
+        "intermediate_size": 512,
+        "image_size": 64,
+    },
+}
+NAMES = (*VISION, *BERT, *TIMM, *TRANSFORMERS)
 
 
 def build(name: str, seed: int = 0) -> tuple[nn.Module, Callable[[int], Inputs]]:
@@ -45,6 +68,8 @@ def build(name: str, seed: int = 0) -> tuple[nn.Module, Callable[[int], Inputs]]
         raise ValueError(f"unknown model {name!r}; one of {', '.join(NAMES)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if name in TRANSFORMERS:
+            return _transformer(name)
         return _bert(name) if name in BERT else _vision(name)
 
 
@@ -53,7 +78,7 @@ def _vision(name: str) -> tuple[nn.Module, Callable[[int], Inputs]]:
         import timm
 
         # ConvNeXt starts with a layer scale of 1e-6, which would hide every block from the output
-        options = {"ls_init_value": 0.3} if name.startswith("convnext") else {}
+        options = {"ls_init_value": 0.3} if name.startswith("convnext") else TIMM.get(name, {})
         model = timm.create_model(name, pretrained=False, **options).eval()
     calibrate(model, [torch.randn(4, 3, 224, 224) for _ in range(4)])
     return model, images
@@ -76,6 +101,18 @@ def _bert(name: str) -> tuple[nn.Module, Callable[[int], Inputs]]:
         return (torch.randint(config.vocab_size, (batch, length), generator=generator),)
 
     return model, tokens
+
+
+def _transformer(name: str) -> tuple[nn.Module, Callable[[int], Inputs]]:
+    """A small model of transformers; images are (batch, 3, 64, 64)."""
+    import transformers
+
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**TRANSFORMERS[name])).eval()
+    if name == "DistilBertModel":
+        return model, lambda batch: (torch.randint(1000, (batch, 16), generator=torch.Generator().manual_seed(1)),)
+    calibrate(model, [torch.randn(8, 3, 64, 64) for _ in range(2)])
+    return model, lambda batch: tuple(t[..., :64, :64] for t in images(batch))
 
 
 @torch.no_grad()

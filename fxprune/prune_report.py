@@ -67,7 +67,9 @@ def _channels(channels: Channels) -> dict[str, Any]:
     summary = {}
     if channels.cuts:
         share = channels.removed / channels.total
-        summary["channels"] = f"{channels.removed} of {channels.total} filters of {channels.groups} group(s) removed ({share:.1%})"
+        summary["channels"] = (
+            f"{channels.removed} of {channels.total} filters of {channels.groups} group(s) removed ({share:.1%})"
+        )
     for reason in dict.fromkeys(channels.skipped.values()):
         names = [name for name, why in channels.skipped.items() if why == reason]
         summary[f"keep all filters ({reason})"] = "; ".join(names)

@@ -55,6 +55,11 @@ class Weights:
         """Return the tensor behind a weight, buffer or derived node; ``None`` for anything computed."""
         return self._real.get(node) if isinstance(node, Node) else None
 
+    def given(self) -> list[tuple[Node, Tensor]]:
+        """Return the user's parameters, buffers and constants with their nodes."""
+        derived = {node for entry in self.derived for node in entry.nodes}
+        return [(node, value) for node, value in self._real.items() if node not in derived]
+
     def origin(self, node: Node) -> Node:
         """Return the parameter node that a derived node stands for."""
         return self._origin.get(node, node)

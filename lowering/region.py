@@ -90,6 +90,8 @@ def _eligible(node: Node, members: list[Node]) -> bool:
     if node.target is _MEAN:
         over: Any = node.args[1]
         dims = sorted(d % x.dim() for d in over)
+        if _is_channel_vector(x) and node.args[0] not in members:
+            return False  # one pixel of an input: there is nothing to compute
         return x.dim() == 4 and dims == [2, 3] and len(node.args) <= 3
     return node.target in _RESHAPES and _is_channel_vector(x) and _is_channel_vector(value)
 
@@ -134,7 +136,7 @@ class _Program:
 
     def add(self, node: Node) -> None:
         a: Any = node.args
-        if node.target in _RESHAPES:
+        if node.target in _RESHAPES or (node.target is _MEAN and _is_channel_vector(_known(a[0]))):
             self._values[node] = self.value(a[0])
             return
         if node.target is _DEPTHWISE:

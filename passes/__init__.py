@@ -18,7 +18,9 @@ from .match_depthwise import match_depthwise
 from .match_gemm import match_gemm
 from .match_rnn import match_rnn
 from .normalize import normalize
+from .normalize_gemm import normalize_gemm
 from .plan import plan
+from .refuse_gemm import refuse_gemm
 from .rewrite_conv import rewrite_conv
 from .rewrite_depthwise import rewrite_depthwise
 from .rewrite_gemm import rewrite_gemm
@@ -30,22 +32,26 @@ Pass = Callable[[GraphModule, Context], int]
 DETECT: tuple[Pass, ...] = (
     normalize,  # one vocabulary: pre-autograd ATen, no in-place activations
     fold_weights,  # so that a masked weight is one
+    normalize_gemm,  # einsum, bmm, baddbmm and addmm with a constant matrix are matmul or linear
     match_depthwise,  # convolutions with groups == channels
     match_gemm,  # linear, addmm, mm, 1x1 convolutions
     match_conv,  # the other convolutions; what is matched by none of the three is refused with a reason
     match_rnn,  # lstm, gru
+    refuse_gemm,  # products with a weight that are no match, for the report
     match_blocks,  # [PW ->] DW -> [gate] -> PW chains over the two above
 )
 
 FORWARD: tuple[Pass, ...] = (
     normalize,  # first: everything below speaks ATen
     fold_weights,  # before everything that asks whether a weight is constant
+    normalize_gemm,  # right after: what else multiplies by a constant matrix
     fold_batchnorm,  # before matching, so that a match sees the weight the kernel will run
     shrink,  # after folding, so that a filter and its BatchNorm are one; before matching, so that masks are of what is left
     match_depthwise,
     match_gemm,
     match_conv,
     match_rnn,
+    refuse_gemm,
     match_blocks,
     plan,  # masks and the choice sparse or dense; the only pass that reads weight values
     rewrite_depthwise,  # conv2d -> depthwise_taps

@@ -19,7 +19,6 @@ from ..match import Geometry, Match
 from ..weights import qualified_name
 
 CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default, aten.conv1d.padding)
-_PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
 _NEVER = {
     "conv3d": "there is no kernel for three-dimensional convolutions",
     "conv_transpose1d": "there is no kernel for transposed convolutions",
@@ -31,7 +30,7 @@ _NEVER = {
 
 
 def match_conv(gm: GraphModule, ctx: Context) -> int:
-    """Append a match per convolution of kind "conv", and a refusal per weight nobody matched; returns 0."""
+    """Append a match per convolution of kind "conv", and a refusal per convolution nobody matched; returns 0."""
     for node in gm.graph.nodes:
         if is_call(node, *CONVOLUTIONS):
             found = convolution(node, ctx)
@@ -104,7 +103,7 @@ def _padding(given: Any, one: bool, kernel: tuple[int, int], dilation: tuple[int
 
 
 def _refuse(node: Node, ctx: Context) -> None:
-    """Record a node that multiplies by a weight and that no pass matched."""
+    """Record a convolution that no pass matched."""
     if node.op != "call_function":
         return
     schema = getattr(node.target, "_schema", None)
@@ -113,12 +112,6 @@ def _refuse(node: Node, ctx: Context) -> None:
     if name in _NEVER:
         weight = operands[1] if len(operands) > 1 else None
         ctx.refused.append(_refusal(node, weight, name, _NEVER[name], ctx))
-    elif is_call(node, *_PRODUCTS):
-        constants = [a for a in operands if (v := ctx.weights.value(a)) is not None and v.dim() >= 2]
-        if constants or is_call(node, aten.linear.default):
-            weight = constants[-1] if constants else operands[1]
-            why = "its weight is computed in the graph" if not constants else "it is not an activation times a matrix (N, K)"
-            ctx.refused.append(_refusal(node, weight, "linear", why, ctx))
 
 
 def _refusal(node: Node, weight: Any, kind: str, reason: str, ctx: Context) -> Refusal:

@@ -9,6 +9,7 @@ every border to a channels-last kernel is a copy, so one 1x1 layer does not leav
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch.fx import GraphModule, Node
@@ -16,6 +17,7 @@ from torch.fx import GraphModule, Node
 from ..context import Context, Decision, Kernels, Timing
 from ..errors import ConfigError
 from ..graph import fake
+from ..left import other_readers, why_left
 from ..match import Match
 from ..plan import PrunedWeight, lookup
 from ..planner import choose_masks, pattern_of
@@ -55,7 +57,16 @@ def plan(gm: GraphModule, ctx: Context) -> int:
         decide_recurrent(layer, [_mask(m, ctx, wanted) for m in layer], _refusal, ctx)
     order = {m.node: i for i, m in enumerate(ctx.matches)}
     ctx.decisions.sort(key=lambda d: order[d.match.node])
+    readers = other_readers([ctx])
+    ctx.decisions = [_explained(d, why_left(d.match, ctx, readers)) for d in ctx.decisions]
     return 0
+
+
+def _explained(decision: Decision, left: str | None) -> Decision:
+    """Say of a weight without zeros why ``prune`` will not give it any."""
+    if decision.mask is not None or decision.chosen or left is None:
+        return decision
+    return replace(decision, reason=f"{decision.reason}, and prune leaves it: {left}")
 
 
 def _masks_from_options(ctx: Context) -> dict[str, tuple[str, LayerMask]]:
@@ -68,7 +79,9 @@ def _masks_from_options(ctx: Context) -> dict[str, tuple[str, LayerMask]]:
         if any(pattern_of(match, ctx.config) == "channel" for match in ctx.matches):
             expected = 'fxprune.prune(model, ..., pattern="channel") before compiling: it also zeroes BatchNorm and biases'
             raise ConfigError(name="pattern", given=ctx.config.pattern, expected=expected)
-        chosen = choose_masks(ctx.matches, ctx.config, ctx.kernels.unit)
+        readers = other_readers([ctx])
+        matches = [m for m in ctx.matches if why_left(m, ctx, readers) is None]
+        chosen = choose_masks(matches, ctx.config, ctx.kernels.unit)
     return {name: (choice.pattern, choice.layer) for name, choice in chosen.items()}
 
 

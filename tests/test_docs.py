@@ -26,7 +26,7 @@ def docs() -> types.ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["options.md", "errors.md"])
+@pytest.mark.parametrize("page", ["options.md", "errors.md", "conformance.md"])
 def test_generated_page_is_current(docs: types.ModuleType, page: str) -> None:
     assert (ROOT / "docs" / page).read_text() == docs.PAGES[page](), "run `make docs`"
 

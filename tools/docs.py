@@ -1,8 +1,12 @@
-"""Write docs/options.md from Config and docs/errors.md from errors.py; ``--check`` only says whether they are current."""
+"""Write docs/options.md from Config, docs/errors.md from errors.py and docs/conformance.md from the family table.
+
+``--check`` only says whether they are current.
+"""
 
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import inspect
 import re
@@ -13,7 +17,9 @@ from typing import Any
 from fxprune import errors
 from fxprune.config import Config
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+FAMILIES = ROOT / "tests" / "conformance" / "families.csv"
 # a word such as `mode / inductor` or `pattern`, then its text, up to the next one
 _ENTRY = re.compile(r"(?:^|(?<=\. ))([a-z_]+(?: / [a-z_]+)*): ", re.MULTILINE)
 
@@ -74,6 +80,51 @@ def error_list() -> str:
     return "\n".join(lines)
 
 
+def conformance() -> str:
+    """Return the conformance page: how to run it, what the columns mean, and the totals of the family table."""
+    with FAMILIES.open() as table:
+        rows = list(csv.DictReader(table))
+    done = [r for r in rows if r["eager"]]
+    totals = [("families in the table", len(rows)), ("computed", len(done))]
+    totals.append(("eager runs", sum(r["eager"] == "runs" for r in done)))
+    totals += [(f"{name} equal", sum(r[name] == "equal" for r in done)) for name in ("aot_eager", "exact", "pruned")]
+    totals.append(("with at least one match", sum(bool(r["matches"]) for r in done)))
+    for name in ("layers pruned", "layers rewritten", "breaks"):
+        totals.append((name, sum(int(r[name] or 0) for r in done)))
+    lines = [
+        "# Conformance",
+        "",
+        "`make test` compares 18 models in detail (`tests/conformance/matches.json`) and recomputes a few rows of",
+        "[families.csv](../tests/conformance/families.csv): one model per timm family, the smallest below 30 M parameters,",
+        "at batch 2 and the smallest image of at least 64 pixels it takes, with random weights. `make conformance`",
+        'recomputes every row and fails on any difference; `ARGS="--only resnet"` takes one family, `ARGS=--resume`',
+        'goes on after an interruption, `ARGS=--write` writes the table, `ARGS="--choose --write"` looks for',
+        "the smallest models anew.",
+        "Written by `make docs`.",
+        "",
+        "| column | meaning |",
+        "| --- | --- |",
+        "| eager | the model runs |",
+        "| aot_eager | PyTorch's own reference compiler agrees with eager; where it does not, we are not to blame |",
+        "| exact | `hwprune` without zeros places no kernel and agrees with eager |",
+        "| pruned | half of the weights zero, every kernel forced: agrees with the masked dense model by the fp64 rule |",
+        "| matches | layers found, by kind |",
+        "| layers pruned, rewritten | weights with zeros; those whose kernel runs; `reason` says why others do not |",
+        "| graphs, breaks | graphs Dynamo compiled, and graph breaks |",
+        "",
+        "| total | |",
+        "| --- | --- |",
+        *[f"| {name} | {count} |" for name, count in totals],
+        "",
+    ]
+    reasons = [r for r in done if r["reason"]]
+    if reasons:
+        lines += ["| family | model | reason |", "| --- | --- | --- |"]
+        lines += [f"| {r['family']} | {r['model']} | {_cell(r['reason'])} |" for r in reasons]
+        lines.append("")
+    return "\n".join(lines)
+
+
 def _default(field: dataclasses.Field[Any]) -> str:
     missing = field.default is dataclasses.MISSING
     value = field.default_factory() if missing else field.default  # type: ignore[misc]
@@ -84,7 +135,7 @@ def _cell(text: str) -> str:
     return re.sub(r"``(.+?)``", r"`\1`", re.sub(r":[a-z]+:`[~.]?(.+?)`", r"`\1`", text)).replace("|", "\\|")
 
 
-PAGES = {"options.md": options, "errors.md": error_list}
+PAGES = {"options.md": options, "errors.md": error_list, "conformance.md": conformance}
 
 
 def main(argv: list[str] | None = None) -> int:

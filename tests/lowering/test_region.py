@@ -57,6 +57,20 @@ def test_blocks_follow_each_other_in_one_region() -> None:
     assert found.count == 1 and found.singles() == 0 and len(found.codes()) == 8
 
 
+def test_a_mean_over_one_pixel_moves_nothing() -> None:
+    """A pooled head: 1x1 convolution of one pixel, pooling again, classifier."""
+    pool = nn.AdaptiveAvgPool2d(1)
+    head = (pointwise(24, 32), nn.ReLU6(), pool, nn.Flatten(), nn.Linear(32, 20))
+    found = formed(sparse(nn.Sequential(pointwise(16, 24), pool, *head)), image(3))
+    assert found.count == 1 and found.singles() == 0 and found.codes() == [GEMM, MEAN, GEMM, GEMM]
+
+
+def test_a_mean_over_one_pixel_of_an_input_stays_out() -> None:
+    head = (pointwise(16, 32), nn.ReLU6(), nn.Flatten(), nn.Linear(32, 20))
+    found = formed(sparse(nn.Sequential(nn.AdaptiveAvgPool2d(1), *head)), image(3, size=1))
+    assert found.codes() == [GEMM, GEMM]
+
+
 # ---- what keeps nodes out of a region, or closes it ----
 
 

@@ -64,7 +64,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Tensor, str, str]] = {
     "unbatched": (lambda: nn.Conv2d(6, 9, 3), X[0], "conv", "no batch dimension"),
     "unbatched sequence": (lambda: nn.Conv1d(6, 9, 3), ROW[0], "conv", "no batch dimension"),
     "even same": (lambda: nn.Conv2d(6, 9, 4, padding="same"), X, "conv", "pads one side more"),
-    "computed weight": (lambda: Uses(lambda x, w: F.conv2d(x, w * x.mean()), 9, 6, 3, 3), X, "conv", "computed in the graph"),
+    "computed weight": (
+        lambda: Uses(lambda x, w: F.conv2d(x, w * x.mean()), 9, 6, 3, 3),
+        X,
+        "conv",
+        "computed in the graph",
+    ),
     "cubes": (lambda: nn.Conv3d(6, 9, 3), CUBE, "conv3d", "three-dimensional"),
     "depthwise cubes": (lambda: nn.Conv3d(6, 6, 3, groups=6), CUBE, "conv3d", "three-dimensional"),
     "transposed": (lambda: nn.ConvTranspose2d(6, 9, 3), X, "conv_transpose2d", "transposed"),

@@ -61,8 +61,6 @@ TWINS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "two weights": (lambda: Uses(lambda x, w, b: x + (w @ w.t()).sum() + b.sum(), 9, 6), X2),
     "computed weight": (lambda: Uses(lambda x, w, b: F.linear(x, torch.tanh(w), b), 9, 6), X2),
     "three-dimensional weight": (lambda: Uses(lambda x, w, b: torch.matmul(x, w) + b, 2, 6, 9), X3),
-    "addmm with alpha": (lambda: Uses(lambda x, w, b: torch.addmm(b, x, w, alpha=2), 6, 9), X2),
-    "addmm onto a matrix": (lambda: Uses(lambda x, w, b: torch.addmm(x[:, :1] + b, x, w), 6, 9), X2),
     "embedding": (lambda: Uses(lambda x, w, b: F.embedding(x.abs().long(), w), 9, 6), X2),
 }
 

@@ -169,13 +169,6 @@ def test_a_weight_stored_k_by_n_is_one_tile_gemm(name: str) -> None:
     assert run.ops["tile_gemm"] == 1 and run.ops["mm"] + run.ops["addmm"] + run.ops["matmul"] == 0
 
 
-def test_addmm_with_scaling_stays() -> None:
-    model = integer_model(Product(lambda x, w, b: torch.addmm(b, x, w, beta=2), (24, 64)))
-    model.weight.data[::2] = 0
-    run = check(model, integers(5, 24))
-    assert not run.kinds and not run.changed
-
-
 def test_dropout_goes_in_evaluation() -> None:
     run = check(between(nn.Dropout(0.9)), X)
     assert run.ops == {"depthwise_taps": 1, "tile_gemm": 1}
