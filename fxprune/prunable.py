@@ -39,9 +39,11 @@ def prunable(
             owner = match.parameter.rpartition(".")[0]  # "" when the model itself is the layer
             if not isinstance(match.value, nn.Parameter) and ctx.weights.origin(match.weight) is not match.weight:
                 computed.append(match.name)
-            elif owner in modules and why_left(match, ctx, readers) is None:
-                if filter_fn is None or filter_fn(modules[owner], match.name):
-                    found.append(match)
+                continue
+            if owner not in modules or why_left(match, ctx, readers) is not None:
+                continue
+            if filter_fn is None or filter_fn(modules[owner], match.name):
+                found.append(match)
     if computed:
         message = (
             f"{len(computed)} layer(s) are left as they are, because their weight is computed (a mask, a parametrization or "

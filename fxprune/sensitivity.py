@@ -17,12 +17,12 @@ from fxprune.config import Config
 from fxprune.errors import CalibrationError, ConfigError
 from fxprune.importance import calibrate, element_scores
 from fxprune.match import Match
-from fxprune.planner import Choice, hits, targets
-from fxprune.prune import masks, prunable
+from fxprune.planner import hits, targets
+from fxprune.prunable import contexts_of, prunable
+from fxprune.prune import masks
 from fxprune.report import Table
 from fxprune.search import metric
-
-Trial = dict[str, Choice]
+from fxprune.write import Decided
 
 
 def sensitivity(
@@ -56,7 +56,8 @@ def sensitivity(
         raise ConfigError(name="eval_fn", given=eval_fn, expected="a callable (model) -> float, higher is better")
     config = Config.from_options({"sparsity": float(sparsities[0]), **options})
     data = Calibration.of(calibration, loss_fn)
-    matches = prunable(model, example_inputs, config, filter_fn)
+    contexts = contexts_of(model, example_inputs, config)
+    matches = prunable(model, contexts, filter_fn)
     asked = targets(matches, config)
     matches = [m for m in matches if m.parameter in asked]
     config = calibrate(config, model, matches, data)
@@ -66,7 +67,7 @@ def sensitivity(
     for name, members in progress(_units(matches, groups or {}).items(), "sensitivity"):
         values = []
         for sparsity in sparsities:
-            chosen = masks(members, replace(config, sparsity=float(sparsity), ignored_layers=()))
+            chosen = masks(contexts, members, replace(config, sparsity=float(sparsity), ignored_layers=()))
             with pruned(network, chosen):
                 values.append(measure(chosen))
         drop = sum(dense - value if eval_fn is not None else value for value in values) / len(values)
@@ -81,15 +82,16 @@ def sensitivity(
 
 
 @contextmanager
-def pruned(network: nn.Module, chosen: Trial) -> Iterator[None]:
+def pruned(network: nn.Module, chosen: Decided) -> Iterator[None]:
     """Zero weights inside the block only."""
     parameters = dict(network.named_parameters(remove_duplicate=False))
-    before = {name: parameters[name].detach().clone() for name in chosen}
+    kept = [(name, c.match.restore(c.layer.mask)) for name, c in chosen.choices.items()]
+    kept += [(name, cut.mask) for name, cut in chosen.channels.cuts.items()]
+    before = {name: parameters[name].detach().clone() for name, _ in kept}
     try:
         with torch.no_grad():
-            for name, choice in chosen.items():
-                mask = choice.match.restore(choice.layer.mask).reshape(parameters[name].shape)
-                parameters[name].masked_fill_(~mask, 0)
+            for name, mask in kept:
+                parameters[name].masked_fill_(~mask.reshape(parameters[name].shape), 0)
         yield
     finally:
         with torch.no_grad():
@@ -124,7 +126,7 @@ def _units(matches: Sequence[Match], groups: Mapping[str, Sequence[str]]) -> dic
 
 def _measure(
     network: nn.Module, eval_fn: Callable[[nn.Module], float] | None, data: Calibration | None, config: Config
-) -> tuple[str, float, Callable[[Trial], float]]:
+) -> tuple[str, float, Callable[[Decided], float]]:
     """Return what a cell is, its value for the dense model, and how to measure it for what is pruned just now."""
     if eval_fn is not None:
         return "eval_fn", metric(eval_fn, network), lambda chosen: metric(eval_fn, network)
@@ -137,7 +139,7 @@ def _measure(
         raise CalibrationError(reason=reason, remedy="Pass eval_fn=(model) -> float.")
     scale = sum(t.square().sum().item() for t in dense) or 1.0
 
-    def error(chosen: Trial) -> float:
+    def error(chosen: Decided) -> float:
         found: list[Tensor] = []
         data.run(network, lambda output, targets: found.extend(_tensors(output)))
         return (sum((a - b).square().sum().item() for a, b in zip(found, dense, strict=True)) / scale) ** 0.5
@@ -149,11 +151,13 @@ def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _lost(chosen: Trial, config: Config) -> float:
+def _lost(chosen: Decided, config: Config) -> float:
     kept, total = 0.0, 0.0
-    for choice in chosen.values():
-        scores = choice.match.matrix(element_scores(choice.match, config)).double()
-        kept, total = kept + scores[choice.layer.mask].sum().item(), total + scores.sum().item()
+    parts = [(choice.match, choice.layer.mask) for choice in chosen.choices.values()]
+    parts += [(cut.match, cut.match.matrix(cut.mask)) for cut in chosen.channels.cuts.values() if cut.match is not None]
+    for match, mask in parts:
+        scores = match.matrix(element_scores(match, config)).double()
+        kept, total = kept + scores[mask].sum().item(), total + scores.sum().item()
     return 1.0 - kept / total if total else 0.0
 
 

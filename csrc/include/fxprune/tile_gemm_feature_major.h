@@ -313,7 +313,8 @@ void tile_gemm_feature_major(const TileGemm& a, const TileSpan& span, float* scr
     const auto s = M::strip_at(a, span.image, pixel, std::min<int64_t>(here * M::kW, a.m - pixel));
     bool prefetch = far;
     M::each_strip(a, span, values, s, [&](const typename M::Strip& strip, int rows) {
-      (prefetch && rows == M::kRows ? kPrefetching[here - 1] : M::template kernel<Source::kRows>(rows, here))(strip);
+      (prefetch && rows == M::kRows ? kPrefetching[here - 1]
+                                    : M::template kernel<Source::kRows>(rows, here))(strip);
       prefetch = false;
     });
     first += here;

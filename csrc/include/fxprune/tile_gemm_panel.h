@@ -142,8 +142,9 @@ struct Panel {
         for (int64_t r = 0; r < width; r += Wide::kRows) {
           s.w = a.values + start * a.granularity + r;
           s.columns = order + (t - begin) * a.granularity + r;
-          Wide::template kernel<fxprune::Source::kRows>(static_cast<int>(std::min<int64_t>(Wide::kRows, width - r)),
-                       static_cast<int>(here))(s);
+          Wide::template kernel<fxprune::Source::kRows>(
+              static_cast<int>(std::min<int64_t>(Wide::kRows, width - r)),
+              static_cast<int>(here))(s);
         }
       }
     }
