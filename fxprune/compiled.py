@@ -59,6 +59,7 @@ class Variant:
             self._watched = [] if freeze else self.context.weights.watched()
             self._masked = not self.context.inference
         self._versioned = [t for t in self._watched if not t.is_inference()]
+        self._statistics = _probes(self._watched)
         # nothing is recorded in inference, so the operators' autograd layer would be pure overhead
         self.inference = self.context is not None and self.context.inference
         self._bound = [(i, value) for i, value in enumerate(args) if id(value) in uses]
@@ -89,6 +90,7 @@ class Variant:
 
     def refresh(self) -> bool:
         """Repack from the current weights; ``False`` when their support no longer fits the packed structure."""
+        self._statistics = _probes(self._watched)
         self._stamp = self._now()
         if self.context is None:
             return True
@@ -106,7 +108,18 @@ class Variant:
         """What changes when a watched tensor does; read on every call, so in C loops."""
         if not self._watched:
             return ()
-        return (_STEPS[0], *map(Tensor.data_ptr, self._watched), *map(_version, self._versioned))
+        values = [array.item(i) for array, i in self._statistics]
+        return (_STEPS[0], *map(Tensor.data_ptr, self._watched), *map(_version, self._versioned), *values)
+
+
+def _probes(watched: Sequence[Tensor]) -> list[tuple[Any, int]]:
+    """Return, per running statistic, its memory and where its largest value is.
+
+    A forward in training mode moves BatchNorm's statistics without a change of version.
+    """
+    vectors = [t for t in watched if t.dim() == 1 and t.numel() and not isinstance(t, torch.nn.Parameter)]
+    probed = [t.detach() for t in vectors if t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64)]
+    return [(t.numpy(), int(t.abs().argmax())) for t in probed]
 
 
 class CompiledGraph:

@@ -9,6 +9,7 @@ from fxprune.sparsity import dcp, tile
 from fxprune.sparsity.block import Block
 from fxprune.sparsity.channel import Channel
 from fxprune.sparsity.dcp import Dcp
+from fxprune.sparsity.elements import elements
 from fxprune.sparsity.n_of_m import NofM
 from fxprune.sparsity.pattern import LayerMask, Pattern
 from fxprune.sparsity.tew import Tew
@@ -18,6 +19,8 @@ from fxprune.sparsity.unstructured import Unstructured
 
 PATTERNS: tuple[Pattern, ...] = (Dcp(), Tile(), Channel(), Unstructured(), NofM(), Block(), Tvw(), Tew())
 _PARAMETERISED = (NofM, Block, Tvw, Tew)  # whose names may hold numbers: "1:2", "block:16x8", "tvw:1:2", "tew:0.01"
+
+_COVER = 1.1  # tiles that keep more than this share of what a mask keeps have lost its form
 
 
 def get(name: str) -> Pattern:
@@ -38,5 +41,8 @@ def refit(mask: Tensor, granularity: int, depthwise: bool, drops: bool = True) -
 
     drops: output features that are empty may go; in a grouped convolution they may not.
     """
-    kept = mask.float()
-    return dcp.infer(kept, granularity) if depthwise else tile.infer(kept, granularity, drop_columns=drops)
+    if depthwise:
+        return dcp.infer(mask.float(), granularity)
+    cover = tile.infer(mask.float(), granularity, drop_columns=drops)
+    scattered = drops and int(cover.mask.sum()) > _COVER * int(mask.sum())
+    return elements(mask) if scattered else cover

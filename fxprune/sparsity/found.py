@@ -16,7 +16,7 @@ from fxprune.sparsity.elements import elements, keep_groups
 from fxprune.sparsity.pattern import LayerMask
 
 # what a kept weight costs at a granularity, relative to wide tiles; enough to leave out what cannot win
-_COST = {1: 2.5, 2: 1.5, 4: 1.1}
+_COST = {1: 2.0, 2: 1.5, 4: 1.1}
 _GROUPS = ((1, 4), (2, 8), (2, 4), (1, 2), (4, 8), (8, 16), (16, 32))
 _WITHIN, _MOST = 1.6, 3
 _FULL = 0.95  # a cover that keeps more skips nothing
@@ -38,7 +38,8 @@ def forms(
         allowed = cover.mask.float().mean() <= _FULL if covers else torch.equal(cover.mask, mask)
         if allowed and all(cover.mask.sum() < 0.97 * other.mask.sum() for other in found):
             found.append(cover)
-    if drops and (planned is None or planned.tiling.granularity != 1):
+    sparse = mask.float().mean() <= 1 / _COST[1]  # else single elements cannot win
+    if drops and (sparse or not (covers or found)) and (planned is None or planned.tiling.granularity != 1):
         found.append(elements(mask))
     found.sort(key=_cost)
     return [form for form in found[:_MOST] if _cost(form) <= _WITHIN * max(_cost(found[0]), 1.0)]

@@ -112,6 +112,21 @@ def test_a_copy_made_after_compile_lives_its_own_life(clone: Callable[[nn.Module
     assert_exact(run(fast.call, image()), run(model, image()), "the original")
 
 
+@pytest.mark.parametrize("folded", [True, False])
+def test_batchnorm_statistics_move_without_an_optimizer(folded: bool) -> None:
+    """PyTorch does not count a training forward as a change of the running statistics."""
+    model = pruned(mobile(), image())
+    if not folded:
+        model.bn1.eps = model.bn2.eps = 1e-5  # changed between calls, a size is a graph input
+    fast = compiled(model)
+    for _ in range(3):
+        with torch.no_grad():
+            torch.testing.assert_close(fast.call(image()), model(image()))
+            model.train()
+            model(image())
+            model.eval()
+
+
 def test_state_dict_round_trip() -> None:
     model = pruned(mobile(), image())
     keys, kept = list(mobile().state_dict()), {k: v != 0 for k, v in model.state_dict().items()}
