@@ -112,12 +112,10 @@ def test_a_copy_made_after_compile_lives_its_own_life(clone: Callable[[nn.Module
     assert_exact(run(fast.call, image()), run(model, image()), "the original")
 
 
-@pytest.mark.parametrize("folded", [True, False])
-def test_batchnorm_statistics_move_without_an_optimizer(folded: bool) -> None:
+def test_folded_batchnorm_statistics_move_without_an_optimizer() -> None:
     """PyTorch does not count a training forward as a change of the running statistics."""
     model = pruned(mobile(), image())
-    if not folded:
-        model.bn1.eps = model.bn2.eps = 1e-5  # changed between calls, a size is a graph input
+    model.bn1.eps = model.bn2.eps = 1e-5
     fast = compiled(model)
     for _ in range(3):
         with torch.no_grad():
@@ -125,6 +123,7 @@ def test_batchnorm_statistics_move_without_an_optimizer(folded: bool) -> None:
             model.train()
             model(image())
             model.eval()
+    assert all(c.counts["fold_batchnorm"] for c in fast.contexts)
 
 
 def test_state_dict_round_trip() -> None:
@@ -139,7 +138,7 @@ def test_state_dict_round_trip() -> None:
     assert all(torch.equal(v != 0, kept[k]) for k, v in fresh.state_dict().items()), "the mask is in the zeros"
     again = compiled(fresh)
     assert_exact(run(again.call, image()), run(model, image()))
-    assert {d.pattern.partition(" ")[0] for d in again.contexts[0].decisions} == {"found"}
+    assert {d.pattern.partition(" ")[0] for d in again.contexts[0].decisions if d.mask is not None} == {"found"}
 
 
 class Tied(nn.Module):
