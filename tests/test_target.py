@@ -142,7 +142,7 @@ def test_bad_targets(options: dict[str, Any], message: str) -> None:
 
 
 def test_a_target_without_layers_or_in_the_wrong_place() -> None:
-    with pytest.raises(NothingToPrune, match="no depthwise, 1x1 or linear layer"):
+    with pytest.raises(NothingToPrune, match="no convolution, linear or recurrent layer"):
         fxprune.prune(nn.ReLU(), torch.ones(2), target_speedup=2.0)
     with pytest.raises(NothingToPrune, match="no layer has a compiled kernel"):
         fxprune.prune(mlp().double(), rows().double(), target_speedup=2.0, fallback="eager", autotune="off")
