@@ -98,8 +98,9 @@ def search(
     """Find the levels that retain most within the target of ``config``, measured.
 
     stock_run: the unpruned model, compiled without us. The time of a plan is taken to be a line over the time of its
-    layers: first from the stock model, then through what was measured. Warns with
-    :class:`TargetNotReached` when no plan that was built is within 5 % of the target. seconds: spent on ``groups``.
+    layers. The loosest plan that was fast enough and the tightest that was not, at first the stock model, enclose the
+    next one. Ends within 5 % of the target, when no plan is left between the two, or after four builds. Warns with
+    :class:`TargetNotReached` when every plan is more than 5 % too slow. seconds: spent on ``groups``.
     """
     if not groups:
         raise NothingToPrune(
@@ -206,9 +207,7 @@ def _line(trials: Sequence[_Trial], stock: _Trial, target: float, rest: float) -
     return (first.measured - rest) / max(_time(first), 1), rest
 
 
-def _budgets(
-    line: tuple[float, float], fast: _Trial | None, slow: _Trial, target: float, tightest: int
-) -> tuple[int, ...]:
+def _budgets(line: tuple[float, float], fast: _Trial | None, slow: _Trial, target: float, tightest: int) -> tuple[int, ...]:
     """Return the times to try inside the bracket: by the line, its middle, and the end that may hide one more plan."""
     low, high = _time(fast) if fast else tightest, _time(slow) - 1
     if high < low:
