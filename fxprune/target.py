@@ -59,7 +59,7 @@ class Speed:
 
     @property
     def close(self) -> bool:
-        """Whether the time is within 5 % of the target on both sides: if reached but not close, it was pruned more than asked."""
+        """Whether the time is within 5 % of the target on both sides; reached but not close is faster than asked."""
         return abs(self.measured_ms / self.target_ms - 1) <= TOLERANCE
 
     def __str__(self) -> str:

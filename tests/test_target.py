@@ -38,7 +38,7 @@ def stair(name: str, dense: float, kind: str = "linear", start: float | None = N
 
 
 class Machine:
-    """Milliseconds of a model: what is not pruned, and ``scale`` times its layers. clock: what becomes of a measured time."""
+    """Milliseconds of a model: what is not pruned, and ``scale`` times its layers. clock: what is measured of them."""
 
     def __init__(
         self, groups: list[list[Staircase]], rest: float, scale: float, clock: Callable[[float], float] = float
