@@ -34,7 +34,7 @@ class Speed:
 
     dense_ms: stock, measured beside measured_ms. predicted_ms: by the plan that was built. levels: sparsity by
     parameter. retained: mean share of importance kept over the prunable layers. iterations: plans built and measured.
-    least: the least pruning there is, or none, is already faster than the target.
+    least: nothing, or the least pruning that leaves dense: a slower plan does not exist.
     seconds: "plan" without compiling and timing whole models, "build" with.
     """
 
@@ -125,8 +125,7 @@ def search(
     rest = max(stock_ms - whole.time * unit / 1e3, 0.0) / 2
     tightest = total(items, allocate(items, -1)).time
     trials: list[_Trial] = []
-    least = target >= stock_ms
-    while not least and len(trials) < _BUILDS:
+    while target < stock_ms and len(trials) < _BUILDS:
         line = _line(trials, stock, target, rest)
         fast, slow = _bracket(trials, stock, target)
         for budget in _budgets(line, fast, slow, target, tightest):
@@ -135,7 +134,6 @@ def search(
             if all(levels != trial.levels for trial in (stock, *trials)):
                 break
         else:  # no plan lies inside the bracket
-            least = fast is not None and slow is stock
             break
         dense_ms, ours = timed(levels)
         if config.target_speedup:  # a ratio: both sides drift with the machine
@@ -154,7 +152,7 @@ def search(
         iterations=len(trials),
         retained=best.plan.value / max(whole.value, 1e-30),
         levels=best.levels,
-        least=least,
+        least=best.levels in ({}, levels_of(groups, touched(items, allocate(items, whole.time - 1)))),
         seconds={"plan": seconds + time.perf_counter() - start - spent, "build": spent},
     )
     if not speed.reached:
