@@ -85,15 +85,21 @@ def grouped(stairs: Sequence[Staircase], regions: Iterable[Sequence[Match]]) -> 
 
 
 def rounded(groups: Sequence[Sequence[Staircase]]) -> tuple[list[Group], float]:
-    """Return the groups with times in whole units, and the microseconds of one unit."""
+    """Return the groups with times in whole units, and the microseconds of one unit.
+
+    A group that can lose nothing stays dense, whatever its kernels take.
+    """
     unit = max(sum(stair.dense for group in groups for stair in group) / _RESOLUTION, 1e-9)
-    return [
-        Group(
-            tuple(tuple(Level(round(s.micros / unit), s.retained) for s in stair.steps) for stair in group),
-            Level(round(sum(stair.dense for stair in group) / unit), sum(stair.steps[0].retained for stair in group)),
+    items = []
+    for group in groups:
+        stays = all(len(stair.steps) == 1 for stair in group)
+        layers = tuple(
+            tuple(Level(round((stair.dense if stays else s.micros) / unit), s.retained) for s in stair.steps)
+            for stair in group
         )
-        for group in groups
-    ], unit
+        dense = Level(sum(round(s.dense / unit) for s in group), sum(s.steps[0].retained for s in group))
+        items.append(Group(layers, dense))
+    return items, unit
 
 
 def _staircase(

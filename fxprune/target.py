@@ -34,6 +34,7 @@ class Speed:
 
     dense_ms: stock, measured beside measured_ms. predicted_ms: by the plan that was built. levels: sparsity by
     parameter. retained: mean share of importance kept over the prunable layers. iterations: plans built and measured.
+    least: nothing, or the least pruning that leaves dense: a slower plan does not exist.
     seconds: "plan" without compiling and timing whole models, "build" with.
     """
 
@@ -41,18 +42,30 @@ class Speed:
     target_ms: float
     predicted_ms: float
     measured_ms: float
-    reached: bool
     iterations: int
     retained: float
     levels: Mapping[str, float]
+    least: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def speedup(self) -> float:
         return self.dense_ms / self.measured_ms
 
+    @property
+    def reached(self) -> bool:
+        """Whether the model is at most 5 % slower than asked."""
+        return self.measured_ms <= (1 + TOLERANCE) * self.target_ms
+
+    @property
+    def close(self) -> bool:
+        """Whether the time is within 5 % of the target on both sides; reached but not close is faster than asked."""
+        return abs(self.measured_ms / self.target_ms - 1) <= TOLERANCE
+
     def __str__(self) -> str:
         verdict = "reached" if self.reached else "not reached"
+        if self.reached and not self.close:
+            verdict += ", already faster with the least pruning," if self.least else ", faster than asked,"
         return (
             f"{self.measured_ms:.3f} ms ({self.speedup:.2f}x of dense {self.dense_ms:.3f} ms), predicted "
             f"{self.predicted_ms:.3f} ms, target {self.target_ms:.3f} ms: {verdict} in {self.iterations} iteration(s)"
@@ -85,8 +98,9 @@ def search(
     """Find the levels that retain most within the target of ``config``, measured.
 
     stock_run: the unpruned model, compiled without us. The time of a plan is taken to be a line over the time of its
-    layers: first from the stock model, then through what was measured. Warns with
-    :class:`TargetNotReached` when no plan that was built is within 5 % of the target. seconds: spent on ``groups``.
+    layers. The loosest plan that was fast enough and the tightest that was not, at first the stock model, enclose the
+    next one. Ends within 5 % of the target, when no plan is left between the two, or after four builds. Warns with
+    :class:`TargetNotReached` when every plan is more than 5 % too slow. seconds: spent on ``groups``.
     """
     if not groups:
         raise NothingToPrune(
@@ -102,38 +116,43 @@ def search(
         spent += time.perf_counter() - before
         return taken["dense"], taken.get("ours", taken["dense"])
 
-    stock, _ = timed(None)
-    target = config.target_latency_ms or stock / (config.target_speedup or 1.0)
+    stock_ms, _ = timed(None)
+    target = config.target_latency_ms or stock_ms / (config.target_speedup or 1.0)
     items, unit = rounded(groups)
-    dense = total(items, [None] * len(items))
+    whole = total(items, [None] * len(items))
+    stock = _Trial({}, whole, stock_ms, stock_ms, stock_ms)
     # Layers are slower inside a model than alone, so only half of what they leave unexplained counts as the rest.
-    rest = max(stock - dense.time * unit / 1e3, 0.0) / 2
-    slope = (stock - rest) / max(dense.time, 1)  # milliseconds of the model per unit of its layers
-    most = dense.time - (target < stock)  # the stock model itself is no answer
+    rest = max(stock_ms - whole.time * unit / 1e3, 0.0) / 2
+    tightest = total(items, allocate(items, -1)).time
     trials: list[_Trial] = []
-    while len(trials) < _BUILDS:
-        chosen = touched(items, allocate(items, int(min((target - rest) / slope, most))))
-        levels, plan = levels_of(groups, chosen), total(items, chosen)
-        if any(levels == trial.levels for trial in trials):
+    while target < stock_ms and len(trials) < _BUILDS:
+        line = _line(trials, stock, target, rest)
+        fast, slow = _bracket(trials, stock, target)
+        for budget in _budgets(line, fast, slow, target, tightest):
+            chosen = touched(items, allocate(items, budget))
+            levels, plan = levels_of(groups, chosen), total(items, chosen)
+            if all(levels != trial.levels for trial in (stock, *trials)):
+                break
+        else:  # no plan lies inside the bracket
             break
-        dense_ms, ours = timed(levels) if levels else (stock, stock)
+        dense_ms, ours = timed(levels)
         if config.target_speedup:  # a ratio: both sides drift with the machine
-            dense_ms, ours = stock, ours * stock / dense_ms
-        trials.append(_Trial(levels, plan, rest + slope * plan.time, dense_ms, ours))
+            dense_ms, ours = stock_ms, ours * stock_ms / dense_ms
+        slope, offset = line
+        trials.append(_Trial(levels, plan, offset + slope * plan.time, dense_ms, ours))
         log.info("%.0f us of layers: predicted %.3f ms, measured %.3f ms", plan.time * unit, trials[-1].predicted, ours)
-        if abs(ours / target - 1) <= TOLERANCE or not levels:
+        if abs(ours / target - 1) <= TOLERANCE:
             break
-        slope, rest = _line([(t.plan.time, t.measured) for t in trials], target, rest)
-    best = _best(trials, target)
+    best = _best(trials, stock, target)
     speed = Speed(
         dense_ms=best.dense,
         target_ms=target,
         predicted_ms=best.predicted,
         measured_ms=best.measured,
-        reached=best.measured <= (1 + TOLERANCE) * target,
         iterations=len(trials),
-        retained=best.plan.value / max(dense.value, 1e-30),
+        retained=best.plan.value / max(whole.value, 1e-30),
         levels=best.levels,
+        least=best.levels in ({}, levels_of(groups, touched(items, allocate(items, whole.time - 1)))),
         seconds={"plan": seconds + time.perf_counter() - start - spent, "build": spent},
     )
     if not speed.reached:
@@ -163,20 +182,47 @@ def levels_of(groups: Sequence[Sequence[Staircase]], chosen: Sequence[Choice]) -
     }
 
 
-def _line(points: list[tuple[int, float]], target: float, rest: float) -> tuple[float, float]:
-    """Return slope and intercept through the two measurements nearest to the target, or through the nearest and ``rest``."""
-    near = sorted(points, key=lambda p: abs(p[1] - target))
-    (time, measured), *others = near
-    rest = min(rest, target / 2, measured / 2)
-    slope = (measured - rest) / max(time, 1)
-    for other_time, other in others:
-        secant = (other - measured) / (other_time - time) if other_time != time else 0.0
-        if slope / 3 < secant < 3 * slope:  # anything else is noise
-            return secant, measured - secant * time
-    return slope, rest
+def _bracket(trials: Sequence[_Trial], stock: _Trial, target: float) -> tuple[_Trial | None, _Trial]:
+    """Return the loosest plan that was fast enough, and the tightest looser one that was not, at last ``stock``."""
+    fast = max((t for t in trials if t.measured <= target), key=_time, default=None)
+    slow = (t for t in trials if t.measured > target and (fast is None or _time(t) > _time(fast)))
+    return fast, min(slow, key=_time, default=stock)
 
 
-def _best(trials: list[_Trial], target: float) -> _Trial:
-    """Return what retains most of the plans that meet the target, else the fastest."""
-    meets = [trial for trial in trials if trial.measured <= (1 + TOLERANCE) * target]
-    return max(meets, key=lambda t: t.plan.value) if meets else min(trials, key=lambda t: t.measured)
+def _line(trials: Sequence[_Trial], stock: _Trial, target: float, rest: float) -> tuple[float, float]:
+    """Return slope and offset of the model's time over that of its layers: the secant through both ends of the bracket.
+
+    An end that was not measured gives way to the next nearest plan; a single plan is joined with ``rest`` at no layers.
+    """
+    fast, slow = _bracket(trials, stock, target)
+    near = sorted(trials, key=lambda t: abs(t.measured - target))[:2]
+    first, *others = [fast, slow] if fast and slow is not stock else near or [stock]
+    for other in others:
+        if _time(other) != _time(first):
+            slope = (other.measured - first.measured) / (_time(other) - _time(first))
+            return slope, first.measured - slope * _time(first)
+    rest = min(rest, target / 2, first.measured / 2)
+    return (first.measured - rest) / max(_time(first), 1), rest
+
+
+def _budgets(line: tuple[float, float], fast: _Trial | None, slow: _Trial, target: float, tightest: int) -> tuple[int, ...]:
+    """Return the times to try inside the bracket: by the line, its middle, and the end that may hide one more plan."""
+    low, high = _time(fast) if fast else tightest, _time(slow) - 1
+    if high < low:
+        return ()
+    slope, offset = line
+    middle, last = (low + high) // 2, high if fast else low
+    wanted = (target - offset) / slope if slope > 0 else middle
+    if wanted < low and not fast:  # out of reach by the line
+        wanted = low
+    return (int(wanted) if low <= wanted <= high else middle), middle, last
+
+
+def _time(trial: _Trial) -> int:
+    return trial.plan.time
+
+
+def _best(trials: Sequence[_Trial], stock: _Trial, target: float) -> _Trial:
+    """Return what retains most of the plans that are fast enough, else the fastest, that of ``stock`` included."""
+    enough = [trial for trial in trials if trial.measured <= (1 + TOLERANCE) * target]
+    return max(enough, key=lambda t: t.plan.value) if enough else min((stock, *trials), key=lambda t: t.measured)

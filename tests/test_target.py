@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -37,23 +38,30 @@ def stair(name: str, dense: float, kind: str = "linear", start: float | None = N
 
 
 class Machine:
-    """Milliseconds of a model: what is not pruned, and ``scale`` times its layers."""
+    """Milliseconds of a model: what is not pruned, and ``scale`` times its layers. clock: what is measured of them."""
 
-    def __init__(self, groups: list[list[Staircase]], rest: float, scale: float) -> None:
-        self.groups, self.rest, self.scale, self.built = groups, rest, scale, 0
+    def __init__(
+        self, groups: list[list[Staircase]], rest: float, scale: float, clock: Callable[[float], float] = float
+    ) -> None:
+        self.groups, self.rest, self.scale, self.clock = groups, rest, scale, clock
+        self.tried: list[tuple[float, float]] = []  # milliseconds measured and retained importance
 
     def milliseconds(self, levels: Mapping[str, float]) -> float:
         time = 0.0
         for group in self.groups:
             sparse = any(s.parameter in levels for s in group)
             for s in group:
-                step = next(step for step in s.steps if step.sparsity == levels.get(s.parameter, 0.0))
-                time += step.micros if sparse else s.dense
+                time += self.step(s, levels).micros if sparse else s.dense
         return self.rest + self.scale * time / 1e3
 
+    def step(self, stair: Staircase, levels: Mapping[str, float]) -> Step:
+        return next(step for step in stair.steps if step.sparsity == levels.get(stair.parameter, 0.0))
+
     def build(self, levels: Mapping[str, float]) -> Callable[[], float]:
-        self.built += 1
-        return lambda: self.milliseconds(levels)
+        stairs = [s for group in self.groups for s in group]
+        measured = self.clock(self.milliseconds(levels))
+        self.tried.append((measured, sum(self.step(s, levels).retained for s in stairs) / len(stairs)))
+        return lambda: measured
 
     def search(self, **options: Any) -> target.Speed:
         def clock(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
@@ -62,8 +70,13 @@ class Machine:
         return target.search(self.groups, Config(**options), lambda: self.milliseconds({}), self.build, clock)
 
 
-def linears(count: int = 40) -> list[list[Staircase]]:
-    return [[stair(f"l{i}", 100.0 + 7 * i)] for i in range(count)]
+def noisy(seed: int, share: float) -> Callable[[float], float]:
+    draw = random.Random(seed)
+    return lambda time: time * draw.gauss(1.0, share)
+
+
+def linears(count: int = 12) -> list[list[Staircase]]:
+    return [[stair(f"l{i}", 300.0 + 75 * i)] for i in range(count)]
 
 
 @given(speedup=st.floats(1.2, 3.0), rest=st.floats(0.0, 2.0), scale=st.sampled_from([0.6, 1.0, 1.5]), latency=st.booleans())
@@ -72,7 +85,7 @@ def test_the_target_is_met_on_a_machine_that_differs(speedup: float, rest: float
     stock = machine.milliseconds({})
     goal = {"target_latency_ms": stock / speedup} if latency else {"target_speedup": speedup}
     speed = machine.search(**goal)
-    assert speed.reached and speed.iterations == machine.built <= 4
+    assert speed.reached and speed.close and speed.iterations == len(machine.tried) <= 4
     assert abs(speed.measured_ms * speedup / stock - 1) <= 0.05 + 1e-9
     assert speed.measured_ms == pytest.approx(machine.milliseconds(speed.levels))
     assert speed.dense_ms == pytest.approx(stock)
@@ -92,12 +105,88 @@ def test_the_same_times_give_the_same_plan() -> None:
     assert one.levels == two.levels
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_noise_neither_stalls_nor_fools(seed: int) -> None:
+    machine = Machine(linears(), 0.5, 1.3, noisy(seed, 0.02))
+    speed = machine.search(target_speedup=1.3 + 0.1 * seed)
+    assert speed.reached and speed.close and speed.iterations == len(machine.tried) <= 4
+    assert machine.milliseconds(speed.levels) == pytest.approx(speed.target_ms, rel=0.1)
+
+
+@pytest.mark.parametrize("speedup", [1.1, 1.2, 1.3])
+def test_most_of_the_time_is_not_in_the_layers(speedup: float) -> None:
+    """Every layer at its last level makes the model 1.32 times faster."""
+    machine = Machine(linears(), 18.0, 0.77)
+    speed = machine.search(target_speedup=speedup)
+    assert speed.close and speed.iterations <= 4 and not speed.least
+
+
+def test_a_looser_plan_that_measures_no_slower_is_followed_by_a_looser_one() -> None:
+    times = iter((3.7, 3.6, 3.5, 4.9))
+    machine = Machine(linears(), 0.0, 1.0, lambda time: next(times))
+    machine.rest = 10.0 - machine.milliseconds({})
+    speed = machine.search(target_latency_ms=5.0)
+    retained = [share for _, share in machine.tried]
+    assert retained == sorted(set(retained)) and len(retained) == 4
+    assert speed.close and speed.measured_ms == 4.9 and speed.retained == pytest.approx(retained[-1])
+
+
+def test_a_jump_over_the_target_ends_beside_it() -> None:
+    """Nothing takes between 0.8 and 1.2 of the target: reached, not close, and the bracket has closed from both sides."""
+    machine = Machine(linears(2), 0.0, 1.0)
+    goal = machine.milliseconds({}) / 2
+    machine.clock = lambda time: time * (0.8 if time <= goal else 1.2)
+    speed = machine.search(target_latency_ms=goal)
+    assert speed.reached and not speed.close and not speed.least
+    assert "reached, faster than asked, in" in str(speed)
+    assert speed.measured_ms == max(time for time, _ in machine.tried if time <= goal)
+
+
+def test_a_few_steps_are_exhausted_before_the_builds_are() -> None:
+    """Two levels, one too fast and the stock model too slow: nothing is left between them."""
+    few = [[Staircase(stair("l", 100.0).matches, stair("l", 100.0).steps[:9:8], 100.0)]]
+    speed = Machine(few, 0.0, 1.0).search(target_speedup=2.0)
+    assert speed.reached and speed.least and speed.iterations == 1 and speed.levels == {"l": 0.8}
+
+
+@given(seed=st.integers(0, 2**16), share=st.sampled_from([0.03, 0.3]), speedup=st.floats(1.1, 4.0))
+@settings(max_examples=30)
+def test_nothing_tried_was_fast_enough_and_retains_more(seed: int, share: float, speedup: float) -> None:
+    machine = Machine(linears(5), 0.3, 1.0, noisy(seed, share))
+    stock = machine.milliseconds({})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TargetNotReached)
+        speed = machine.search(target_latency_ms=stock / speedup)
+    enough = [share for time, share in machine.tried if time <= 1.05 * speed.target_ms]
+    assert speed.reached == bool(enough) and speed.iterations == len(machine.tried) <= 4
+    if enough:
+        assert speed.retained == pytest.approx(max(enough))
+    else:
+        assert speed.measured_ms == min([stock, *(time for time, _ in machine.tried)])
+
+
+def test_a_target_above_stock_needs_no_pruning() -> None:
+    machine = Machine(linears(), 0.5, 1.0)
+    speed = machine.search(target_latency_ms=100.0)
+    assert speed.reached and speed.least and not speed.close and not speed.levels and speed.iterations == 0
+    assert not machine.tried and speed.retained == 1.0
+
+
+def test_layers_that_stay_whole_count_as_dense() -> None:
+    """Their kernels would be faster without zeros, but nothing in their region is pruned."""
+    whole = stair("c", 300.0, "pointwise", start=30.0)
+    machine = Machine([[Staircase(whole.matches, whole.steps[:1], 300.0)], *linears(4)], 0.0, 1.0)
+    speed = machine.search(target_speedup=1.5)
+    assert speed.close and speed.iterations == 1 and speed.predicted_ms == pytest.approx(speed.measured_ms, rel=1e-3)
+
+
 def test_out_of_reach_warns_and_returns_the_fastest() -> None:
     machine = Machine(linears(), 5.0, 1.0)
     with pytest.warns(TargetNotReached, match=r"target .*: not reached.*max_sparsity="):
         speed = machine.search(target_speedup=4.0)
     assert not speed.reached
     assert speed.measured_ms == pytest.approx(machine.milliseconds(dict.fromkeys(speed.levels, 0.9)))
+    assert speed.iterations <= 2 and not speed.close and not speed.least
     assert len(speed.levels) == len(machine.groups) and set(speed.levels.values()) == {0.9}
 
 
@@ -116,6 +205,8 @@ def test_convolutions_leave_dense_with_a_few_zeros() -> None:
     speed = Machine([group], 0.0, 1.0).search(target_speedup=1.3)
     assert speed.reached and speed.speedup >= 2.0
     assert list(speed.levels.values()) == [0.1], "one layer, its first level"
+    assert speed.least and not speed.close and speed.iterations == 1
+    assert "reached, already faster with the least pruning, in 1 iteration(s)" in str(speed)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +233,7 @@ def test_bad_targets(options: dict[str, Any], message: str) -> None:
 
 
 def test_a_target_without_layers_or_in_the_wrong_place() -> None:
-    with pytest.raises(NothingToPrune, match="no depthwise, 1x1 or linear layer"):
+    with pytest.raises(NothingToPrune, match="no convolution, linear or recurrent layer"):
         fxprune.prune(nn.ReLU(), torch.ones(2), target_speedup=2.0)
     with pytest.raises(NothingToPrune, match="no layer has a compiled kernel"):
         fxprune.prune(mlp().double(), rows().double(), target_speedup=2.0, fallback="eager", autotune="off")
