@@ -17,6 +17,8 @@ from fxprune.context import Decision, Timing
 from tests.oracle import assert_exact, compiled
 from tests.toys import image, mlp, mobile, pruned, rows, run
 
+pytestmark = pytest.mark.usefixtures("uncut")
+
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:

@@ -158,6 +158,7 @@ def test_require_sparse_is_a_class_of_its_own() -> None:
         backend.hwprune(graph.gm, graph.inputs, options={"require_sparse": True, "min_speedup": 100, "autotune": "off"})
 
 
+@pytest.mark.usefixtures("uncut")
 def test_min_speedup_out_of_reach_keeps_everything_dense_with_reasons() -> None:
     model = pruned(mobile(), image())
     fast = compiled(model, min_speedup=100)
