@@ -76,9 +76,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     def dense(inputs: Sequence[Any], side: BatchSide | None = None) -> Built:
         return Built(stock(GraphModule(gm, copy.deepcopy(gm.graph)), inputs, config), side=side)
 
-    def build(
-        inputs: Sequence[Any], levels: Mapping[str, float] | None = None, sizes: Sizes | None = None
-    ) -> Built:
+    def build(inputs: Sequence[Any], levels: Mapping[str, float] | None = None, sizes: Sizes | None = None) -> Built:
         if not _worth_a_look(gm, inputs, config):
             log.info("no zeros and no plan in this graph: stock %s", config.fallback)
             return dense(inputs)

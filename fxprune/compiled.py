@@ -83,7 +83,9 @@ class Variant:
 
     def crosses(self, other: Variant) -> bool:
         """True when two variants split the batch sizes at different thresholds."""
-        return None not in (self.side, other.side) and self.side.threshold != other.side.threshold
+        if self.side is None or other.side is None:
+            return False
+        return self.side.threshold != other.side.threshold
 
     def current(self) -> bool:
         """True when the packed weights are what the weights are now, after repacking if that is enough."""
