@@ -1,8 +1,9 @@
 """Decide a symbolic batch twice, for small and for large batch sizes, where the cost model says that it pays.
 
 The cost of every match is evaluated over the batch sizes 2 to 64 that Dynamo's guards let in; it compiles batch 1 by
-itself, and convolutions below 16 apart from those from 16 on. Where the choice of kernels changes, one threshold is taken: that which loses least to a choice of its own at each size. Every doubling of the
-batch counts the same. Each side is then decided, and measured where times are measured, at one of its batch sizes.
+itself, and convolutions below 16 apart from those from 16 on. Where the choice of kernels changes, one threshold is taken:
+that which loses least to a choice of its own at each size. Every doubling of the batch counts the same. Each side is then
+decided, and measured where times are measured, at one of its batch sizes.
 """
 
 from __future__ import annotations
