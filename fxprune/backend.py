@@ -22,7 +22,7 @@ from fxprune import dump
 from fxprune.capture import Captured, detect
 from fxprune.compiled import Built, CompiledGraph
 from fxprune.config import Config
-from fxprune.context import Context, Decision, Shrunk
+from fxprune.context import BatchSide, Context, Decision, Shrunk, Sizes
 from fxprune.errors import ConfigError, FxPruneError, RequireSparse, VerificationError
 from fxprune.lowering import calibrate, codegen, library, measure
 from fxprune.lowering.kernels import KernelTables
@@ -73,18 +73,18 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     remember_names(gm)
     symbols = Symbols(example_inputs)
 
-    def dense(inputs: Sequence[Any]) -> Built:
-        return Built(stock(GraphModule(gm, copy.deepcopy(gm.graph)), inputs, config))
+    def dense(inputs: Sequence[Any], side: BatchSide | None = None) -> Built:
+        return Built(stock(GraphModule(gm, copy.deepcopy(gm.graph)), inputs, config), side=side)
 
-    def build(inputs: Sequence[Any], levels: Mapping[str, float] | None = None) -> Built:
+    def build(inputs: Sequence[Any], levels: Mapping[str, float] | None = None, sizes: Sizes | None = None) -> Built:
         if not _worth_a_look(gm, inputs, config):
             log.info("no zeros and no plan in this graph: stock %s", config.fallback)
             return dense(inputs)
         start = time.perf_counter()
-        clone, ctx, changed = rewrite(gm, inputs, config, levels)
+        clone, ctx, changed = rewrite(gm, inputs, config, levels, sizes or symbols.sizes(inputs))
         _report(ctx, time.perf_counter() - start)
         if not changed:
-            return dense(inputs)
+            return dense(inputs, ctx.side)
         ctx.counts["form_regions"] = form_regions(clone, ctx)
         packs = ctx.weights.appended()
         clone.recompile()
@@ -95,7 +95,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         symbols.fix(packs)
         compiled = codegen.compile_rest(clone, [*inputs, *packs], constant, config)
         ctx.seconds["codegen"] = time.perf_counter() - before
-        return Built(compiled, packs, ctx)
+        return Built(compiled, packs, ctx, ctx.side)
 
     def build_later(args: Sequence[Any]) -> Built:
         nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -104,9 +104,9 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         try:
             with symbols.restored():
                 symbols.fix([value for value, fixed in zip(inputs, state, strict=True) if fixed])
-                return build(inputs, levels)
+                return build(inputs, levels, symbols.sizes(args))
         except Exception:
-            log.warning("rebuilding for changed weights failed; the graph runs dense", exc_info=True)
+            log.warning("rebuilding for changed weights or another batch size failed; the graph runs dense", exc_info=True)
             return Built(gm.forward)
 
     levels = _levels(gm, example_inputs, config, dense, build) if config.has_target else None
@@ -164,17 +164,22 @@ def _trains(inputs: Sequence[Any]) -> bool:
 
 
 def rewrite(
-    gm: GraphModule, example_inputs: Sequence[Any], config: Config, levels: Mapping[str, float] | None = None
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    config: Config,
+    levels: Mapping[str, float] | None = None,
+    sizes: Sizes | None = None,
 ) -> tuple[GraphModule, Context, bool]:
     """Run the forward pipeline on a clone of ``gm``; returns (clone, context, whether anything was gained).
 
-    levels: sparsity by parameter that a target speed came to.
+    levels: sparsity by parameter that a target speed came to. sizes: the symbolic ones of the call it is for, as
+    :class:`Context` holds them; without them everything is decided at the hints.
     """
     clone = GraphModule(gm, copy.deepcopy(gm.graph))
     tables = KernelTables()
     training = _trains(example_inputs)
     timer = Measure(config, tables.unit)
-    ctx = Context(config, Weights(clone, example_inputs), not training, tables, timer)
+    ctx = Context(config, Weights(clone, example_inputs), not training, tables, timer, timer.predict, sizes or {})
     if levels is not None:
         ctx.extra["levels"] = levels
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") or _enters_autocast(gm):
@@ -271,6 +276,8 @@ def _report(ctx: Context, seconds: float) -> None:
         len(masked),
         seconds,
     )
+    if ctx.side is not None:
+        log.info("two variants by batch size; this one: %s", ctx.side)
     if ctx.shrunk:
         log.info("%d groups of channels shrunk: %s", len(ctx.shrunk), cut_channels(ctx.shrunk))
     for decision in ctx.decisions:

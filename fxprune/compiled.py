@@ -1,7 +1,8 @@
 """A compiled graph and the weights it was packed from: checks them on every call, repacks or rebuilds.
 
 Dynamo guards neither the values nor the identity of a weight: two modules of one class share a graph, and a loaded
-state may bring new Parameters. So a graph keeps one :class:`Variant` per set of weights it is called with.
+state may bring new Parameters. So a graph keeps one :class:`Variant` per set of weights it is called with,
+or two where other layers run sparse at small batch sizes than at large ones; Dynamo compiles neither of them again.
 ``_version`` rises with in-place operations, ``load_state_dict`` and most optimizers; a step hook catches the fused ones.
 Writing through ``.data`` is invisible to both: :func:`refresh` is for that.
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fxprune.context import Context
+from fxprune.context import BatchSide, Context
 from fxprune.plan import generation, lookup
 from fxprune.weights import StructureChanged
 
@@ -35,11 +36,15 @@ _MOST = 64  # variants of one graph: layers of one class that are compiled one b
 
 @dataclass(frozen=True, eq=False)
 class Built:
-    """run: called with the graph's arguments and ``packs``. context: ``None`` when the graph stayed dense."""
+    """run: called with the graph's arguments and ``packs``. context: ``None`` when the graph stayed dense.
+
+    side: the batch sizes it is for, ``None`` for all.
+    """
 
     run: Callable[..., Any]
     packs: Sequence[Tensor] = ()
     context: Context | None = None
+    side: BatchSide | None = None
 
 
 Build = Callable[[Sequence[Any]], Built]
@@ -49,7 +54,7 @@ class Variant:
     """One build and the weights among its arguments that it depends on."""
 
     def __init__(self, built: Built, args: Sequence[Any], freeze: bool) -> None:
-        self.run, self.packs, self.context = built.run, built.packs, built.context
+        self.run, self.packs, self.context, self.side = built.run, built.packs, built.context, built.side
         if self.context is None:
             uses = {id(v) for v in args if isinstance(v, torch.nn.Parameter)}
             self._watched: list[Tensor] = []
@@ -68,11 +73,20 @@ class Variant:
         self._stamp = self._now()
 
     def fits(self, args: Sequence[Any]) -> bool:
-        """True when ``args`` hold the very weights this was built from."""
+        """True when ``args`` hold the very weights, and a batch size, this was built for."""
+        return (self.side is None or self.side.holds(args)) and self.holds_weights(args)
+
+    def holds_weights(self, args: Sequence[Any]) -> bool:
         for i, tensor in self._bound:  # noqa: SIM110  (on every call: a loop is twice as fast as all())
             if args[i] is not tensor:
                 return False
         return True
+
+    def crosses(self, other: Variant) -> bool:
+        """True when two variants split the batch sizes at different thresholds."""
+        if self.side is None or other.side is None:
+            return False
+        return self.side.threshold != other.side.threshold
 
     def current(self) -> bool:
         """True when the packed weights are what the weights are now, after repacking if that is enough."""
@@ -144,19 +158,25 @@ class CompiledGraph:
         return self._variants[-1].context
 
     def __call__(self, *args: Any) -> Any:
-        position = next((i for i, v in enumerate(self._variants) if v.fits(args)), None)
-        if position is None:
+        variant = next((v for v in self._variants if v.fits(args)), None)
+        if variant is None:
             if len(self._variants) == _MOST:
                 return self._dense(*args)
-            position = len(self._variants)
-            self._variants.append(Variant(self._build(args), args, self._freeze))
-        elif not self._variants[position].current():
-            self._variants[position] = Variant(self._build(args), args, self._freeze)
-        variant = self._variants[position]
+            variant = self._add(args)
+        elif not variant.current():
+            variant = self._add(args, variant)
         if variant.inference:
             with torch._C._AutoDispatchBelowAutograd():
                 return variant.run(*args, *variant.packs)
         return variant.run(*args, *variant.packs)
+
+    def _add(self, args: Sequence[Any], stale: Variant | None = None) -> Variant:
+        """Build for ``args``; what was decided by another threshold for the same weights goes with ``stale``."""
+        built = self._build(args)
+        added = Variant(built, args, self._freeze)
+        kept = [v for v in self._variants if v is not stale and not (added.crosses(v) and v.holds_weights(args))]
+        self._variants = [*kept, added]
+        return added
 
     def refresh(self, tensors: set[int]) -> bool:
         """Repack what was built from ``tensors``, by id; returns whether anything was."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,6 +36,8 @@ class Unit:
 
 # (match, mask), and for a recurrent weight_hh the match and mask of its weight_ih
 Measure = Callable[..., "Timing"]
+# the symbolic sizes of one call, by sympy symbol: (position among the graph's arguments, value)
+Sizes = Mapping[Any, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,25 @@ class Shrunk:
     after: int
 
 
+@dataclass(frozen=True)
+class BatchSide:
+    """The batch sizes one build of a graph with a symbolic batch is for: ``threshold`` and more, or less.
+
+    position: of the batch size among the graph's arguments. decided_at: the batch size its layers were decided at.
+    """
+
+    position: int
+    threshold: int
+    above: bool
+    decided_at: int
+
+    def holds(self, args: Sequence[Any]) -> bool:
+        return (args[self.position] >= self.threshold) == self.above
+
+    def __str__(self) -> str:
+        return f"batches {'from' if self.above else 'below'} {self.threshold}, decided at {self.decided_at}"
+
+
 @dataclass
 class Context:
     """State of one compile; passes read it and add to it, nothing outlives it."""
@@ -97,6 +118,9 @@ class Context:
     inference: bool
     kernels: Kernels
     measure: Measure
+    predict: Measure | None = None  # the cost model, which costs no time to ask
+    sizes: Sizes = field(default_factory=dict)
+    side: BatchSide | None = None
     matches: list[Match] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)

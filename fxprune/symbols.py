@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._guards import TracingContext, detect_fake_mode, tracing
 
@@ -21,8 +22,18 @@ class Symbols:
     def __init__(self, example_inputs: Sequence[Any]) -> None:
         self._mode: Any = detect_fake_mode(list(example_inputs))
         self._fakes: list[Tensor] = []
+        self._positions = {v.node.expr: i for i, v in enumerate(example_inputs) if isinstance(v, torch.SymInt)}
         context = TracingContext.try_get()
         self._sizes = None if context is None else context.tensor_to_context
+
+    def sizes(self, args: Sequence[Any]) -> dict[Any, tuple[int, int]]:
+        """Return the position among the graph's arguments and the value, or hint, of each symbolic size that is one."""
+        found = {}
+        for expr, i in self._positions.items():
+            value = args[i].node.hint if isinstance(args[i], torch.SymInt) else args[i]
+            if value is not None:
+                found[expr] = (i, int(value))
+        return found
 
     def fix(self, tensors: Sequence[Tensor]) -> None:
         """Enter real tensors in the fake mode with the sizes they have."""

@@ -8,13 +8,13 @@ every border to a channels-last kernel is a copy, so one 1x1 layer does not leav
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
 from torch.fx import GraphModule, Node
 
-from ..context import Context, Decision, Kernels, Timing
+from ..context import Context, Decision, Kernels, Measure, Timing
 from ..errors import ConfigError
 from ..graph import fake
 from ..left import other_readers, why_left
@@ -25,7 +25,8 @@ from ..sparsity import dcp, refit
 from ..sparsity.found import describe, forms
 from ..sparsity.pattern import LayerMask
 from ..staircase import choose_levels
-from .plan_rnn import decide_recurrent, recurrent_layers
+from .plan_rnn import Found, decide_recurrent, recurrent_layers
+from .split_batch import split_batch
 
 # below this fraction of zeros a weight counts as dense: timing noise is larger than the gain
 _MIN_SPARSITY = 0.05
@@ -45,21 +46,34 @@ _OPERATOR = {
 def plan(gm: GraphModule, ctx: Context) -> int:
     """Append one decision per match; returns 0, the graph is unchanged."""
     wanted = _masks_from_options(ctx)
+    found = {m: _mask(m, ctx, wanted) for m in ctx.matches}
+
+    def decide(measure: Measure) -> list[Decision]:
+        trial = replace(ctx, measure=measure, decisions=[])
+        _decide(found, trial)
+        return trial.decisions
+
+    measure = ctx.measure
+    split = split_batch(ctx, decide)
+    if split is not None:
+        ctx.side, measure = split
+    readers = other_readers([ctx])
+    ctx.decisions = [_explained(d, why_left(d.match, ctx, readers)) for d in decide(measure)]
+    return 0
+
+
+def _decide(found: Mapping[Match, Found], ctx: Context) -> None:
     recurrent = [m for m in ctx.matches if m.recurrent is not None]
-    found = {m.node: _mask(m, ctx, wanted) for m in ctx.matches if m.recurrent is None}
     convs = [m for m in ctx.matches if m.kind not in ("linear", "rnn")]
     for region in regions(convs):
         _decide_region(region, found, ctx)
     linears = [m for m in ctx.matches if m.kind == "linear"]
-    for match in sorted(linears, key=lambda m: found[m.node][1] is None):  # those without zeros join what was chosen
-        _decide_alone(match, *found[match.node], ctx)
+    for match in sorted(linears, key=lambda m: found[m][1] is None):  # those without zeros join what was chosen
+        _decide_alone(match, *found[match], ctx)
     for layer in recurrent_layers(recurrent):
-        decide_recurrent(layer, [_mask(m, ctx, wanted) for m in layer], _refusal, ctx)
+        decide_recurrent(layer, [found[m] for m in layer], _refusal, ctx)
     order = {m.node: i for i, m in enumerate(ctx.matches)}
     ctx.decisions.sort(key=lambda d: order[d.match.node])
-    readers = other_readers([ctx])
-    ctx.decisions = [_explained(d, why_left(d.match, ctx, readers)) for d in ctx.decisions]
-    return 0
 
 
 def _explained(decision: Decision, left: str | None) -> Decision:
@@ -244,15 +258,15 @@ def _decision(match: Match, mask: LayerMask | None, chosen: bool, timing: Timing
     return Decision(match, mask, chosen, why, timing, pattern, kernel)
 
 
-def _decide_region(region: list[Match], found: dict[Node, tuple[str, LayerMask | None]], ctx: Context) -> None:
-    refusals = {m.node: _refusal(m, found[m.node][1], ctx) for m in region}
-    if all(found[m.node][1] is None for m in region):
+def _decide_region(region: list[Match], found: Mapping[Match, Found], ctx: Context) -> None:
+    refusals = {m.node: _refusal(m, found[m][1], ctx) for m in region}
+    if all(found[m][1] is None for m in region):
         for match in region:
-            pattern = found[match.node][0]
+            pattern = found[match][0]
             why = "its zeros leave no row of a tile" if pattern else "no zeros"
             ctx.decisions.append(Decision(match, None, False, refusals[match.node] or why, pattern=pattern))
         return
-    timings = {m.node: ctx.measure(m, found[m.node][1]) for m in region if refusals[m.node] is None}
+    timings = {m.node: ctx.measure(m, found[m][1]) for m in region if refusals[m.node] is None}
     ours = dense = 0.0
     for match in region:
         timing = timings.get(match.node)
@@ -263,7 +277,7 @@ def _decide_region(region: list[Match], found: dict[Node, tuple[str, LayerMask |
     wins = bool(timings) and ours * ctx.config.min_speedup <= dense
     gain = dense / max(ours, 1e-9)
     for match in region:
-        pattern, mask = found[match.node]
+        pattern, mask = found[match]
         timing = timings.get(match.node)
         if timing is None:
             ctx.decisions.append(Decision(match, mask, False, refusals[match.node] or "", pattern=pattern))

@@ -33,6 +33,8 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             def __call__(self, match: Any, mask: Any) -> Timing:
                 return Timing(*times.get(match.name, times.get(match.kind)), measured=True)  # type: ignore[misc]
 
+            predict = __call__
+
         monkeypatch.setattr(backend, "Measure", Fake)
 
     return use

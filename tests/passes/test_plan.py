@@ -33,6 +33,8 @@ def timed(monkeypatch: pytest.MonkeyPatch, times: Callable[[str], tuple[float, f
         def __call__(self, match: object, mask: object) -> Timing:
             return Timing(*times(match.kind), measured=True)  # type: ignore[attr-defined]
 
+        predict = __call__
+
     monkeypatch.setattr(backend, "Measure", Fake)
 
 
