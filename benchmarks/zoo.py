@@ -79,6 +79,8 @@ def _vision(name: str) -> tuple[nn.Module, Callable[[int], Inputs]]:
 
         # ConvNeXt starts with a layer scale of 1e-6, which would hide every block from the output
         options = {"ls_init_value": 0.3} if name.startswith("convnext") else TIMM.get(name, {})
+        if name.startswith("resnet"):  # nor zeros, the scale of the last BatchNorm of each block
+            options = {**options, "zero_init_last": False}
         model = timm.create_model(name, pretrained=False, **options).eval()
     calibrate(model, [torch.randn(4, 3, 224, 224) for _ in range(4)])
     return model, images

@@ -152,7 +152,7 @@ def dense_linear_terms(dev: Device, *, rows: Size, in_features: Size, out_featur
     m, k, n = size(rows), size(in_features), size(out_features)
     return {
         "call": 1,
-        "batched": sp.Min(m - 1, 1),
+        "batched": sp.Max(sp.Min(m - 1, 1), 0),
         "products": m * k * sp.ceiling(n / dev.lanes) / dev.threads / 1e3,
         "weights": _FLOAT * n * k / 1e6,
         **_memory(dev, sp, _FLOAT * (m * k + m * n + n * k)),
@@ -185,7 +185,7 @@ def work(dev: Device, match: Match, mask: LayerMask | None, batch: Size | None =
         ours = depthwise_terms(dev, batch=b, channels=n, kept=kept, **window)
         return [("depthwise_taps", ours), ("depthwise_nchw", conv), ("depthwise_nhwc", conv)]
     if match.kind == "linear":
-        rows = b * (math.prod(x[1:]) // max(k, 1))
+        rows = b * (math.prod(x[1:]) // max(k, 1)) if len(x) > 1 else 1
         layer = mask or tile.keep_all((n, k), GRANULARITY)
         narrow = layer.tiling.granularity <= dev.lanes // 2  # such tiles run with vectors along the rows
         ours = _tiles(dev, layer, 1, rows, 1) if narrow else _tiles(dev, layer, rows, 1, -1)

@@ -237,11 +237,18 @@ def _decide_alone(match: Match, pattern: str, mask: LayerMask | None, ctx: Conte
         ctx.decisions.append(_decision(match, None, chosen, timing, "", gain))
         return
     if mask is None or refusal:
-        ctx.decisions.append(Decision(match, mask, False, refusal or "no zeros", pattern=pattern))
+        ctx.decisions.append(Decision(match, mask, False, refusal or _whole(match, pattern, ctx), pattern=pattern))
         return
     timing = ctx.measure(match, mask)
     chosen = timing.sparse * ctx.config.min_speedup <= timing.dense
     ctx.decisions.append(_decision(match, mask, chosen, timing, pattern))
+
+
+def _whole(match: Match, pattern: str, ctx: Context) -> str:
+    """Return why a weight counts as one without zeros."""
+    if pattern:
+        return "its zeros leave no row of a tile"
+    return "its zeros were cut out with their channels" if ctx.kept.get(match.weight) else "no zeros"
 
 
 def _joins_region(match: Match) -> bool:
@@ -263,7 +270,7 @@ def _decide_region(region: list[Match], found: Mapping[Match, Found], ctx: Conte
     if all(found[m][1] is None for m in region):
         for match in region:
             pattern = found[match][0]
-            why = "its zeros leave no row of a tile" if pattern else "no zeros"
+            why = _whole(match, pattern, ctx)
             ctx.decisions.append(Decision(match, None, False, refusals[match.node] or why, pattern=pattern))
         return
     timings = {m.node: ctx.measure(m, found[m][1]) for m in region if refusals[m.node] is None}

@@ -18,7 +18,7 @@ from fxprune.compensate import Gram, Refit, record, refit
 from fxprune.config import Config
 from fxprune.layer_inputs import Call, Recorder, patches
 from fxprune.plan import lookup
-from fxprune.prune import prunable
+from fxprune.prunable import contexts_of, prunable
 from tests.oracle import integer_model, integers
 from tests.strategies import seeds
 from tests.toys import image, mobile, rows
@@ -85,7 +85,7 @@ def test_pieces_are_small_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_gram_matrix_is_that_of_the_inputs() -> None:
     model, batches = mobile(), [image(seed=1), image(seed=2)]
-    matches = prunable(model, image(), Config(), None)
+    matches = prunable(model, contexts_of(model, image(), Config()))
     grams = record(model, matches, Calibration(batches))
     assert set(grams) == {"dw.weight", "pw.weight", "fc.weight"}
     x = torch.cat(batches)
@@ -107,7 +107,7 @@ def test_a_weight_used_twice_adds_up_and_either_orientation_is_known() -> None:
             return F.linear(F.linear(x, self.w), self.w) @ self.w.t()
 
     model, x = Tied(), integers(5, 6)
-    matches = prunable(model, x, Config(), None)
+    matches = prunable(model, contexts_of(model, x, Config()))
     gram = record(model, matches, Calibration([x]))["w"]
     w = model.w.detach()
     seen = torch.cat([x, x @ w.t(), x @ w.t() @ w.t()]).double()
@@ -248,7 +248,8 @@ def test_the_last_layer_alone_is_fitted_as_a_regression() -> None:
     """One pruned layer: the reported errors are those of the model's outputs, before and after."""
     model, data = Small(), batches()
     result = fxprune.prune(model, data[0], sparsity={"head": 0.5}, calibration=data, compensate=True)
-    (row,) = result.report.to_dict()["rows"]
+    row, *left = result.report.to_dict()["rows"]
+    assert row["layer"] == "head" and [r["note"] for r in left] == ["left: not asked for"] * 3
     with torch.no_grad():
         y, given = (torch.cat([m.eval()(x) for x in data]) for m in (model, result.model))
     scale = (y - model.head.bias).norm()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import FrozenInstanceError
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from fxprune import cost
 from fxprune.errors import ConfigError
 from fxprune.match import Geometry, Match
 from fxprune.sparsity import dcp, tile
+from fxprune.sparsity.tile_plan import width_in_groups
 
 AVX512 = cost.device("avx512")
 names = st.sampled_from(sorted(cost.DEVICES))
@@ -113,9 +115,9 @@ def test_predictions_are_within_half_of_the_measurement(time: cost.Cost, measure
 @given(batch=st.integers(1, 64), side=st.sampled_from([1, 7, 14, 17, 28]))
 def test_numbers_and_symbols_agree(batch: int, side: int) -> None:
     """The closed expression holds at every batch what plain numbers give."""
-    for kind, shape in (("depthwise", (96, 9)), ("pointwise", (40, 96)), ("linear", (48, 96))):
+    for kind, shape in (("depthwise", (96, 9)), ("pointwise", (40, 96)), ("conv", (40, 96 * 9)), ("linear", (48, 96))):
         x, y = ((batch, 96, side, side), (batch, shape[0], side, side)) if kind != "linear" else ((batch, 96), (batch, 48))
-        found = match(kind, shape, x, y, kernel=(3, 3) if kind == "depthwise" else (1, 1))
+        found = match(kind, shape, x, y, kernel=(3, 3) if kind in ("depthwise", "conv") else (1, 1))
         for (operator, terms), (again, free) in zip(
             cost.work(AVX512, found, None), cost.work(AVX512, found, None, batch="b"), strict=True
         ):
@@ -180,20 +182,37 @@ def match(kind: str, matrix_shape: tuple[int, int], x: tuple[int, ...], y: tuple
     """What the model reads of a match."""
     geometry = Geometry(x, y, **window)  # type: ignore[arg-type]
     value = torch.empty(*matrix_shape, 1, 1) if len(x) == 4 else torch.empty(matrix_shape)
-    return SimpleNamespace(kind=kind, matrix_shape=matrix_shape, geometry=geometry, value=value)  # type: ignore
+    sizes = {"matrix_shape": matrix_shape, "geometry": geometry, "value": value}
+    return SimpleNamespace(kind=kind, tile_width=partial(width_in_groups, matrix_shape[0], geometry.groups), **sizes)  # type: ignore
+
+
+@pytest.mark.parametrize("granularity", [8, 64])
+def test_a_vector_is_one_row(granularity: int) -> None:
+    layer = tile.keep_all((48, 96), granularity)
+    vector, row = (cost.work(AVX512, match("linear", (48, 96), (*b, 96), (*b, 48)), layer) for b in ((), (1,)))
+    assert vector == row
+    assert all(cost.price(AVX512, *item) > 0 for item in vector)
+
+
+def test_no_rows_take_no_negative_time() -> None:
+    empty = cost.dense_linear_terms(AVX512, rows=0, in_features=96, out_features=48)
+    assert all(amount >= 0 for amount in empty.values())
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "scalar", "unheard of"])
 def test_predict_ranks_sparse_before_dense(isa: str) -> None:
     slower = {name: {k: 2 * v for k, v in rates.items()} for name, rates in cost.device("avx512").rates.items()}
     slower = {
-        name: rates for name, rates in slower.items() if name in ("depthwise_taps", "tile_gemm_pixels", "tile_gemm_rows")
+        name: rates
+        for name, rates in slower.items()
+        if name in ("depthwise_taps", "tile_gemm_pixels", "tile_gemm_rows", "tile_conv")
     }
     depthwise = match("depthwise", (144, 25), (1, 144, 56, 56), (1, 144, 56, 56), kernel=(5, 5))
     pointwise = match("pointwise", (96, 576), (1, 576, 14, 14), (1, 96, 14, 14))
     linear = match("linear", (768, 768), (2, 64, 768), (2, 64, 768))
+    conv = match("conv", (96, 64 * 9), (1, 64, 28, 28), (1, 96, 28, 28), kernel=(3, 3))
     cases = [(depthwise, dcp.plan_layers({"w": torch.rand(144, 25)}, {"w": 0.84})["w"])]
-    for other in (pointwise, linear):
+    for other in (pointwise, conv, linear):
         e = {"w": torch.rand(other.matrix_shape)}
         cases.append((other, tile.plan_layers(e, {"w": 0.75}, granularity=8, columns=False)["w"]))
     for found, mask in cases:

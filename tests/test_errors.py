@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 import subprocess
 import sys
@@ -14,12 +15,13 @@ import torch
 from fxprune.lowering.kernels import KernelTables
 from fxprune.lowering.lower import lower
 from torch import nn
+from torch.nn.utils.prune import l1_unstructured
 
 import fxprune
 from fxprune import errors
 from fxprune.backend import hwprune
 from fxprune.capture import capture
-from fxprune.errors import FxPruneError, nearest
+from fxprune.errors import FxPruneError, FxPruneWarning, nearest
 from fxprune.sparsity import get
 from tests.oracle import FORCED
 from tests.toys import mlp, pruned, rows
@@ -35,7 +37,8 @@ def corrupted() -> object:
 
 
 def dense_though_required() -> object:
-    (graph,) = capture(pruned(mlp(), rows()), rows())
+    model = pruned(mlp(), rows(), granularity=4)  # tiles of one layer differ, so every channel is read and stays
+    (graph,) = capture(model, rows())
     with torch.no_grad():
         return hwprune(graph.gm, graph.inputs, options={**FORCED, "require_sparse": True, "min_speedup": 100})
 
@@ -50,6 +53,18 @@ def with_nan() -> object:
     model = mlp()
     model[0].weight.data[3, 3] = float("nan")
     return fxprune.prune(model, rows(), sparsity=0.5)
+
+
+def masked() -> nn.Module:
+    """The first of two layers has a mask of torch.nn.utils.prune."""
+    model = mlp()
+    l1_unstructured(model[0], "weight", 0.5)
+    return model
+
+
+def ever_worse() -> object:
+    values = itertools.count()
+    return fxprune.prune(mlp(), rows(), sparsity=0.5, eval_fn=lambda _: -next(values), max_drop=0.5)
 
 
 CASES: dict[str, tuple[Callable[[], object], str, type[Exception]]] = {
@@ -94,6 +109,21 @@ CASES: dict[str, tuple[Callable[[], object], str, type[Exception]]] = {
         RuntimeError,
     ),
     "NonFiniteWeight": (with_nan, r"weight '0' holds 1 non-finite values.*ignored_layers=\('0',\)", ValueError),
+    "MissingCalibration": (
+        lambda: fxprune.prune(mlp(), rows(), sparsity=0.5, importance="wanda"),
+        r"importance='wanda' needs calibration data\. Pass calibration=\[batch, \.\.\.\] to fxprune\.prune",
+        ValueError,
+    ),
+    "CalibrationError": (
+        lambda: fxprune.prune(mlp(), rows(), sparsity=0.5, importance="wanda", calibration=[rows().double()]),
+        r"the calibration data cannot be used: the model failed on batch 0 of \[\(4, 32\)\].*\. A batch is what the model",
+        ValueError,
+    ),
+    "DropTooLarge": (
+        ever_worse,
+        r"no sparsity keeps eval_fn within max_drop=0\.5: dense 0, and -\d+ at 0\.8% of the sparsity asked for.* Raise",
+        ValueError,
+    ),
     "NotLowered": (
         without_kernels,
         r"fxprune::tile_pack: no implementation supports it: none is registered\.",
@@ -112,6 +142,18 @@ CASES: dict[str, tuple[Callable[[], object], str, type[Exception]]] = {
 }
 
 
+WARNINGS: dict[str, tuple[Callable[[], object], str]] = {
+    "ComputedWeight": (
+        lambda: fxprune.prune(masked(), rows(), sparsity=0.5),
+        r"1 layer\(s\) are left as they are, because their weight is computed .*: 0\. .*torch\.nn\.utils\.prune\.remove",
+    ),
+    "TargetNotReached": (
+        lambda: fxprune.prune(mlp(), rows(), target_speedup=1000.0, fallback="eager", autotune="off"),
+        r"TargetNotReached: .* target .* ms: not reached .* Allow more with max_sparsity=",
+    ),
+}
+
+
 def classes() -> dict[str, type[FxPruneError]]:
     found = inspect.getmembers(errors, lambda v: inspect.isclass(v) and issubclass(v, FxPruneError))
     return {name: value for name, value in found if value is not FxPruneError}
@@ -119,6 +161,19 @@ def classes() -> dict[str, type[FxPruneError]]:
 
 def test_the_table_covers_every_class() -> None:
     assert sorted(CASES) == sorted(classes())
+
+
+def test_the_table_covers_every_warning() -> None:
+    found = inspect.getmembers(errors, lambda v: inspect.isclass(v) and issubclass(v, FxPruneWarning))
+    assert sorted(WARNINGS) == [name for name, value in found if value is not FxPruneWarning]
+
+
+@pytest.mark.parametrize("name", WARNINGS)
+def test_warning_and_message(name: str) -> None:
+    call, message = WARNINGS[name]
+    with pytest.warns(getattr(errors, name), match=message) as caught:
+        call()
+    assert [warning.category.__name__ for warning in caught] == [name]
 
 
 @pytest.mark.parametrize("name", CASES)

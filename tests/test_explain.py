@@ -42,11 +42,18 @@ def test_what_sparsity_would_do_without_doing_it() -> None:
 
 
 def test_after_pruning_chosen_or_the_reason() -> None:
-    model = pruned(mobile(), image())
+    model = pruned(mobile(), image(), granularity=8)  # tiles of one layer differ, so every channel is read and stays
     assert [r["kernel"] for r in table(model, image(), min_speedup=0.0)] == ["depthwise_taps", "tile_gemm", "tile_gemm"]
     losers = table(model, image(), min_speedup=100)
     assert all(r["kernel"] == "dense" and r["decision"].startswith("kept dense") for r in losers)
     assert [r["pattern"] for r in losers] == ["dcp", "tile", "tile"]
+
+
+def test_zeros_that_were_cut_out_are_the_reason() -> None:
+    """One tile per layer: what it drops is read by nobody, so the channels go and the layers behind them are full."""
+    report = fxprune.explain(pruned(mobile(), image()), image(), autotune="off", min_speedup=100)
+    decisions = {row["layer"]: row["decision"] for row in report.to_dict()["rows"]}
+    assert decisions["fc"] == "its zeros were cut out with their channels" and "pw" in str(report.summary["cut out"])
 
 
 def test_measured_times(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -18,13 +18,13 @@ from fxprune.config import Config
 from fxprune.errors import CalibrationError, ConfigError, MissingCalibration
 from fxprune.importance import calibrate, element_scores, taylor, wanda
 from fxprune.match import Match
-from fxprune.prune import prunable
+from fxprune.prunable import contexts_of, prunable
 from tests.oracle import integers
 from tests.toys import image, mlp, mobile, rows
 
 
 def found(model: nn.Module, x: Any) -> dict[str, Match]:
-    return {m.parameter: m for m in prunable(model, x, Config(), None)}
+    return {m.parameter: m for m in prunable(model, contexts_of(model, x, Config()))}
 
 
 def scores(model: nn.Module, x: Any, **options: Any) -> dict[str, Tensor]:
@@ -178,7 +178,7 @@ def failing(output: Tensor, target: Tensor) -> Tensor:
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_as_it_was(importance: str, fails: bool) -> None:
     model = busy()
-    matches = prunable(model, image(), Config(), None)
+    matches = list(found(model, image()).values())
     before, flags = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
     buffers, gradients = dict(model.named_buffers()), [p.requires_grad for p in model.parameters()]
     random = torch.get_rng_state()

@@ -67,12 +67,16 @@ def test_explain_says_why_a_tied_head_is_left() -> None:
         assert head["sparsity"] == "0.0%"
 
 
-def test_zeros_in_a_tied_weight_run_sparse_and_the_embedding_reads_the_weight() -> None:
+@pytest.mark.parametrize("columns", [False, True], ids=["half of each row", "columns that leave the graph"])
+def test_zeros_in_a_tied_weight_run_fast_and_the_embedding_reads_the_weight(columns: bool) -> None:
     model = small(Language())
-    model.wte.weight.data[:, ::2] = 0
-    model.fc.weight.data.fill_(1.0)
+    for parameter in (model.wte.weight, model.fc.weight):
+        parameter.data.copy_(2 * integers(*parameter.shape, seed=3, low=0, high=1) - 1)
+    model.wte.weight.data[:32, ::2] = 0
+    model.wte.weight.data[32:, int(not columns) :: 2] = 0
     run = check(model, TOKENS)
-    assert run.ops["embedding"] == 1 and run.ops["tile_gemm"] == 1 and run.ops["linear"] == 1
+    assert run.ops["embedding"] == 1 and (run.ops["tile_gemm"], run.ops["linear"]) == ((0, 2) if columns else (1, 1))
+    assert [(s.layers, s.before, s.after) for s in run.context.shrunk] == ([(("fc",), 32, 16)] if columns else [])
     (embedding,) = [n for n in run.graph.graph.nodes if "embedding" in str(n.target)]
     assert any(run.context.weights.value(n) is model.wte.weight for n in embedding.all_input_nodes)
 
@@ -174,9 +178,25 @@ def test_a_weight_of_two_kinds_is_pruned_once() -> None:
     assert run.kinds == {"pointwise": 1, "linear": 1} and run.ops["tile_gemm"] == 2
 
 
-def test_a_weight_that_another_convolution_reads_is_left() -> None:
+def test_a_weight_of_a_padded_and_an_unpadded_call_is_pruned_once() -> None:
     model, x = integer_model(Twice(nn.Conv2d(16, 32, 1, bias=False), pad=1)), integers(2, 16, 6, 5, seed=12)
-    with pytest.raises(fxprune.errors.NothingToPrune, match="conv: its weight is also read by conv2d"):
+    result = fxprune.prune(model, x, sparsity=0.5, granularity=8, inplace=True)
+    assert [(layer.name, layer.pattern) for layer in result.plan] == [("conv", "tile")] and not left(result)
+    run = check(model, x)
+    assert run.kinds == {"pointwise": 1, "conv": 1} and run.ops["tile_gemm"] == run.ops["tile_conv"] == 1
+
+
+def test_a_weight_that_a_transposed_convolution_reads_is_left() -> None:
+    class Mirrored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(16, 32, 1, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv_transpose2d(self.conv(x), self.conv.weight)
+
+    model, x = integer_model(Mirrored()), integers(2, 16, 6, 5, seed=12)
+    with pytest.raises(fxprune.errors.NothingToPrune, match="conv: its weight is also read by conv_transpose2d"):
         fxprune.prune(model, x, sparsity=0.5)
 
 

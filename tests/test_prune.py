@@ -195,7 +195,11 @@ ERRORS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "pattern": (UnknownPattern, "did you mean 'tile'", {"pattern": "tiel"}),
     "pattern of a kind": (UnknownPattern, "for linear layers", {"pattern": {"linear": "dcp"}}),
     "nothing": (NothingToPrune, "asks nothing of the 2 prunable", {"sparsity": {"depthwise": 0.5}}),
-    "filter": (NothingToPrune, "no depthwise, 1x1, linear or recurrent", {"filter_fn": lambda module, name: False}),
+    "filter": (
+        NothingToPrune,
+        r"no convolution, linear or recurrent layer .* may be pruned \(0: not asked for; 2: not asked for\)",
+        {"filter_fn": lambda module, name: False},
+    ),
     "importance": (ConfigError, "a tensor of shape", {"importance": lambda name, weight: weight.abs().sum()}),
     "the user's function": (ZeroDivisionError, "own function", {"importance": broken}),
     "inputs": (CaptureError, r"\(4, 31\)", {"example_inputs": torch.ones(4, 31)}),

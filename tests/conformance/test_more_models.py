@@ -33,7 +33,7 @@ def test_compiled_then_pruned(name: str) -> None:
     given = run(hwprune.call, *args)
     assert_close_fp64(given, run(model, *args), double(model, *args), tolerance=1e-4, repro=name)
     left = {d.match.name: d.reason for d in hwprune.decisions if not d.chosen}
-    assert all("channels-last" in reason for reason in left.values()), left
+    assert all("channels-last" in reason or "cut out" in reason for reason in left.values()), left
     assert len(result.plan) <= len(hwprune.decisions)
     pruned = dict(Counter(d.kernel for d in hwprune.decisions))
     found = {"detect": detect, "pruned": pruned}

@@ -28,13 +28,13 @@ def module(name: str) -> Any:
     return importlib.import_module(f"fxprune.{name}")
 
 
-prune, prunable, verify, planning = (module(n) for n in ("prune", "prunable", "verify", "passes.plan"))
-fold_batchnorm, normalize, match_depthwise = (
-    module(f"passes.{n}") for n in ("fold_batchnorm", "normalize", "match_depthwise")
+prune, left, allocate, verify, planning = (module(n) for n in ("prune", "left", "allocate", "verify", "passes.plan"))
+fold_batchnorm, normalize, match_conv, shrink = (
+    module(f"passes.{n}") for n in ("fold_batchnorm", "normalize", "match_conv", "shrink")
 )
 fuse_epilogue, fuse_gate, fuse_transpose = (module(f"passes.fuse_{n}") for n in ("epilogue", "gate", "transpose"))
 forming = module("lowering.region")
-rewrite_depthwise, rewrite_gemm = module("passes.rewrite_depthwise"), module("passes.rewrite_gemm")
+rewrite_conv, rewrite_depthwise, rewrite_gemm = (module(f"passes.rewrite_{n}") for n in ("conv", "depthwise", "gemm"))
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,18 @@ def next_residual(real: Any) -> Any:
     return add
 
 
+def element_lost(real: Any) -> Any:
+    """The last kept weight of a matrix in single elements is not packed."""
+
+    def pack(self: Any, weight: Tensor, mask: Tensor, tiling: Any) -> Any:
+        result = real(self, weight, mask, tiling)
+        if tiling.granularity == 1:
+            result.tensors["values"].view(-1)[-1] = 0
+        return result
+
+    return pack
+
+
 FAULTS: tuple[Fault, ...] = (
     Fault("wrong tile order", tile.Tile, "pack", packed(shift("values")), kill.linear),
     Fault("tail dropped", tile.Tile, "pack", packed(drop_tail), kill.linear),
@@ -200,6 +212,16 @@ FAULTS: tuple[Fault, ...] = (
     Fault("stride ignored", rewrite_depthwise, "call", operand("depthwise_taps", 5, lambda s: [1, 1]), kill.windows),
     Fault("dilation ignored", rewrite_depthwise, "call", operand("depthwise_taps", 7, lambda d: [1, 1]), kill.windows),
     Fault("padding ignored", rewrite_depthwise, "call", operand("depthwise_taps", 6, lambda p: [0, 0]), kill.mobile),
+    Fault(
+        "padding of a convolution off by one",
+        rewrite_conv,
+        "call",
+        operand("tile_conv", 11, lambda p: [p[0], p[1] + 1]),
+        kill.conv_windows,
+    ),
+    Fault("an element lost", tile.Tile, "pack", element_lost, kill.scattered),
+    Fault("a live channel cut", shrink, "_rounded", lambda real: lambda alive: real(alive.roll(1)), kill.channels),
+    Fault("budget ignored", allocate, "_after", lambda real: lambda best, level: best + level.value, kill.knapsack),
     Fault("stride of a 1x1 ignored", rewrite_gemm, "_strided", lambda real: lambda match: match.x, kill.pointwise),
     Fault("wrong feature dimension", rewrite_gemm, "call", operand("tile_gemm", 10, lambda dim: -dim), kill.linear),
     Fault("batchnorm folded with another eps", fold_batchnorm, "argument", wider_eps, kill.mobile),
@@ -215,7 +237,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("visible mutation made functional", normalize, "_private", constant(True), kill.normalize_twins),
     Fault(
         "groups misread",
-        match_depthwise,
+        match_conv,
         "argument",
         lambda real: lambda n, k: 1 if k == "groups" else real(n, k),
         kill.depthwise,
@@ -234,7 +256,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("ties to the higher index", dcp, "keep_largest", last_ties, kill.ties),
     Fault("target rounded down", planner, "targets", weaker, kill.achieved),
     Fault("ignored layers pruned", planner, "_hits", constant(False), kill.ignored),
-    Fault("tied weight pruned", prunable, "_shared", constant(False), kill.tied),
+    Fault("tied weight pruned", left, "_other_reader", constant(None), kill.tied),
     Fault("the user's model pruned", prune.copy, "deepcopy", lambda real: lambda model: model, kill.copied),
     Fault("training flags lost", capture, "evaluating", evaluating, kill.flags),
     Fault("index unchecked", tile.Tile, "check", constant(None), kill.corrupted),

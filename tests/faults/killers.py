@@ -10,8 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from tests import test_errors, test_plan, test_prune, test_verify
-from tests.backend import test_graphs, test_modes, test_never_slower, test_options, test_training, test_weights_change
+from fxprune.allocate import Group, Level
+from tests import test_allocate, test_errors, test_plan, test_prune, test_verify
+from tests.backend import (
+    conftest,
+    test_element_patterns,
+    test_graphs,
+    test_modes,
+    test_never_slower,
+    test_options,
+    test_training,
+    test_weights_change,
+)
 from tests.lowering import test_region
 from tests.passes import (
     test_fold_batchnorm,
@@ -20,8 +30,10 @@ from tests.passes import (
     test_fuse_transpose,
     test_match_depthwise,
     test_normalize,
+    test_rewrite_conv,
     test_rewrite_depthwise,
     test_rewrite_gemm,
+    test_shrink,
 )
 
 
@@ -58,6 +70,17 @@ def with_clock(test: Callable[..., None], *args: Any) -> Callable[[], None]:
     return run
 
 
+def uncut(killer: Callable[[], None]) -> Callable[[], None]:
+    """Run a test under the ``uncut`` fixture: no channel leaves the graph."""
+
+    def run() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            conftest.uncut.__wrapped__(patch)  # type: ignore[attr-defined]
+            killer()
+
+    return run
+
+
 def one_example(test: Callable[..., None], *args: Any) -> Callable[[], None]:
     """Run a property test on one example: shrinking a planted fault takes minutes."""
     return lambda: test.hypothesis.inner_test(*args)  # type: ignore[attr-defined]
@@ -76,7 +99,7 @@ gate_twins = every(test_fuse_gate.test_twin_does_not_fuse, test_fuse_gate.TWINS)
 transpose_twins = every(test_fuse_transpose.test_twin_keeps_its_permutes, test_fuse_transpose.TWINS)
 updated = every(test_weights_change.test_change_is_seen, ["in place"])
 assigned = every(test_weights_change.test_change_is_seen, ["load_state_dict assign"])
-grown = every(test_weights_change.test_change_is_seen, ["support grows"])
+grown = uncut(every(test_weights_change.test_change_is_seen, ["support grows"]))
 fused = every(test_weights_change.test_change_is_seen, ["Adam fused"])
 renamed = test_weights_change.test_a_rebuild_knows_names_and_folds_batchnorm
 gradients = every(test_training.test_gradients_are_those_of_the_masked_model, ["conv"], [0.5])
@@ -91,12 +114,18 @@ flags = test_prune.test_flags_statistics_and_gradients_survive
 masks = test_plan.test_masks_are_the_zeros_of_the_weights
 corrupted = every(test_errors.test_class_and_message, ["PackedFormatError"])
 refused = every(test_options.test_illegal_value_names_option_and_expectation, ["sparsity"], [1.0])
-losers = with_clock(test_never_slower.test_a_loser_leaves_nothing_sparse_in_the_graph)
-regions = with_clock(test_never_slower.test_a_region_wins_or_loses_as_a_whole)
-shapes_timed = with_patches(test_never_slower.test_another_shape_or_thread_count_is_measured_anew)
-broken_cache = with_patches(test_never_slower.test_a_corrupted_cache_is_ignored_and_replaced, '{"a": [1, 2]}')
+losers = uncut(with_clock(test_never_slower.test_a_loser_leaves_nothing_sparse_in_the_graph))
+regions = uncut(with_clock(test_never_slower.test_a_region_wins_or_loses_as_a_whole))
+shapes_timed = uncut(with_patches(test_never_slower.test_another_shape_or_thread_count_is_measured_anew))
+broken_cache = uncut(with_patches(test_never_slower.test_a_corrupted_cache_is_ignored_and_replaced, '{"a": [1, 2]}'))
 mutations = [test_normalize.mutated_and_read, test_normalize.view_then_mutated, test_normalize.iadd_with_reader]
 normalize_twins = every(test_normalize.test_a_visible_mutation_keeps_its_meaning, mutations)
 lived = test_region.test_a_value_lives_until_its_last_reader
 written = every(test_region.test_a_write_closes_the_region, [test_region.add_])
+channels = test_shrink.test_silent_filters_go_with_their_columns
+scattered = every(test_element_patterns.test_planned_and_compiled, ["linear"], ["unstructured"])
+# a width at which one more pixel of padding leaves the shape of the result as it is
+conv_windows = one_example(test_rewrite_conv.test_every_window, 8, 1, 2, 3, (1, 3), (2, 1), True, "contiguous", 3)
+tight = [Group(((Level(5, 1.0), Level(2, 0.5)),), dense=Level(9, 2.0))]
+knapsack = one_example(test_allocate.test_nothing_that_fits_is_better, tight, 4)
 verified = every(test_verify.test_a_wrong_model_is_caught, ["values"])

@@ -78,4 +78,4 @@ def test_broken_rates_are_no_rates(text: str, tmp_path: Path) -> None:
 def test_the_shapes_are_fixed_and_every_kind_is_timed() -> None:
     first, second = ([m.geometry for m in calibrate._matches(torch.Generator().manual_seed(0))] for _ in range(2))
     assert first == second
-    assert {m.kind for m in calibrate._matches(torch.Generator())} == {"depthwise", "pointwise", "linear"}
+    assert {m.kind for m in calibrate._matches(torch.Generator())} == {"depthwise", "pointwise", "conv", "linear"}

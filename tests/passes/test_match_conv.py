@@ -74,9 +74,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Tensor, str, str]] = {
     "depthwise cubes": (lambda: nn.Conv3d(6, 6, 3, groups=6), CUBE, "conv3d", "three-dimensional"),
     "transposed": (lambda: nn.ConvTranspose2d(6, 9, 3), X, "conv_transpose2d", "transposed"),
     "transposed sequence": (lambda: nn.ConvTranspose1d(6, 9, 3), ROW, "conv_transpose1d", "transposed"),
-    "linear of a computed weight": (lambda: Uses(lambda x, w: F.linear(x, w * x.mean()), 4, 9), X, "linear", "computed"),
-    "weight on the left": (lambda: Uses(lambda x, w: w @ x.t(), 4, 13), ROW[0], "linear", "not an activation times"),
-    "batch of weights": (lambda: Uses(lambda x, w: torch.matmul(x, w), 2, 13, 4), ROW, "linear", "not an activation times"),
+    "linear of a computed weight": (
+        lambda: Uses(lambda x, w: F.linear(x, torch.cat([w, w])), 4, 9),
+        X,
+        "linear",
+        "computed in the graph by cat",
+    ),
+    "weight on the left": (lambda: Uses(lambda x, w: w @ x.t(), 4, 13), ROW[0], "linear", "left factor of the product"),
+    "batch of weights": (lambda: Uses(lambda x, w: torch.matmul(x, w), 2, 13, 4), ROW, "linear", "has 3 dimensions"),
 }
 
 
@@ -90,9 +95,17 @@ def test_what_stays_dense_says_why(name: str) -> None:
     assert row["kind"] == kind and row["kernel"] == "dense" and reason in row["decision"]
 
 
-def test_a_product_of_activations_is_no_layer() -> None:
-    model = Uses(lambda x, w: (x @ x.transpose(1, 2)) * w.sum(), 3)
-    assert fxprune.explain(model.eval(), ROW).rows == []
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "of activations": lambda x, w: (x @ x.transpose(1, 2)) * w.sum(),
+    "with what depends on the input": lambda x, w: F.linear(x, w * x.mean()),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_of_activations_is_no_layer(name: str) -> None:
+    layer = Uses(PRODUCTS[name], 4, 13).eval()
+    assert detected(layer, ROW)[0] == {}
+    assert fxprune.explain(layer, ROW).rows == []
 
 
 def test_matches_and_refusals_name_every_layer_once() -> None:

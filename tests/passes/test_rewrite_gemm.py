@@ -100,10 +100,19 @@ def test_dense_weight_stays() -> None:
 def test_scattered_zeros_run_as_elements() -> None:
     model = integer_model(nn.Linear(64, 256))
     gen = torch.Generator().manual_seed(0)
-    model.weight.data.copy_(integers(256, 64, low=1, high=3) * (torch.rand(256, 64, generator=gen) < 0.7))
+    model.weight.data.copy_(integers(256, 64, low=1, high=3) * (torch.rand(256, 64, generator=gen) < 0.4))
     (decision,) = check(model, integers(5, 64)).context.decisions
     assert decision.chosen and decision.pattern == "found unstructured"
     assert decision.mask is not None and decision.mask.tiling.granularity == 1
+
+
+def test_a_few_scattered_zeros_stay() -> None:
+    model = integer_model(nn.Linear(64, 256))
+    gen = torch.Generator().manual_seed(0)
+    model.weight.data.copy_(integers(256, 64, low=1, high=3) * (torch.rand(256, 64, generator=gen) < 0.7))
+    run = check(model, integers(5, 64))
+    assert not run.changed and run.ops == {"linear": 1}
+    assert [d.reason for d in run.context.decisions] == ["its zeros leave no row of a tile"]
 
 
 @pytest.mark.parametrize("transposed", [False, True])

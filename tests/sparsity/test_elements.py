@@ -78,7 +78,7 @@ def test_n_of_m_has_one_sparsity() -> None:
         assert fxprune.prune(model, x, sparsity=sparsity, pattern="2:4").sparsity["all"] == 0.5
     with pytest.raises(ConfigError, match=r"0\.5, all that pattern '2:4' can leave"):
         fxprune.prune(model, x, sparsity=0.6, pattern="2:4")
-    with pytest.raises(fxprune.errors.NothingToPrune):
+    with pytest.raises(ConfigError, match="'sparsity' got None; expected a fraction of zeros"):
         fxprune.prune(model, x)
 
 
@@ -170,7 +170,8 @@ def test_forms_of_plans() -> None:
     granularities = {(form.tiling.granularity, form.rest is None) for form in forms(overlay.mask, (64, 128, 256), overlay)}
     assert {(64, False), (1, True)} <= granularities
     thin = choose("tvw", {"w": drawn(128, 128, 0)}, 0.75)["w"]
-    assert {form.tiling.granularity for form in forms(thin.mask, (64, 128, 256), thin)} == {1, 64}
+    *best, last = (form.tiling.granularity for form in forms(thin.mask, (64, 128, 256), thin))
+    assert set(best) == {1, 64} and last == 256  # one wide tile keeps more
 
 
 def test_zeros_are_described() -> None:
