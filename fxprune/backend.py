@@ -224,7 +224,9 @@ def _worth_a_look(gm: GraphModule, example_inputs: Sequence[Any], config: Config
 
 
 def _enters_autocast(gm: GraphModule) -> bool:
-    return any("_enter_autocast" in str(n.target) for n in gm.graph.nodes if n.op == "call_function")
+    """True when the graph switches autocast on; models also switch it off around what needs float32."""
+    calls = [n for n in gm.graph.nodes if n.op == "call_function" and "_enter_autocast" in str(n.target)]
+    return any(len(n.args) < 3 or n.args[2] is not False for n in calls)
 
 
 def _require(ctx: Context) -> None:

@@ -58,6 +58,27 @@ def test_autocast_runs_dense_with_a_reason_and_float32_sparse() -> None:
     assert inside is outside or all("autocast" in d.reason for d in inside.decisions)
 
 
+class Inside(nn.Module):
+    """A layer in an autocast block of the model's own."""
+
+    def __init__(self, enabled: bool) -> None:
+        super().__init__()
+        self.body, self.enabled = mlp(), enabled
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.enabled):
+            return self.body(x)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_inside_the_model_counts_when_it_is_switched_on(enabled: bool) -> None:
+    model = pruned(Inside(enabled), rows())
+    fast = compiled(model)
+    assert_exact(run(fast.call, rows()), run(model, rows()))
+    decisions = [d for c in fast.contexts for d in c.decisions]
+    assert any(d.chosen for d in decisions) is not enabled
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_stay_dense(dtype: torch.dtype) -> None:
     model = pruned(mlp(), rows()).to(dtype)
