@@ -23,6 +23,8 @@ _PURE |= {"contiguous", "clone", "abs", "norm", "rsqrt", "norm_except_dim", "_we
 _OPERAND: dict[Any, int] = {  # position of a weight
     aten.conv2d.default: 1,
     aten.conv2d.padding: 1,
+    aten.conv1d.default: 1,
+    aten.conv1d.padding: 1,
     aten.linear.default: 1,
     aten.mm.default: 1,
     aten.matmul.default: 1,

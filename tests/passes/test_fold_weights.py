@@ -162,7 +162,7 @@ class Uses(nn.Module):
 FOLDED = {
     "mul": lambda w, m, x: w * m,
     "cast": lambda w, m, x: w * m.to(torch.float64).to(torch.float32),
-    "masked_fill": lambda w, m, x: w.masked_fill(m == 0, 0.0),
+    "masked_fill": lambda w, m, x: w.masked_fill((1 - m).to(torch.bool), 0.0),
     "where": lambda w, m, x: torch.where(m.to(torch.bool), w, w - w),
 }
 KEPT = {
