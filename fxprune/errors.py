@@ -78,6 +78,21 @@ class PackedFormatError(FxPruneError, ValueError):
     template = "{what}: got {given}, expected {expected} (the packed weight is corrupt or not ours)."
 
 
+class PlanFileError(FxPruneError, ValueError):
+    """A plan file is damaged, of another version or not a plan; nothing of it is used."""
+
+    template = "{path}: {what}: got {given}, expected {expected}. Save the plan again with plan.save(path)."
+
+
+class PlanMismatch(FxPruneError, ValueError):
+    """A plan names parameters that the model does not have, or has with another shape; the model is not changed."""
+
+    template = (
+        "the plan does not fit the model: {count} of {total} parameter(s): {what}. Apply it to the model it was made for, "
+        "under the same names."
+    )
+
+
 class NothingToPrune(FxPruneError, ValueError):
     """The captured graphs hold no layer that the request applies to."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxprune.errors import NothingToPrune
@@ -26,6 +27,11 @@ class PrunedWeight:
     pattern: str
     layer: LayerMask
     mask: Tensor
+
+    @property
+    def transposed(self) -> bool:
+        """True when the parameter is stored as the transpose of the matrix that ``layer`` is of."""
+        return not torch.equal(self.mask.cpu().reshape(-1), self.layer.mask.cpu().reshape(-1))
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,20 @@ class LayerPlan:
 
 @dataclass
 class Plan:
-    """The layers one call of :func:`fxprune.prune` pruned."""
+    """The layers one call of :func:`fxprune.prune` pruned.
+
+    weights: every pruned parameter of the model by name, those of earlier calls and coupled vectors included.
+    """
 
     layers: list[LayerPlan] = field(default_factory=list)
     version: int = 1
+    weights: dict[str, PrunedWeight] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, model: nn.Module, layers: Sequence[LayerPlan] = ()) -> Plan:
+        """Return the plan of what is pruned of ``model`` now; ``layers`` is what to report of it."""
+        found = {name: lookup(parameter) for name, parameter in model.named_parameters()}
+        return cls(list(layers), weights={name: pruned for name, pruned in found.items() if pruned is not None})
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -63,6 +79,12 @@ class Plan:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan with its masks as JSON, for :func:`fxprune.load_plan`; weights are in the ``state_dict``."""
+        from fxprune.plan_file import save  # that module builds plans, so it imports this one
+
+        save(self, path)
 
     def hold(self, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
         """Keep pruned weights, and the optimizer's moments for them, at zero after every step.

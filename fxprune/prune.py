@@ -136,7 +136,7 @@ def prune(
     if any(layer.kind == "rnn" for layer in layers):
         torch._dynamo.config.allow_rnn = True  # else Dynamo leaves the layers out of the graphs it hands to a backend
     report = table(layers, decided, contexts, found, speed)
-    return PruneResult(target, Plan(layers), achieved(layers, sparsity), report, found, speed)
+    return PruneResult(target, Plan.of(target, layers), achieved(layers, sparsity), report, found, speed)
 
 
 def _check(config: Config, data: Calibration | None, compensate: Any, eval_fn: Any, max_drop: Any) -> None:

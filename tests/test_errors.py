@@ -98,6 +98,16 @@ CASES: dict[str, tuple[Callable[[], object], str, type[Exception]]] = {
         r"index: got .*99.*, expected 0\.\.3 \(the packed weight is corrupt or not ours\)",
         ValueError,
     ),
+    "PlanFileError": (
+        lambda: fxprune.load_plan(__file__),
+        r"test_errors\.py: the text: got Extra data.*, expected JSON\. Save the plan again with plan\.save\(path\)",
+        ValueError,
+    ),
+    "PlanMismatch": (
+        lambda: fxprune.apply_plan(nn.Linear(3, 2), fxprune.prune(mlp(), rows(), sparsity=0.5).plan),
+        r"the plan does not fit the model: 2 of 2 parameter\(s\): '0\.weight' is missing, did you mean 'weight'\?; ",
+        ValueError,
+    ),
     "NothingToPrune": (
         lambda: fxprune.prune(nn.ReLU(), rows(), sparsity=0.5),
         r"no convolution, linear or recurrent layer among .* kinds: depthwise, pointwise, conv, linear, rnn\.",
