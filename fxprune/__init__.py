@@ -15,27 +15,33 @@ from fxprune.lowering.registration import register as _register_operators  # noq
 
 _register_operators()  # before the modules that name torch.ops.fxprune
 
+__version__ = "0.1.0"
+
 from fxprune.apply import apply_plan, recalibrate  # noqa: E402
 from fxprune.backend import hwprune, register  # noqa: E402
 from fxprune.benchmark import benchmark  # noqa: E402
 from fxprune.compiled import refresh  # noqa: E402
 from fxprune.config import Config  # noqa: E402
 from fxprune.explain import explain  # noqa: E402
+from fxprune.export import Exported, Loaded, export, load  # noqa: E402
 from fxprune.lowering.calibrate import calibrate  # noqa: E402
 from fxprune.plan_file import load_plan  # noqa: E402
 from fxprune.prune import PruneResult, prune  # noqa: E402
 from fxprune.sensitivity import sensitivity  # noqa: E402
 from fxprune.verify import verify  # noqa: E402
 
-__version__ = "0.1.0"
 __all__ = [
     "Config",
+    "Exported",
+    "Loaded",
     "PruneResult",
     "apply_plan",
     "benchmark",
     "calibrate",
     "explain",
+    "export",
     "hwprune",
+    "load",
     "load_plan",
     "prune",
     "recalibrate",

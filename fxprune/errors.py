@@ -93,6 +93,12 @@ class PlanMismatch(FxPruneError, ValueError):
     )
 
 
+class ExportFileError(FxPruneError, ValueError):
+    """An exported file cannot be loaded here: it is not ours, of another version, or needs what is not installed."""
+
+    template = "{path} cannot be loaded: {reason}. Export the model again with fxprune.export."
+
+
 class NothingToPrune(FxPruneError, ValueError):
     """The captured graphs hold no layer that the request applies to."""
 

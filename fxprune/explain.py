@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from fxprune.backend import cut_channels, rewrite
 from fxprune.capture import capture
 from fxprune.config import Config
-from fxprune.context import Decision, Refusal, Shrunk
+from fxprune.context import Context, Decision, Shrunk
 from fxprune.errors import ConfigError
 from fxprune.report import Table
 
@@ -30,20 +31,23 @@ def explain(model: nn.Module, example_inputs: Any, **options: Any) -> Table:
     if config.has_target:
         expected = "sparsity= to explain: a target is met by fxprune.prune, which builds and measures models"
         raise ConfigError(name="target_speedup or target_latency_ms", given="a target", expected=expected)
-    decisions: list[Decision] = []
-    refused: list[Refusal] = []
-    shrunk: list[Shrunk] = []
-    blocks = 0
+    contexts = []
     for graph in capture(model, example_inputs):
         with torch.no_grad():
             _, ctx, _ = rewrite(graph.gm, graph.inputs, config)
-        decisions += ctx.decisions
-        refused += [*graph.outside, *ctx.refused]
-        shrunk += ctx.shrunk
-        blocks += len(ctx.blocks)
+        ctx.refused[:0] = graph.outside
+        contexts.append(ctx)
+    return table_of(contexts)
+
+
+def table_of(contexts: Sequence[Context]) -> Table:
+    """Return the table of what was decided in the graphs of one model."""
+    decisions = [d for ctx in contexts for d in ctx.decisions]
+    refused = [r for ctx in contexts for r in ctx.refused]
     rows = [_row(d) for d in decisions]
     rows += [(r.name, r.kind, r.shape, "-", "-", "dense", "-", "-", r.reason) for r in refused]
-    return Table("matches", _HEAD, rows, _summary(decisions, shrunk, blocks))
+    shrunk = [s for ctx in contexts for s in ctx.shrunk]
+    return Table("matches", _HEAD, rows, _summary(decisions, shrunk, sum(len(ctx.blocks) for ctx in contexts)))
 
 
 def _row(decision: Decision) -> tuple[str, ...]:

@@ -164,7 +164,7 @@ def _attribute(gm: GraphModule, target: object) -> object:
 
 def _fake_like(gm: GraphModule, tensor: Tensor) -> Tensor:
     for node in gm.graph.nodes:
-        mode = getattr(node.meta.get("example_value"), "fake_mode", None)
+        mode = getattr(node.meta.get("example_value", node.meta.get("val")), "fake_mode", None)
         if mode is not None:
             return mode.from_tensor(tensor, static_shapes=True)
     return tensor

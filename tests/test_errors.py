@@ -108,6 +108,11 @@ CASES: dict[str, tuple[Callable[[], object], str, type[Exception]]] = {
         r"the plan does not fit the model: 2 of 2 parameter\(s\): '0\.weight' is missing, did you mean 'weight'\?; ",
         ValueError,
     ),
+    "ExportFileError": (
+        lambda: fxprune.load(__file__),
+        r"test_errors\.py cannot be loaded: it is no readable archive .*Export the model again with fxprune\.export\.",
+        ValueError,
+    ),
     "NothingToPrune": (
         lambda: fxprune.prune(nn.ReLU(), rows(), sparsity=0.5),
         r"no convolution, linear or recurrent layer among .* kinds: depthwise, pointwise, conv, linear, rnn\.",

@@ -1,0 +1,202 @@
+"""``fxprune.export`` and ``fxprune.load``: a pruned model as a program that runs without its Python source.
+
+    torch.export -> the passes of the compiler -> packed weights as buffers -> torch.export -> a file
+
+The dense weights of rewritten layers are not in the file. Layers are chosen as in ``torch.compile(backend="hwprune")``
+with the same options on the same inputs, so both compute the same bits where Inductor fuses nothing (``fallback="eager"``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.graph import CodeGen
+from torch.utils._pytree import tree_flatten, tree_map
+
+import fxprune
+from fxprune import manifest
+from fxprune.backend import rewrite
+from fxprune.capture import arguments, evaluating
+from fxprune.config import Config
+from fxprune.context import Context
+from fxprune.errors import CaptureError, ConfigError, ExportFileError, nearest
+from fxprune.explain import table_of
+from fxprune.lowering.attach import attach
+from fxprune.lowering.region import form_regions
+from fxprune.manifest import Manifest
+from fxprune.plan import Plan
+from fxprune.plan_file import encode
+from fxprune.report import Table
+
+FORMATS = ("exported_program",)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. bytes: of the file; dense_bytes: of the model's parameters and buffers. report: as ``explain``."""
+
+    path: Path
+    format: str
+    bytes: int
+    dense_bytes: int
+    plan: Plan
+    report: Table
+
+    def __str__(self) -> str:
+        chosen = self.report.summary.get("chosen", "0 of 0")
+        share = f"{self.bytes / max(self.dense_bytes, 1):.0%} of {self.dense_bytes / 1e6:.2f} MB of dense weights"
+        return f"{self.path}: {self.format}, {self.bytes / 1e6:.2f} MB ({share}), {chosen} matches run sparse kernels"
+
+
+class Loaded:
+    """A loaded program: call it with the model's inputs. ``plan`` and ``manifest`` are what the file says about it."""
+
+    def __init__(self, run: Callable[..., Any], about: Manifest, plan: Plan, program: ExportedProgram | None = None) -> None:
+        self.manifest, self.plan, self.program = about, plan, program
+        self._run = run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self._run(*args, **kwargs)
+
+
+def export(
+    model: nn.Module,
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    format: str = "exported_program",
+    dynamic_shapes: Any = None,
+    **options: Any,
+) -> Exported:
+    """Write ``model`` as a program for inference in which pruned layers run sparse kernels.
+
+    example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+    format: "exported_program" (``.pt2`` for ``fxprune.load`` or, after ``import fxprune``, ``torch.export.load``).
+    dynamic_shapes: "batch" keeps dimension 0 of every input tensor free, else what ``torch.export.export`` takes.
+    options: fields of :class:`fxprune.Config`; layers are chosen as ``torch.compile`` chooses them on this machine.
+
+    The model is not changed. Raises :class:`~fxprune.errors.ConfigError` for an unknown format and
+    :class:`~fxprune.errors.CaptureError` when torch.export cannot capture the model.
+    """
+    if format not in FORMATS:
+        expected = f"one of {', '.join(map(repr, FORMATS))}; did you mean {nearest(str(format), FORMATS)!r}?"
+        raise ConfigError(name="format", given=format, expected=expected)
+    config = dataclasses.replace(Config.from_options(options))
+    if config.has_target:
+        expected = "a pruned model: a target is met by fxprune.prune, which builds and measures models"
+        raise ConfigError(name="target_speedup or target_latency_ms", given="a target", expected=expected)
+    target = Path(path)
+    program, ctx = sparse_program(model, example_inputs, config, dynamic_shapes)
+    plan, report = Plan.of(model), table_of([ctx])
+    about = _describe(program, format, report, model)
+    _save(program, about, plan, target)
+    return Exported(target, format, target.stat().st_size, about.bytes["dense"], plan, report)
+
+
+def load(path: str | os.PathLike[str]) -> Loaded:
+    """Load what :func:`export` wrote. A ``.pt2`` is code: load only what you trust.
+
+    Raises :class:`~fxprune.errors.ExportFileError` when the file is not ours or this installation lacks what it needs.
+    """
+    about, plan = manifest.read(path)
+    _check_operators(path, about)
+    if about.kind not in FORMATS:
+        raise ExportFileError(path=path, reason=f"its format is {about.kind!r}, this fxprune loads {', '.join(FORMATS)}")
+    try:
+        program = torch.export.load(os.fspath(path))
+    except Exception as error:
+        reason = f"torch {torch.__version__} cannot read a program of torch {about.torch} ({type(error).__name__}: {error})"
+        raise ExportFileError(path=path, reason=reason) from error
+    return Loaded(program.module(), about, plan, program)
+
+
+def sparse_program(
+    model: nn.Module, example_inputs: Any, config: Config, dynamic_shapes: Any = None, regions: bool = True
+) -> tuple[ExportedProgram, Context]:
+    """Return the program of ``model`` with our operators in it, and what was decided.
+
+    regions: form chains of kernels, the form to run; without them every operator is on its own, the form to decompose.
+    """
+    args, kwargs, shapes = _inputs(example_inputs, dynamic_shapes)
+    program = _exported(model, args, kwargs, shapes)
+    gm = program.module(check_guards=False)
+    codegen = gm.graph._codegen
+    gm.graph.set_codegen(CodeGen())  # flat arguments, while passes run
+    clone, ctx, changed = rewrite(gm, (), config)
+    if not changed:
+        return program, ctx
+    if regions:
+        ctx.counts["form_regions"] = form_regions(clone, ctx)
+    sparse = attach(clone, ctx.weights)
+    sparse.graph.set_codegen(codegen)
+    sparse.recompile()
+    return _exported(sparse, args, kwargs, shapes), ctx
+
+
+def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    try:
+        with evaluating(model), torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # nn.LSTM renews its list of weights
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+    except Exception as error:
+        given = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (*args, *kwargs.values())]
+        cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        remedy = "torch.export needs one graph: torch.export.draft_export(model, args) says where the model breaks it."
+        raise CaptureError(inputs=given, cause=cause, remedy=remedy) from error
+
+
+def _inputs(example_inputs: Any, shapes: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    args, kwargs = arguments(example_inputs)
+    if shapes != "batch":
+        return args, kwargs, shapes
+    sizes = {t.shape[0] for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.dim()}
+    if len(sizes) != 1:
+        expected = "inputs that share dimension 0, or the shapes as torch.export.export takes them"
+        raise ConfigError(name="dynamic_shapes", given=f"'batch' with first dimensions {sorted(sizes)}", expected=expected)
+    if sizes == {1}:  # a symbol of size 1 would become a constant
+        args, kwargs = tree_map(lambda t: torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() else t, (args, kwargs))
+    batch = Dim("batch", min=1)
+    free = tree_map(lambda t: {0: batch} if isinstance(t, Tensor) and t.dim() else None, (args, kwargs))
+    return args, kwargs, free[0] if not kwargs else free[1]
+
+
+def _describe(program: ExportedProgram, kind: str, report: Table, model: nn.Module) -> Manifest:
+    ours = {str(n.target) for n in program.graph.nodes if getattr(n.target, "namespace", "") == "fxprune"}
+    sizes = {"dense": _bytes(model.state_dict(keep_vars=True)), "packed": _bytes(program.state_dict | program.constants)}
+    rows = tuple(report.to_dict()["rows"])
+    return Manifest(kind, fxprune.__version__, torch.__version__, tuple(sorted(ours)), rows, sizes)
+
+
+def _bytes(tensors: dict[str, Any]) -> int:
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values() if isinstance(t, Tensor)
+    }
+    return sum(storages.values())
+
+
+def _save(program: ExportedProgram, about: Manifest, plan: Plan, path: Path) -> None:
+    program.example_inputs = None  # the user's data are nobody else's
+    texts = {manifest.MANIFEST: about.to_json(), manifest.PLAN: encode(plan)}
+    torch.export.save(program, os.fspath(path), extra_files=texts)
+
+
+def _check_operators(path: Any, about: Manifest) -> None:
+    missing = [name for name in about.operators if not hasattr(torch.ops.fxprune, name.split(".")[1])]
+    if missing:
+        reason = (
+            f"it calls {', '.join(missing)}, which fxprune {fxprune.__version__} does not have; it needs {about.fxprune}"
+        )
+        raise ExportFileError(path=path, reason=reason)
+
+
+__all__ = ["FORMATS", "Exported", "Loaded", "export", "load", "sparse_program"]
