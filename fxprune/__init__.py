@@ -22,6 +22,7 @@ from fxprune.backend import hwprune, register  # noqa: E402
 from fxprune.benchmark import benchmark  # noqa: E402
 from fxprune.compiled import refresh  # noqa: E402
 from fxprune.config import Config  # noqa: E402
+from fxprune.decompositions import decompositions  # noqa: E402
 from fxprune.explain import explain  # noqa: E402
 from fxprune.export import Exported, Loaded, export, load  # noqa: E402
 from fxprune.lowering.calibrate import calibrate  # noqa: E402
@@ -38,6 +39,7 @@ __all__ = [
     "apply_plan",
     "benchmark",
     "calibrate",
+    "decompositions",
     "explain",
     "export",
     "hwprune",

@@ -99,6 +99,12 @@ class ExportFileError(FxPruneError, ValueError):
     template = "{path} cannot be loaded: {reason}. Export the model again with fxprune.export."
 
 
+class MissingPackage(FxPruneError, ImportError):
+    """Something was asked for that needs a package which is not installed; fxprune itself does not need it."""
+
+    template = "{what} needs {packages}, which is not installed. Run: pip install 'fxprune[{extra}]'."
+
+
 class NothingToPrune(FxPruneError, ValueError):
     """The captured graphs hold no layer that the request applies to."""
 

@@ -28,16 +28,20 @@ from fxprune.backend import rewrite
 from fxprune.capture import arguments, evaluating
 from fxprune.config import Config
 from fxprune.context import Context
+from fxprune.decompositions import decompositions
 from fxprune.errors import CaptureError, ConfigError, ExportFileError, nearest
 from fxprune.explain import table_of
+from fxprune.lowering import onnx
 from fxprune.lowering.attach import attach
+from fxprune.lowering.decompose import decompose
 from fxprune.lowering.region import form_regions
 from fxprune.manifest import Manifest
 from fxprune.plan import Plan
 from fxprune.plan_file import encode
 from fxprune.report import Table
 
-FORMATS = ("exported_program",)
+FORMATS = ("exported_program", "onnx")
+LOADABLE = ("exported_program",)
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,9 @@ def export(
     """Write ``model`` as a program for inference in which pruned layers run sparse kernels.
 
     example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
-    format: "exported_program" (``.pt2`` for ``fxprune.load`` or, after ``import fxprune``, ``torch.export.load``).
+    format: "exported_program": a ``.pt2`` for ``fxprune.load`` or, after ``import fxprune``, ``torch.export.load``. "onnx":
+        standard operators that keep the saving (channels that are gone, rows gathered per tile where that pays), whatever
+        was measured here; needs the extra ``fxprune[onnx]``.
     dynamic_shapes: "batch" keeps dimension 0 of every input tensor free, else what ``torch.export.export`` takes.
     options: fields of :class:`fxprune.Config`; layers are chosen as ``torch.compile`` chooses them on this machine.
 
@@ -96,10 +102,18 @@ def export(
         expected = "a pruned model: a target is met by fxprune.prune, which builds and measures models"
         raise ConfigError(name="target_speedup or target_latency_ms", given="a target", expected=expected)
     target = Path(path)
-    program, ctx = sparse_program(model, example_inputs, config, dynamic_shapes)
+    standard = format == "onnx"
+    if standard:  # what was measured here says nothing about another runtime
+        config = dataclasses.replace(config, autotune="off", min_speedup=0.0)
+    program, ctx = sparse_program(model, example_inputs, config, dynamic_shapes, standard)
     plan, report = Plan.of(model), table_of([ctx])
     about = _describe(program, format, report, model)
-    _save(program, about, plan, target)
+    texts = {manifest.MANIFEST: about.to_json(), manifest.PLAN: encode(plan)}
+    if format == "onnx":
+        onnx.save(program, target, texts)
+    else:
+        program.example_inputs = None  # the user's data are nobody else's
+        torch.export.save(program, os.fspath(target), extra_files=texts)
     return Exported(target, format, target.stat().st_size, about.bytes["dense"], plan, report)
 
 
@@ -108,10 +122,12 @@ def load(path: str | os.PathLike[str]) -> Loaded:
 
     Raises :class:`~fxprune.errors.ExportFileError` when the file is not ours or this installation lacks what it needs.
     """
+    if Path(path).suffix == ".onnx":
+        raise ExportFileError(path=path, reason="it is an ONNX file; run it with onnxruntime.InferenceSession(path)")
     about, plan = manifest.read(path)
     _check_operators(path, about)
-    if about.kind not in FORMATS:
-        raise ExportFileError(path=path, reason=f"its format is {about.kind!r}, this fxprune loads {', '.join(FORMATS)}")
+    if about.kind not in LOADABLE:
+        raise ExportFileError(path=path, reason=f"its format is {about.kind!r}, this fxprune loads {', '.join(LOADABLE)}")
     try:
         program = torch.export.load(os.fspath(path))
     except Exception as error:
@@ -121,11 +137,11 @@ def load(path: str | os.PathLike[str]) -> Loaded:
 
 
 def sparse_program(
-    model: nn.Module, example_inputs: Any, config: Config, dynamic_shapes: Any = None, regions: bool = True
+    model: nn.Module, example_inputs: Any, config: Config, dynamic_shapes: Any = None, standard: bool = False
 ) -> tuple[ExportedProgram, Context]:
     """Return the program of ``model`` with our operators in it, and what was decided.
 
-    regions: form chains of kernels, the form to run; without them every operator is on its own, the form to decompose.
+    standard: standard operators in their place, for other runtimes; else chains of ours, the form to run.
     """
     args, kwargs, shapes = _inputs(example_inputs, dynamic_shapes)
     program = _exported(model, args, kwargs, shapes)
@@ -135,12 +151,15 @@ def sparse_program(
     clone, ctx, changed = rewrite(gm, (), config)
     if not changed:
         return program, ctx
-    if regions:
+    if not standard:
         ctx.counts["form_regions"] = form_regions(clone, ctx)
     sparse = attach(clone, ctx.weights)
+    if standard:
+        ctx.counts["decompose"] = decompose(sparse)
     sparse.graph.set_codegen(codegen)
     sparse.recompile()
-    return _exported(sparse, args, kwargs, shapes), ctx
+    program = _exported(sparse, args, kwargs, shapes)
+    return (_without_ours(program) if standard else program), ctx
 
 
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
@@ -153,6 +172,15 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], s
         cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         remedy = "torch.export needs one graph: torch.export.draft_export(model, args) says where the model breaks it."
         raise CaptureError(inputs=given, cause=cause, remedy=remedy) from error
+
+
+def _without_ours(program: ExportedProgram) -> ExportedProgram:
+    """Say what has no form with constant lists (recurrent steps) by its reference, unrolled."""
+    if not any(getattr(n.target, "namespace", "") == "fxprune" for n in program.graph.nodes):
+        return program
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch's copy of its own tree specifications
+        return program.run_decompositions(decompositions())
 
 
 def _inputs(example_inputs: Any, shapes: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
@@ -184,12 +212,6 @@ def _bytes(tensors: dict[str, Any]) -> int:
     return sum(storages.values())
 
 
-def _save(program: ExportedProgram, about: Manifest, plan: Plan, path: Path) -> None:
-    program.example_inputs = None  # the user's data are nobody else's
-    texts = {manifest.MANIFEST: about.to_json(), manifest.PLAN: encode(plan)}
-    torch.export.save(program, os.fspath(path), extra_files=texts)
-
-
 def _check_operators(path: Any, about: Manifest) -> None:
     missing = [name for name in about.operators if not hasattr(torch.ops.fxprune, name.split(".")[1])]
     if missing:
@@ -197,6 +219,3 @@ def _check_operators(path: Any, about: Manifest) -> None:
             f"it calls {', '.join(missing)}, which fxprune {fxprune.__version__} does not have; it needs {about.fxprune}"
         )
         raise ExportFileError(path=path, reason=reason)
-
-
-__all__ = ["FORMATS", "Exported", "Loaded", "export", "load", "sparse_program"]

@@ -62,6 +62,12 @@ def masked() -> nn.Module:
     return model
 
 
+def without_onnx() -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        return fxprune.export(mlp(), rows(), "m.onnx", format="onnx")
+
+
 def ever_worse() -> object:
     values = itertools.count()
     return fxprune.prune(mlp(), rows(), sparsity=0.5, eval_fn=lambda _: -next(values), max_drop=0.5)
@@ -112,6 +118,11 @@ CASES: dict[str, tuple[Callable[[], object], str, type[Exception]]] = {
         lambda: fxprune.load(__file__),
         r"test_errors\.py cannot be loaded: it is no readable archive .*Export the model again with fxprune\.export\.",
         ValueError,
+    ),
+    "MissingPackage": (
+        without_onnx,
+        r"format=\"onnx\" needs onnx, onnxscript, which is not installed\. Run: pip install 'fxprune\[onnx\]'\.",
+        ImportError,
     ),
     "NothingToPrune": (
         lambda: fxprune.prune(nn.ReLU(), rows(), sparsity=0.5),

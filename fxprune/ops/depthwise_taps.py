@@ -23,10 +23,11 @@ aten = torch.ops.aten
 def tap_mask(taps: Tensor, count: int) -> Tensor:
     """Return the bool mask (C, count) of bit words ``taps`` int64 (C, ceil(count/64))."""
     tap = torch.arange(count, device=taps.device)
-    return ((taps[:, tap // 64] >> (tap % 64)) & 1).bool()
+    bit = torch.pow(2, tap % 64)  # 2**63 wraps to the sign bit
+    return torch.bitwise_and(taps[:, tap // 64], bit) != 0
 
 
-def _window(weight: Tensor, taps: Tensor, kernel_size: list[int]) -> Tensor:
+def window(weight: Tensor, taps: Tensor, kernel_size: list[int]) -> Tensor:
     kept = tap_mask(taps, weight.shape[1])
     return torch.where(kept, weight, weight.new_zeros(())).reshape(-1, 1, *kernel_size)
 
@@ -43,8 +44,8 @@ def reference(
     activation: str = "none",
 ) -> Tensor:
     """x: (B, C, H, W); weight: (C, KH*KW); taps: int64 bit words; returns (B, C, OH, OW) contiguous."""
-    window = _window(weight, taps, kernel_size)
-    y = aten.conv2d.default(x.contiguous(), window, bias, stride, padding, dilation, x.shape[1])
+    kept = window(weight, taps, kernel_size)
+    y = aten.conv2d.default(x.contiguous(), kept, bias, stride, padding, dilation, x.shape[1])
     return act.FORWARD[activation](y).contiguous()
 
 
@@ -78,7 +79,7 @@ def backward(ctx: Any, grad: Tensor) -> Args:
     grad_x, grad_window, _ = aten.convolution_backward.default(
         grad,
         x,
-        _window(weight, taps, ctx.kernel_size),
+        window(weight, taps, ctx.kernel_size),
         None,
         ctx.stride,
         ctx.padding,

@@ -36,7 +36,7 @@ def reference(
     """gates: (T, B, 4H or 3H); h, c: (B, H); returns out (T, B, H), h_n and, for an LSTM, c_n."""
     hidden = h.shape[1]
     weight = tile_pack.unpack_reference(values, index, tile_ptr, columns, granularity, gates.shape[2], hidden)
-    out = gates.new_empty((gates.shape[0], *h.shape))
+    outs = [h] * gates.shape[0]
     steps = range(gates.shape[0])
     for t in reversed(steps) if reverse else steps:
         sums = h @ weight.t() if bias is None else h @ weight.t() + bias
@@ -49,7 +49,8 @@ def reference(
             sum_r, sum_z, sum_n = sums.split(hidden, 1)
             z = (z + sum_z).sigmoid()
             h = (1 - z) * (n + (r + sum_r).sigmoid() * sum_n).tanh() + z * h
-        out[t] = h
+        outs[t] = h
+    out = torch.stack(outs) if outs else gates.new_zeros((0, *h.shape))
     return [out, h.clone()] if c is None else [out, h.clone(), c.clone()]
 
 

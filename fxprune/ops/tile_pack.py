@@ -15,20 +15,28 @@ from torch import Tensor
 from fxprune.ops.operator import Args, Operator
 
 
-def positions(index: Tensor, tile_ptr: Tensor, columns: Tensor, granularity: int, in_features: int) -> Tensor:
-    """Return int64 (nnz,): the row-major position in (N, K) of every packed value, in packed order."""
-    starts = tile_ptr.tolist()
-    parts = []
-    for t in range(len(starts) - 1):
-        rows = index[starts[t] : starts[t + 1]].long()
-        features = columns[t * granularity : (t + 1) * granularity].long()
-        parts.append((rows[:, None] + features[None, :] * in_features).reshape(-1))
-    return torch.cat(parts) if parts else index.new_zeros(0, dtype=torch.int64)
+def positions(index: Tensor, tile_ptr: Tensor, columns: Tensor, granularity: int, in_features: int, count: int) -> Tensor:
+    """Return int64 (count,): the row-major position in (N, K) of every packed value, in packed order.
+
+    Index arithmetic without a size that depends on values, so that it can be traced: it is the operators' decomposition.
+    """
+    tile = _owner(tile_ptr.long()[1:-1], len(index))
+    width = (len(columns) - tile * granularity).clamp(max=granularity)
+    first = width.cumsum(0) - width
+    row = _owner(first[1:], count)
+    feature = columns.long()[tile[row] * granularity + torch.arange(count, device=index.device) - first[row]]
+    return feature * in_features + index.long()[row]
+
+
+def _owner(starts: Tensor, count: int) -> Tensor:
+    """Return int64 (count,): how many of ``starts`` are at most each position; a start at ``count`` counts nowhere."""
+    marks = torch.zeros(count + 1, dtype=torch.int64, device=starts.device)
+    return marks.scatter_add(0, starts, torch.ones_like(starts)).cumsum(0)[:count]
 
 
 def pack_reference(weight: Tensor, index: Tensor, tile_ptr: Tensor, columns: Tensor, granularity: int, nnz: int) -> Tensor:
     """weight: (N, K) -> values: (nnz,)."""
-    where = positions(index, tile_ptr, columns, granularity, weight.shape[1])
+    where = positions(index, tile_ptr, columns, granularity, weight.shape[1], nnz)
     return weight.reshape(-1)[where]
 
 
@@ -36,7 +44,7 @@ def unpack_reference(
     values: Tensor, index: Tensor, tile_ptr: Tensor, columns: Tensor, granularity: int, out_features: int, in_features: int
 ) -> Tensor:
     """values: (nnz,) -> (N, K), zero where nothing is kept."""
-    where = positions(index, tile_ptr, columns, granularity, in_features)
+    where = positions(index, tile_ptr, columns, granularity, in_features, len(values))
     flat = values.new_zeros(out_features * in_features)
     return flat.index_put((where,), values).reshape(out_features, in_features)
 
