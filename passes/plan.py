@@ -211,7 +211,7 @@ def _layout_refusal(match: Match) -> str | None:
     result = fake(match.node)
     if result is None or result.is_contiguous() or not any(map(_addresses_memory, match.node.graph.nodes)):
         return None
-    return "its result is channels-last and the graph addresses memory through view or as_strided"
+    return "its result is channels-last and the graph addresses memory (as_strided, or a view beside in-place writes)"
 
 
 def _addresses_memory(node: Node) -> bool:
