@@ -23,9 +23,10 @@ from fxprune.benchmark import benchmark  # noqa: E402
 from fxprune.compiled import refresh  # noqa: E402
 from fxprune.config import Config  # noqa: E402
 from fxprune.decompositions import decompositions  # noqa: E402
-from fxprune.explain import explain  # noqa: E402
+from fxprune.explain import explain, levels  # noqa: E402
 from fxprune.export import Exported, Loaded, export, load  # noqa: E402
 from fxprune.lowering.calibrate import calibrate  # noqa: E402
+from fxprune.plan import Plan  # noqa: E402
 from fxprune.plan_file import load_plan  # noqa: E402
 from fxprune.prune import PruneResult, prune  # noqa: E402
 from fxprune.sensitivity import sensitivity  # noqa: E402
@@ -35,6 +36,7 @@ __all__ = [
     "Config",
     "Exported",
     "Loaded",
+    "Plan",
     "PruneResult",
     "apply_plan",
     "benchmark",
@@ -43,6 +45,7 @@ __all__ = [
     "explain",
     "export",
     "hwprune",
+    "levels",
     "load",
     "load_plan",
     "prune",

@@ -105,6 +105,12 @@ class MissingPackage(FxPruneError, ImportError):
     template = "{what} needs {packages}, which is not installed. Run: pip install 'fxprune[{extra}]'."
 
 
+class ModelSpecError(FxPruneError, ValueError):
+    """The command line names a model that cannot be built."""
+
+    template = "model {spec!r}: {reason}. Known forms: {forms}."
+
+
 class NothingToPrune(FxPruneError, ValueError):
     """The captured graphs hold no layer that the request applies to."""
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.backend import cut_channels, rewrite
+from fxprune.backend import cut_channels, groups_of, rewrite
 from fxprune.capture import capture
 from fxprune.config import Config
 from fxprune.context import Context, Decision, Shrunk
 from fxprune.errors import ConfigError
+from fxprune.prunable import contexts_of, prunable
 from fxprune.report import Table
 
 _HEAD = ("layer", "kind", "shape", "pattern", "sparsity", "kernel", "kernel us", "dense us", "decision")
@@ -48,6 +49,23 @@ def table_of(contexts: Sequence[Context]) -> Table:
     rows += [(r.name, r.kind, r.shape, "-", "-", "dense", "-", "-", r.reason) for r in refused]
     shrunk = [s for ctx in contexts for s in ctx.shrunk]
     return Table("matches", _HEAD, rows, _summary(decisions, shrunk, sum(len(ctx.blocks) for ctx in contexts)))
+
+
+def levels(model: nn.Module, example_inputs: Any, **options: Any) -> Table:
+    """Return what each layer could lose and what that saves: a row per layer and level, as a target speed would choose from.
+
+    options: fields of :class:`fxprune.Config`; with ``autotune="off"`` times are predicted, not measured.
+    """
+    config = Config.from_options(options)
+    contexts = contexts_of(model, example_inputs, config)
+    rows = []
+    for group in groups_of(prunable(model, contexts), config):
+        for stair in group:
+            match = stair.matches[0]
+            for step in stair.steps:
+                share = (f"{step.sparsity:.1%}", f"{step.retained:.1%}")
+                rows.append((match.name, match.kind, *share, f"{step.micros:.1f}", f"{stair.dense:.1f}"))
+    return Table("levels", ("layer", "kind", "sparsity", "importance kept", "kernel us", "dense us"), rows)
 
 
 def _row(decision: Decision) -> tuple[str, ...]:

@@ -155,7 +155,7 @@ class Conv(nn.Module):
         self, weight: Tensor, columns: Tensor, windows: tuple[list[int], ...], groups: int, activation: str
     ) -> None:
         super().__init__()
-        self.windows, self.groups = windows, groups
+        (self.stride, self.padding, self.dilation), self.groups = windows, groups
         used = weight[columns.long()].ne(0).any(3).any(2).any(0).nonzero().flatten()
         shrinks = groups == 1 and 0 < len(used) < _CHANNELS * weight.shape[1]
         columns = columns if groups == 1 else torch.arange(len(weight))
@@ -167,7 +167,7 @@ class Conv(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         x = x if self.channels is None else x.index_select(1, self.channels)
         inside = bias if self.finish.whole else None
-        y = F.conv2d(x, self.weight, inside, *self.windows, self.groups)
+        y = F.conv2d(x, self.weight, inside, self.stride, self.padding, self.dilation, self.groups)
         return self.finish(y, None if self.finish.whole else bias, residual)  # type: ignore[no-any-return]
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils.prune import l1_unstructured
 
 import fxprune
-from fxprune import errors
+from fxprune import errors, model_spec
 from fxprune.backend import hwprune
 from fxprune.capture import capture
 from fxprune.errors import FxPruneError, FxPruneWarning, nearest
@@ -117,6 +117,11 @@ CASES: dict[str, tuple[Callable[[], object], str, type[Exception]]] = {
     "ExportFileError": (
         lambda: fxprune.load(__file__),
         r"test_errors\.py cannot be loaded: it is no readable archive .*Export the model again with fxprune\.export\.",
+        ValueError,
+    ),
+    "ModelSpecError": (
+        lambda: model_spec.build("resnet50"),
+        r"model 'resnet50': it is none of the known forms\. Known forms: timm:NAME, hf:CONFIG .*, or PROGRAM\.pt2\.",
         ValueError,
     ),
     "MissingPackage": (

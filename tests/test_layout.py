@@ -20,7 +20,7 @@ PACKAGES = ("fxprune", "passes", "lowering")
 SOURCES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # the modules that may put passes, lowering and the vocabulary together
-COMBINERS = {f"fxprune.{name}" for name in ("apply", "backend", "capture", "cli", "explain", "export", "prune")}
+COMBINERS = {f"fxprune.{name}" for name in ("apply", "backend", "capture", "cli", "doctor", "explain", "export", "prune")}
 COMBINERS.add("fxprune")  # registers the operators when the package is imported
 
 
