@@ -4,12 +4,32 @@ result = fxprune.prune(model, example_inputs, sparsity=0.6)
 fast = torch.compile(result.model, backend="hwprune")
 """
 
+import sys as _sys
+from importlib.machinery import ModuleSpec as _ModuleSpec
+from importlib.util import spec_from_file_location as _spec_of
 from pathlib import Path as _Path
+from typing import Any as _Any
 
-# In a checkout `passes/` and `lowering/` lie beside this package; installed, they are inside it.
 _root = _Path(__file__).resolve().parent.parent
-if (_root / "pyproject.toml").is_file() and str(_root) not in __path__:
-    __path__.append(str(_root))
+
+
+class _Beside:
+    """In a checkout `passes/` and `lowering/` lie beside this package; installed, they are inside it.
+
+    The checkout itself is no place for modules of this package: it holds the package, so whoever walks it never ends.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: _Any = None, target: _Any = None) -> _ModuleSpec | None:
+        package, _, inner = name.partition(".")
+        if package != "fxprune" or inner not in ("passes", "lowering"):
+            return None
+        folder = _root / inner
+        return _spec_of(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+
+
+if (_root / "pyproject.toml").is_file() and _Beside not in _sys.meta_path:
+    _sys.meta_path.insert(0, _Beside)  # before the finder of an editable install of another checkout
 
 from fxprune.lowering.registration import register as _register_operators  # noqa: E402
 

@@ -7,6 +7,7 @@ appended as graph inputs. A graph with nothing to gain goes to Inductor untouche
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.exc import RestartAnalysis
+from torch._logging import trace_structured
 from torch.fx import GraphModule
 
 from fxprune import dump
@@ -280,6 +282,11 @@ def _report(ctx: Context, seconds: float) -> None:
         log.info("%d groups of channels shrunk: %s", len(ctx.shrunk), cut_channels(ctx.shrunk))
     for decision in ctx.decisions:
         log.debug("%s", describe(decision))
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "fxprune_decisions", "encoding": "json"},
+        payload_fn=lambda: json.dumps({"seconds": ctx.seconds, "layers": [describe(d) for d in ctx.decisions]}),
+    )
     LAST_REPORTS.append(ctx)
     del LAST_REPORTS[:-16]
 

@@ -31,7 +31,7 @@ from fxprune.context import Context
 from fxprune.decompositions import decompositions
 from fxprune.errors import CaptureError, ConfigError, ExportFileError, nearest
 from fxprune.explain import table_of
-from fxprune.lowering import onnx
+from fxprune.lowering import aoti, onnx, tensorrt
 from fxprune.lowering.attach import attach
 from fxprune.lowering.decompose import decompose
 from fxprune.lowering.region import form_regions
@@ -40,8 +40,9 @@ from fxprune.plan import Plan
 from fxprune.plan_file import encode
 from fxprune.report import Table
 
-FORMATS = ("exported_program", "onnx")
-LOADABLE = ("exported_program",)
+FORMATS = ("exported_program", "aoti", "onnx", "torch_tensorrt")
+_STANDARD = ("onnx", "torch_tensorrt")  # runtimes without our operators
+LOADABLE = ("exported_program", "aoti")
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,11 @@ def export(
     """Write ``model`` as a program for inference in which pruned layers run sparse kernels.
 
     example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
-    format: "exported_program": a ``.pt2`` for ``fxprune.load`` or, after ``import fxprune``, ``torch.export.load``. "onnx":
+    format: "exported_program": a ``.pt2`` for ``fxprune.load`` or, after ``import fxprune``, ``torch.export.load``.
+        "aoti": a package compiled by AOTInductor, for ``fxprune.load`` and for C++ (``examples/cpp``). "onnx":
         standard operators that keep the saving (channels that are gone, rows gathered per tile where that pays), whatever
-        was measured here; needs the extra ``fxprune[onnx]``.
+        was measured here; needs the extra ``fxprune[onnx]``. "torch_tensorrt": the same operators as an engine of
+        Torch-TensorRT.
     dynamic_shapes: "batch" keeps dimension 0 of every input tensor free, else what ``torch.export.export`` takes.
     options: fields of :class:`fxprune.Config`; layers are chosen as ``torch.compile`` chooses them on this machine.
 
@@ -102,7 +105,9 @@ def export(
         expected = "a pruned model: a target is met by fxprune.prune, which builds and measures models"
         raise ConfigError(name="target_speedup or target_latency_ms", given="a target", expected=expected)
     target = Path(path)
-    standard = format == "onnx"
+    standard = format in _STANDARD
+    if format == "torch_tensorrt":
+        tensorrt.package()  # before any work
     if standard:  # what was measured here says nothing about another runtime
         config = dataclasses.replace(config, autotune="off", min_speedup=0.0)
     program, ctx = sparse_program(model, example_inputs, config, dynamic_shapes, standard)
@@ -111,6 +116,10 @@ def export(
     texts = {manifest.MANIFEST: about.to_json(), manifest.PLAN: encode(plan)}
     if format == "onnx":
         onnx.save(program, target, texts)
+    elif format == "torch_tensorrt":
+        tensorrt.save(program, target, tree_flatten(_inputs(example_inputs, dynamic_shapes)[:2])[0])
+    elif format == "aoti":
+        aoti.save(program, target, texts, config)
     else:
         program.example_inputs = None  # the user's data are nobody else's
         torch.export.save(program, os.fspath(target), extra_files=texts)
@@ -129,6 +138,8 @@ def load(path: str | os.PathLike[str]) -> Loaded:
     if about.kind not in LOADABLE:
         raise ExportFileError(path=path, reason=f"its format is {about.kind!r}, this fxprune loads {', '.join(LOADABLE)}")
     try:
+        if about.kind == "aoti":
+            return Loaded(aoti.load(path), about, plan)
         program = torch.export.load(os.fspath(path))
     except Exception as error:
         reason = f"torch {torch.__version__} cannot read a program of torch {about.torch} ({type(error).__name__}: {error})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -28,6 +29,12 @@ class Table:
         lines = ["| " + " | ".join(self.head) + " |", "|" + " --- |" * len(self.head)]
         lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in self.rows]
         return "\n".join(lines + [""] + [f"- {key}: {value}" for key, value in self.summary.items()])
+
+    def plot(self, path: str | Path) -> None:
+        """Write a PNG or SVG, by the ending of ``path``; needs the extra ``fxprune[plot]``."""
+        from fxprune.plot import plot  # which needs matplotlib
+
+        plot(self, path)
 
     def __str__(self) -> str:
         cells = [self.head, *[tuple(str(c) for c in row) for row in self.rows]]

@@ -34,18 +34,25 @@ def compile_rest(
     """
     if config.fallback == "eager" or _unrolls(gm):
         return gm.forward
-    ours: dict[str, Any] = {}
-    if any(getattr(node.target, "namespace", "") == "fxprune" for node in gm.graph.nodes):
-        # Inductor would check the sizes of every packed weight on every call; a region checks what it reads itself
-        ours = {"layout_optimization": False, "size_asserts": False, "joint_custom_pre_pass": Salt()}
-    patches = {**ours, **_patches(config)}
+    settings = {**patches(gm.graph, config), **({"joint_custom_pre_pass": Salt()} if _has_ours(gm.graph) else {})}
     if not config.freeze or torch.is_grad_enabled():
-        return _compile(gm, example_inputs, patches)
+        return _compile(gm, example_inputs, settings)
     live = [i for i, fixed in enumerate(constant) if not fixed]
     _lift_constants(gm, example_inputs, constant)
     with torch._inductor.config.patch(freezing=True):
-        run = _compile(gm, [example_inputs[i] for i in live], {**patches, "freezing": True})
+        run = _compile(gm, [example_inputs[i] for i in live], {**settings, "freezing": True})
     return lambda *args: run(*[args[i] for i in live])
+
+
+def patches(graph: Graph, config: Config) -> dict[str, Any]:
+    """Return the settings of Inductor for a rewritten graph."""
+    # Inductor would check the sizes of every packed weight on every call; a region checks what it reads itself
+    ours = {"layout_optimization": False, "size_asserts": False} if _has_ours(graph) else {}
+    return {**ours, **_patches(config)}
+
+
+def _has_ours(graph: Graph) -> bool:
+    return any(getattr(node.target, "namespace", "") == "fxprune" for node in graph.nodes)
 
 
 def _unrolls(gm: GraphModule) -> bool:

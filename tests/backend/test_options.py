@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +237,22 @@ def test_verify_passes_on_right_graphs(training: bool) -> None:
     model = pruned(torch.nn.Sequential(mlp(), torch.nn.Dropout(0.5)), rows()).train(training)
     fast = compiled(model, verify=True)
     assert fast.call(rows()).requires_grad and (fast.contexts or training)
+
+
+def test_decisions_are_in_torch_logs_and_torch_trace(tmp_path: Path) -> None:
+    code = """
+import torch, fxprune
+fxprune.register()
+model = torch.nn.Linear(64, 64)
+model = fxprune.prune(model, torch.ones(2, 64), sparsity=0.5, columns=False).model
+options = {"autotune": "off", "min_speedup": 0.0, "fallback": "eager"}
+with torch.no_grad():
+    torch.compile(model, backend="hwprune", options=options)(torch.ones(2, 64))
+"""
+    root = Path(__file__).resolve().parents[2]
+    env = {**os.environ, "TORCH_LOGS": "+fxprune", "TORCH_TRACE": str(tmp_path), "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "matches run sparse kernels" in done.stderr and "-> tile_gemm" in done.stderr
+    traced = "".join(path.read_text() for path in tmp_path.glob("*.log"))
+    assert "fxprune_decisions" in traced and "-> tile_gemm" in traced
