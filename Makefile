@@ -20,7 +20,7 @@ READY := .venv/.ready
 endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check bench conformance asan fuzz docs clean help
+.PHONY: demo test check bench conformance asan fuzz docs wheel clean help
 
 help:
 	@echo "make demo    prune, compile, verify and time three models beside stock torch.compile"
@@ -31,6 +31,7 @@ help:
 	@echo "make asan    kernels under the address and undefined-behaviour sanitizers"
 	@echo "make fuzz    property tests with FXPRUNE_FUZZ=$(FXPRUNE_FUZZ) examples each"
 	@echo "make docs    docs/options.md and docs/errors.md from the sources"
+	@echo "make wheel   a wheel into dist/, checked and imported from a clean environment"
 	@echo "make clean   remove what was built"
 
 demo: $(READY)
@@ -57,6 +58,9 @@ fuzz: $(READY)
 
 docs: $(READY)
 	$(PY) tools/docs.py
+
+wheel: $(READY)
+	$(PY) tools/wheel.py
 
 # The packages come first and once; a change in the sources only rebuilds, without a network.
 .venv/.packages: Makefile
