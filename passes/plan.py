@@ -264,7 +264,7 @@ def _decision(match: Match, mask: LayerMask | None, chosen: bool, timing: Timing
 
 def _decide_region(region: list[Match], found: Mapping[Match, Found], ctx: Context) -> None:
     refusals = {m.node: _refusal(m, found[m][1], ctx) for m in region}
-    if all(found[m][1] is None for m in region):
+    if all(found[m][1] is None and not ctx.kept.get(m.weight) for m in region):
         for match in region:
             pattern = found[match][0]
             why = _whole(match, pattern, ctx)
