@@ -3,6 +3,7 @@
 #include <string>
 
 #include "fxprune/cuda/depthwise_taps.cuh"
+#include "fxprune/cuda/tile_gemm.cuh"
 #include "sim/machine.h"
 
 namespace fxprune::gpu {
@@ -71,6 +72,49 @@ const char* fxprune_sim_depthwise(int type, const void* x, const void* weight, c
     a.activation = static_cast<Activation>(g[15]);
     Simulator simulator;
     with_type(type, [&](auto t) { depthwise_taps<decltype(t)>(simulator, a); });
+  });
+}
+
+// shape: tiles, kept K rows of all tiles, granularity, kept output features.
+int64_t fxprune_sim_tile_image_bytes(const int64_t* shape) {
+  return TileImage{shape[0], shape[1], shape[2]}.bytes();
+}
+
+const char* fxprune_sim_tile_image(const void* values, const int32_t* tile_ptr, void* out,
+                                   const int64_t* shape) {
+  return guarded([&] {
+    Simulator simulator;
+    tile_image(simulator, {{shape[0], shape[1], shape[2]}, values, tile_ptr, shape[3], out});
+  });
+}
+
+// tensors: x, values, image, index, tile_ptr, columns, bias, residual, gate, out. sizes: batch, m,
+// k, n, kept, rows, granularity, tiles, activation, whether sm_90a kernels may run, processors.
+const char* fxprune_sim_tile_gemm(int type, void* const* tensors, const int64_t* sizes) {
+  return guarded([&] {
+    TileGemmArgs a{};
+    const void** const pointers[] = {&a.x, &a.values, &a.image};
+    for (int i = 0; i < 3; ++i) *pointers[i] = tensors[i];
+    const int32_t** const lists[] = {&a.index, &a.tile_ptr, &a.columns};
+    for (int i = 0; i < 3; ++i) *lists[i] = static_cast<const int32_t*>(tensors[3 + i]);
+    a.bias = tensors[6], a.residual = tensors[7], a.gate = tensors[8], a.out = tensors[9];
+    int64_t* const fields[] = {&a.batch, &a.m,    &a.k,           &a.n,
+                               &a.kept,  &a.rows, &a.granularity, &a.tiles};
+    for (int i = 0; i < 8; ++i) *fields[i] = sizes[i];
+    a.activation = static_cast<Activation>(sizes[8]);
+    const Gpu gpu{sizes[9] != 0, static_cast<int>(sizes[10])};
+    Simulator simulator;
+    with_type(type, [&](auto t) { tile_gemm<decltype(t)>(simulator, a, gpu); });
+  });
+}
+
+const char* fxprune_sim_transpose(int element_bytes, const void* x, void* out, int64_t rows,
+                                  int64_t columns) {
+  return guarded([&] {
+    Simulator simulator;
+    const TransposeArgs a{x, out, rows, columns};
+    if (element_bytes == 4) return transpose<uint32_t>(simulator, a);
+    transpose<uint16_t>(simulator, a);
   });
 }
 

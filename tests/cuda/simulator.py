@@ -32,7 +32,14 @@ FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wer
 FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"] if SANITIZE else ["-O2", "-g0"]
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)
-MESSAGES = ("depthwise", "case", "run_case")  # the functions that return a text or null
+MESSAGES = (
+    "depthwise",
+    "tile_image",
+    "tile_gemm",
+    "transpose",
+    "case",
+    "run_case",
+)  # the functions that return a text or null
 SEEDS = (0, 1, 2)  # threads in order, in reverse, shuffled
 
 
@@ -87,6 +94,7 @@ def library() -> ctypes.CDLL:
     for name in MESSAGES:
         getattr(loaded, f"fxprune_sim_{name}").restype = ctypes.c_char_p
     loaded.fxprune_sim_all_written.restype = ctypes.c_bool
+    loaded.fxprune_sim_tile_image_bytes.restype = ctypes.c_int64
     return loaded
 
 
@@ -135,4 +143,41 @@ def depthwise_taps(
     begin(seed, plant, (x, weight, taps, bias), (out,))
     operands = [pointer(t) for t in (x, weight, taps, bias, out)]
     finish(library().fxprune_sim_depthwise(TYPES[x.dtype], *operands, longs(*geometry)), (out,))
+    return out
+
+
+def tile_image(values: Tensor, tile_ptr: Tensor, rows: int, granularity: int, kept: int, *, seed: int = 0) -> Tensor:
+    """Return the uint8 image of a packed weight; bytes that no kernel reads are 0xEE."""
+    shape = longs(len(tile_ptr) - 1, rows, granularity, kept)
+    out = shifted(torch.full((library().fxprune_sim_tile_image_bytes(shape),), 0xEE, dtype=torch.uint8), 0)
+    begin(seed, Plant.NONE, (values, tile_ptr), (out,))
+    finish(library().fxprune_sim_tile_image(pointer(values), pointer(tile_ptr), pointer(out), shape))
+    return out
+
+
+def tile_gemm(
+    x: Tensor, values: Tensor, index: Tensor, tile_ptr: Tensor, columns: Tensor, bias: Tensor | None,
+    residual: Tensor | None, gate: Tensor | None, n: int, granularity: int, activation: str = "none", *,
+    hopper: bool = False, processors: int = 3, seed: int = 0, plant: Plant = Plant.NONE, shift: int = 0,
+) -> Tensor:  # fmt: skip
+    """Feature-major ``fxprune::tile_gemm`` on the simulator; x: (B, K, M) -> (B, N, M)."""
+    out = shifted(torch.full((x.shape[0], n, x.shape[2]), float("nan"), dtype=x.dtype), shift)
+    image = None
+    if x.dtype != torch.float32:
+        image = tile_image(values, tile_ptr, len(index), granularity, len(columns))
+    read = (x, values, image, index, tile_ptr, columns, bias, residual, gate)
+    begin(seed, plant, read, (out,))
+    sizes = [x.shape[0], x.shape[2], x.shape[1], n, len(columns), len(index), granularity, len(tile_ptr) - 1]
+    tensors = (ctypes.c_void_p * 10)(*[pointer(t) for t in (*read, out)])
+    numbers = longs(*sizes, NAMES.index(activation), int(hopper), processors)
+    finish(library().fxprune_sim_tile_gemm(TYPES[x.dtype], tensors, numbers), (out,))
+    return out
+
+
+def transpose(x: Tensor, *, seed: int = 0, plant: Plant = Plant.NONE) -> Tensor:
+    """x: (R, C) -> (C, R)."""
+    out = torch.empty(x.shape[1], x.shape[0], dtype=x.dtype)
+    begin(seed, plant, (x,), (out,))
+    size = [ctypes.c_int64(v) for v in x.shape]
+    finish(library().fxprune_sim_transpose(x.element_size(), pointer(x), pointer(out), *size), (out,))
     return out

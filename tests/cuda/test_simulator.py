@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.cuda.integers import bitmap, generator, integers
-from tests.cuda.simulator import SEEDS, Fault, Plant, begin, depthwise_taps, finish, library, pointer
+from tests.cuda.simulator import SEEDS, Fault, Plant, begin, depthwise_taps, finish, library, pointer, tile_gemm
+from tests.cuda.test_tile_gemm import tiles
 
 # what each broken kernel is told
 RULES = {
@@ -72,3 +73,37 @@ def test_depthwise_mistakes_are_caught(plant: Plant) -> None:
     for seed in SEEDS:
         with pytest.raises(Fault):
             depthwise_taps(*arguments, plant=plant, seed=seed)
+
+
+MMA = (Plant.SHORT_WAIT, Plant.NO_BARRIER, Plant.LANE_MAP, Plant.SWIZZLE, Plant.ACCUMULATOR_ROW)
+WGMMA = (
+    Plant.SHORT_WAIT, Plant.NO_BARRIER, Plant.SWIZZLE, Plant.NO_PROXY_FENCE, Plant.NO_PHASE_WAIT, Plant.EARLY_ARRIVE,
+    Plant.NO_MATRIX_FENCE, Plant.ACCUMULATOR_ROW,
+)  # fmt: skip
+
+
+def gemm(hopper: bool, seed: int, plant: Plant) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (result, expected) of a GEMM longer than the ring of stages."""
+    gen = generator(7)
+    weight, (values, *structure) = tiles(gen, 128, 400, 128, 0.9, 1.0)
+    x = integers(gen, 1, 400, 136)
+    expected = (weight @ x).bfloat16()
+    arguments = (x.bfloat16(), values.bfloat16(), *structure, None, None, None, 128, 128)
+    return tile_gemm(*arguments, hopper=hopper, seed=seed, plant=plant), expected
+
+
+@pytest.mark.parametrize(
+    ("hopper", "plant"),
+    [*((False, plant) for plant in MMA), *((True, plant) for plant in WGMMA)],
+    ids=lambda value: value.name if isinstance(value, Plant) else ("mma", "wgmma")[value],
+)
+def test_gemm_mistakes_are_caught(hopper: bool, plant: Plant) -> None:
+    """Every order of threads finds the mistake, as a fault or as a wrong result."""
+    for seed in SEEDS:
+        result, expected = gemm(hopper, seed, Plant.NONE)
+        assert torch.equal(result, expected)
+        try:
+            result, _ = gemm(hopper, seed, plant)
+        except Fault:
+            continue
+        assert not torch.equal(result, expected), f"{plant.name} passed with seed {seed}"
