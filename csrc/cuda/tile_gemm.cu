@@ -29,6 +29,13 @@ void transpose_cuda(const TransposeArgs& a, int element_bytes, void* stream) {
   transpose<uint16_t>(launcher, a);
 }
 
+void tile_pack_cuda(const TilePackArgs& a, int64_t rows, int element_bytes, bool unpack,
+                    void* stream) {
+  CudaLauncher launcher{static_cast<cudaStream_t>(stream)};
+  if (element_bytes == 4) return tile_pack<uint32_t>(launcher, a, rows, unpack);
+  tile_pack<uint16_t>(launcher, a, rows, unpack);
+}
+
 void tile_gemm_cuda(const TileGemmArgs& a, Element element, bool hopper, void* stream) {
   CudaLauncher launcher{static_cast<cudaStream_t>(stream)};
   Gpu gpu = current_gpu();

@@ -4,6 +4,7 @@
 
 #include "fxprune/cuda/depthwise_taps.cuh"
 #include "fxprune/cuda/tile_gemm.cuh"
+#include "fxprune/cuda/tile_pack.cuh"
 #include "sim/machine.h"
 
 namespace fxprune::gpu {
@@ -105,6 +106,18 @@ const char* fxprune_sim_tile_gemm(int type, void* const* tensors, const int64_t*
     const Gpu gpu{sizes[9] != 0, static_cast<int>(sizes[10])};
     Simulator simulator;
     with_type(type, [&](auto t) { tile_gemm<decltype(t)>(simulator, a, gpu); });
+  });
+}
+
+// sizes: k, kept, granularity, tiles, kept K rows of all tiles.
+const char* fxprune_sim_tile_pack(int element_bytes, bool unpack, const void* from, void* to,
+                                  const int32_t* index, const int32_t* tile_ptr,
+                                  const int32_t* columns, const int64_t* sizes) {
+  return guarded([&] {
+    Simulator simulator;
+    const TilePackArgs a{index, tile_ptr, columns, sizes[0], sizes[1], sizes[2], sizes[3], from, to};
+    if (element_bytes == 4) return tile_pack<uint32_t>(simulator, a, sizes[4], unpack);
+    tile_pack<uint16_t>(simulator, a, sizes[4], unpack);
   });
 }
 

@@ -171,7 +171,9 @@ struct TileGemmWgmma {
     }
   }
 
+  // The code for other GPUs holds an empty kernel, which is never started.
   static FXPRUNE_GPU void run(const Args& a) {
+#if !defined(__CUDACC__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     const int64_t items = tile_items(a, Features, kTokens);
     if (thread() == 0) {
       for (int i = 0; i < kStages; ++i) {
@@ -188,6 +190,7 @@ struct TileGemmWgmma {
       registers_acquire<224>();
       consume(a, items);
     }
+#endif
   }
 };
 
