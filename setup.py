@@ -43,7 +43,7 @@ else:
     FLAGS += ["-O3", "-g0"]
 
 INCLUDES = [f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / 'csrc'}"]
-NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-warn-spills"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
 # Code for Ampere and Hopper, and PTX of the former for every later GPU.
 NVCC_TARGETS = [
     "-gencode=arch=compute_90a,code=sm_90a",
@@ -123,14 +123,22 @@ class BuildExt(build_ext):
         if not is_current(target):
             started = time.time()
             listing = ["-MMD", "-MF", str(target.with_suffix(".d"))]
-            self.run_compiler([*command, *listing, "-c", str(ROOT / source), "-o", str(target)])
+            log = target.with_suffix(".log") if source.suffix == ".cu" else None  # what every kernel needs of the GPU
+            self.run_compiler([*command, *listing, "-c", str(ROOT / source), "-o", str(target)], log)
             os.utime(target, (started, started))  # an input edited while the compiler ran is newer than this
         return target
 
-    def run_compiler(self, command: list[str]) -> None:
+    def run_compiler(self, command: list[str], log: Path | None = None) -> None:
+        """Run a compiler; ``log`` takes what it says on success."""
         if self.verbose:
             print(shlex.join(command), flush=True)
-        subprocess.run(command, check=True)
+        if log is None:
+            subprocess.run(command, check=True)
+            return
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        log.write_text(done.stderr)
 
     def python_only(self, reason: str) -> None:
         print(f"warning: fxprune is built without its C++ kernels: {reason}.", file=sys.stderr)

@@ -76,9 +76,9 @@ inline void* current_stream(const Tensor& x) {
   using Function = AOTITorchError (*)(int32_t, void**);
   static const Function function = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library == nullptr ? nullptr
-                              : reinterpret_cast<Function>(
-                                    dlsym(library, "aoti_torch_get_current_cuda_stream"));
+    return library == nullptr
+               ? nullptr
+               : reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
   }();
   STD_TORCH_CHECK(function != nullptr, "this torch has no CUDA: libtorch_cuda.so is not loaded");
   void* stream = nullptr;

@@ -172,9 +172,8 @@ Tensor tile_gemm(const Tensor& x_in, const Tensor& values_in, const Tensor& inde
   if (element != Element::kFloat) {
     const gpu::TileImage layout = a.layout();
     image = empty_like(x, {layout.bytes()}, aoti_torch_dtype_uint8());
-    gpu::tile_image_cuda({layout, values.const_data_ptr(), a.tile_ptr, a.kept,
-                          image->mutable_data_ptr()},
-                         stream);
+    gpu::tile_image_cuda(
+        {layout, values.const_data_ptr(), a.tile_ptr, a.kept, image->mutable_data_ptr()}, stream);
   }
   if (!feature_major) {
     x = transposed(x, a.m, a.k, element, stream);
@@ -217,8 +216,8 @@ Tensor tile_pack(const Tensor& weight, const Tensor& index, const Tensor& tile_p
   check_cuda_tensor(weight, "weight");
   STD_TORCH_CHECK(weight.dim() == 2, "weight must have shape (N, K), got ", shape_of(weight));
   const Structure structure(index, tile_ptr, columns, granularity, weight);
-  STD_TORCH_CHECK(nnz >= 0 && nnz <= structure.rows * structure.granularity,
-                  "nnz must be at most ", structure.rows * structure.granularity, ", got ", nnz);
+  STD_TORCH_CHECK(nnz >= 0 && nnz <= structure.rows * structure.granularity, "nnz must be at most ",
+                  structure.rows * structure.granularity, ", got ", nnz);
   Tensor out = empty_like(weight, {nnz}, type_of(weight));
   return pack(weight, structure, weight.size(1), out, false);
 }
@@ -230,10 +229,9 @@ Tensor tile_unpack(const Tensor& values, const Tensor& index, const Tensor& tile
   const Structure structure(index, tile_ptr, columns, granularity, values);
   STD_TORCH_CHECK(out_features >= structure.kept && in_features >= 0,
                   "out_features must be at least the number of columns, got ", out_features);
-  STD_TORCH_CHECK(
-      values.dim() == 1 && values.size(0) <= structure.rows * structure.granularity,
-      "values must have at most ", structure.rows * structure.granularity, " elements, got shape ",
-      shape_of(values));
+  STD_TORCH_CHECK(values.dim() == 1 && values.size(0) <= structure.rows * structure.granularity,
+                  "values must have at most ", structure.rows * structure.granularity,
+                  " elements, got shape ", shape_of(values));
   Tensor out = empty_like(values, {out_features, in_features}, type_of(values));
   torch::stable::zero_(out);
   return pack(values, structure, in_features, out, true);

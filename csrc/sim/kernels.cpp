@@ -115,7 +115,8 @@ const char* fxprune_sim_tile_pack(int element_bytes, bool unpack, const void* fr
                                   const int32_t* columns, const int64_t* sizes) {
   return guarded([&] {
     Simulator simulator;
-    const TilePackArgs a{index, tile_ptr, columns, sizes[0], sizes[1], sizes[2], sizes[3], from, to};
+    const TilePackArgs a{index,    tile_ptr, columns, sizes[0], sizes[1],
+                         sizes[2], sizes[3], from,    to};
     if (element_bytes == 4) return tile_pack<uint32_t>(simulator, a, sizes[4], unpack);
     tile_pack<uint16_t>(simulator, a, sizes[4], unpack);
   });

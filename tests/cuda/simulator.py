@@ -32,14 +32,8 @@ FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wer
 FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"] if SANITIZE else ["-O2", "-g0"]
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)
-MESSAGES = (
-    "depthwise",
-    "tile_image",
-    "tile_gemm",
-    "transpose",
-    "case",
-    "run_case",
-)  # the functions that return a text or null
+# the functions that return a text or null
+MESSAGES = ("depthwise", "tile_image", "tile_gemm", "tile_pack", "transpose", "case", "run_case")
 SEEDS = (0, 1, 2)  # threads in order, in reverse, shuffled
 
 
@@ -180,4 +174,18 @@ def transpose(x: Tensor, *, seed: int = 0, plant: Plant = Plant.NONE) -> Tensor:
     begin(seed, plant, (x,), (out,))
     size = [ctypes.c_int64(v) for v in x.shape]
     finish(library().fxprune_sim_transpose(x.element_size(), pointer(x), pointer(out), *size), (out,))
+    return out
+
+
+def tile_pack(
+    given: Tensor, index: Tensor, tile_ptr: Tensor, columns: Tensor, granularity: int, result: int | tuple[int, int]
+) -> Tensor:
+    """``fxprune::tile_pack``, where ``result`` is the number of values, or ``tile_unpack``, where it is (N, K)."""
+    unpack = isinstance(result, tuple)
+    out = torch.zeros(result, dtype=given.dtype)
+    k = result[1] if isinstance(result, tuple) else given.shape[1]
+    begin(0, Plant.NONE, (given, index, tile_ptr, columns), (out,))
+    sizes = longs(k, len(columns), granularity, len(tile_ptr) - 1, len(index))
+    tensors = [pointer(t) for t in (given, out, index, tile_ptr, columns)]
+    finish(library().fxprune_sim_tile_pack(given.element_size(), unpack, *tensors, sizes), () if unpack else (out,))
     return out

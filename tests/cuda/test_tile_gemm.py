@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.cuda.integers import EXACT, SMOOTH, generator, integers
-from tests.cuda.simulator import ELEMENTS, SEEDS, shifted, tile_gemm, transpose
+from tests.cuda.simulator import ELEMENTS, SEEDS, shifted, tile_gemm, tile_pack, transpose
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -137,6 +137,15 @@ def test_transpose(dtype: torch.dtype) -> None:
     for rows, columns in ((1, 1), (1, 40), (33, 31), (64, 70)):
         x = torch.arange(rows * columns).view(rows, columns).to(dtype)
         assert torch.equal(transpose(x, seed=2), x.t())
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+def test_pack_and_unpack(dtype: torch.dtype) -> None:
+    for n, k, g in ((8, 6, 4), (70, 33, 64), (5, 12, 64)):
+        weight, (values, *structure) = tiles(generator(n), n, k, g, 0.5, 0.8)
+        packed = tile_pack(weight.to(dtype), *structure, g, len(values))
+        assert torch.equal(packed, values.to(dtype))
+        assert torch.equal(tile_pack(packed, *structure, g, (n, k)), weight.to(dtype))
 
 
 @pytest.mark.fuzz
