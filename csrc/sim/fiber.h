@@ -9,7 +9,7 @@
 #include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
+#include <sanitizer/asan_interface.h>
 #endif
 
 #if !defined(__x86_64__)
@@ -60,6 +60,7 @@ class Fiber {
   void start(std::function<void()> body) {
     body_ = std::move(body);
     done_ = false;
+    forget(stack_, kStack);  // frames of a run that was given up
     void** top = reinterpret_cast<void**>(stack_ + kStack);
     *--top = nullptr;  // a return address for entry, which never returns
     *--top = reinterpret_cast<void*>(&Fiber::entry);
@@ -105,9 +106,11 @@ class Fiber {
   static void after(void* fake, const void** stack, size_t* size) {
     __sanitizer_finish_switch_fiber(fake, stack, size);
   }
+  static void forget(void* stack, size_t size) { __asan_unpoison_memory_region(stack, size); }
 #else
   static void before(void**, const void*, size_t) {}
   static void after(void*, const void**, size_t*) {}
+  static void forget(void*, size_t) {}
 #endif
 
   char* stack_ = nullptr;

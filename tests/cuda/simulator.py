@@ -56,9 +56,8 @@ class Plant(enum.IntEnum):
     ACCUMULATOR_ROW = 9
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """Return the simulator, built if its sources changed; skip the test where it cannot be."""
+def build() -> Path:
+    """Build the simulator if its sources changed, and return it; skip the test where it cannot be."""
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     if platform.machine() != "x86_64":
         pytest.skip("the simulator switches stacks in x86-64 assembly")
@@ -74,17 +73,22 @@ def library() -> ctypes.CDLL:
         folder.mkdir(parents=True, exist_ok=True)
         include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
 
-        def build(source: Path) -> str:
+        def compile_one(source: Path) -> str:
             built = folder / f"{source.stem}.{os.getpid()}.o"
             subprocess.run([*compiler, *FLAGS, *include, "-c", str(source), "-o", str(built)], check=True)
             return str(built)
 
         with ThreadPoolExecutor(max_workers=2) as pool:
-            objects = list(pool.map(build, SOURCES))
+            objects = list(pool.map(compile_one, SOURCES))
         scratch = folder / f"simulator.{os.getpid()}.tmp"
         subprocess.run([*compiler, *FLAGS, "-shared", *objects, "-o", str(scratch)], check=True)
         scratch.replace(target)
-    loaded = ctypes.CDLL(str(target))
+    return target
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(build()))
     for name in MESSAGES:
         getattr(loaded, f"fxprune_sim_{name}").restype = ctypes.c_char_p
     loaded.fxprune_sim_all_written.restype = ctypes.c_bool
