@@ -26,6 +26,8 @@ from fxprune.lowering import library
 from gpu_timing import Rivals, micros
 from torch import Tensor
 
+from fxprune.sparsity import tile_image
+
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ("ceilings", "depthwise", "gemm", "models")
 Row = dict[str, Any]
@@ -212,11 +214,12 @@ def gemm_row(m: int, k: int, n: int, keep: float, g: int, dtype: torch.dtype, ce
     index = torch.cat([torch.randperm(k, generator=gen)[:kept].sort().values for _ in range(tiles)]).int().cuda()
     ptr = (torch.arange(tiles + 1) * kept).int().cuda()
     columns = torch.arange(n).int().cuda()
-    values = torch.randn(kept * n, device="cuda").to(dtype)
+    values = torch.randn(kept * n).to(dtype)
+    image = tile_image.build(values, ptr.cpu(), g, n).cuda()  # as inference packs it
     x = torch.randn(1, k, m, device="cuda").to(dtype)  # feature-major
     rows = x[0].t().contiguous()
     weight = torch.randn(n, k, device="cuda").to(dtype)
-    packed = (values, index, ptr, columns, None, None, None, n, g)
+    packed = (image, index, ptr, columns, None, None, None, n, g)
     rivals = Rivals()
     rivals.add("ours", lambda: lambda: torch.ops.fxprune.tile_gemm(x, *packed, 1, "none"))
     rivals.add("linear", lambda: lambda: F.linear(rows, weight))

@@ -121,7 +121,7 @@ class Weights:
                 for buffer, new in zip(entry.buffers, self._built(entry.build, entry.inputs), strict=True):
                     if new.shape != buffer.shape or new.dtype != buffer.dtype:
                         raise StructureChanged
-                    if buffer.is_floating_point():
+                    if buffer.is_floating_point() or buffer.dtype == torch.uint8:  # values, or an image of them
                         buffer.copy_(new)
                     elif not torch.equal(buffer, new):
                         raise StructureChanged

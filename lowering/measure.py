@@ -24,7 +24,7 @@ from .. import cost
 from ..config import Config
 from ..context import Timing, Unit
 from ..match import Match
-from ..sparsity import dcp, tile
+from ..sparsity import dcp, tile, tile_image
 from ..sparsity.pattern import LayerMask
 from . import library
 from .measure_rnn import Weight, as_linear, predicted, recurrent_calls
@@ -132,8 +132,12 @@ def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> 
     return run
 
 
-def _operands(packed: Mapping[str, Tensor], x: Tensor) -> list[Tensor]:
-    return [packed[name].to(x.device) for name in ("values", "index", "tile_ptr", "columns")]
+def _operands(packed: Mapping[str, Tensor], x: Tensor, granularity: int | None = None) -> list[Tensor]:
+    """Return a packed weight as the operators take it; ``granularity``: of one that tile_gemm reads."""
+    values, index, tile_ptr, columns = (packed[name] for name in ("values", "index", "tile_ptr", "columns"))
+    if granularity is not None and tile_image.wanted(x):
+        values = tile_image.build(values, tile_ptr, granularity, len(columns))
+    return [t.to(x.device) for t in (values, index, tile_ptr, columns)]
 
 
 def dense_calls(match: Match, x: Tensor) -> list[Callable[[], Tensor]]:

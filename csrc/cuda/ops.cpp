@@ -139,10 +139,16 @@ Tensor tile_gemm(const Tensor& x_in, const Tensor& values_in, const Tensor& inde
   const Structure structure(index, tile_ptr, columns, granularity, x_in);
   STD_TORCH_CHECK(structure.kept <= out_features, "columns must hold at most ", out_features,
                   " output features, got ", structure.kept);
+  // values may be the image itself, made when the weight was packed.
+  const bool has_image =
+      element != Element::kFloat && type_of(values_in) == aoti_torch_dtype_uint8();
+  const gpu::TileImage layout{structure.tiles, structure.rows, structure.granularity};
   // Tiles are `granularity` wide but the last, whose rows are not known here.
-  const int64_t most = structure.rows * structure.granularity;
-  STD_TORCH_CHECK(values_in.dim() == 1 && values_in.size(0) <= most, "values must have at most ",
-                  most, " elements, got shape ", shape_of(values_in));
+  const int64_t most = has_image ? layout.bytes() : structure.rows * structure.granularity;
+  STD_TORCH_CHECK(values_in.dim() == 1 && values_in.size(0) <= most &&
+                      (!has_image || values_in.size(0) == most),
+                  "values must have ", has_image ? "" : "at most ", most, " elements, got shape ",
+                  shape_of(values_in));
   const int64_t axis = feature_major ? 1 : rank - 1;
   std::vector<int64_t> shape(rank);
   for (int64_t i = 0; i < rank; ++i) shape[i] = i == axis ? out_features : x_in.size(i);
@@ -161,7 +167,9 @@ Tensor tile_gemm(const Tensor& x_in, const Tensor& values_in, const Tensor& inde
   OptionalTensor residual = like_input(residual_in, "residual", x_in, shape);
   const OptionalTensor gate = like_input(gate_in, "gate", x_in, {x_in.size(0), a.k});
   Tensor x = like_input(x_in, "x", x_in);
-  const Tensor values = like_input(values_in, "values", x_in);
+  const Tensor values =
+      has_image ? list_input(values_in, "values", x_in, aoti_torch_dtype_uint8(), "uint8")
+                : like_input(values_in, "values", x_in);
   Tensor out = empty_like(x, shape, type_of(x));
   if (out.numel() == 0) return out;
   structure.fill(&a);
@@ -169,8 +177,9 @@ Tensor tile_gemm(const Tensor& x_in, const Tensor& values_in, const Tensor& inde
   const DeviceGuard guard(x.get_device_index());
   void* const stream = current_stream(x);
   OptionalTensor image, result;
-  if (element != Element::kFloat) {
-    const gpu::TileImage layout = a.layout();
+  if (has_image) {
+    image = values;
+  } else if (element != Element::kFloat) {
     image = empty_like(x, {layout.bytes()}, aoti_torch_dtype_uint8());
     gpu::tile_image_cuda(
         {layout, values.const_data_ptr(), a.tile_ptr, a.kept, image->mutable_data_ptr()}, stream);

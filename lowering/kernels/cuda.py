@@ -22,10 +22,10 @@ def supports(x: Any, weight: Any = None) -> str | None:
         if isinstance(tensor, torch.Tensor):
             if tensor.device.type != "cuda":
                 return f"needs a GPU, got {tensor.device.type}"
-            if tensor.dtype not in DTYPES:
+            if tensor.dtype not in DTYPES and not (tensor is weight and tensor.dtype == torch.uint8):  # a tile image
                 return f"needs float32, float16 or bfloat16, got {str(tensor.dtype).removeprefix('torch.')}"
     if isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor):
-        if x.dtype != weight.dtype:
+        if weight.dtype not in (x.dtype, torch.uint8):
             return f"needs x and the weight in one type, got {x.dtype} and {weight.dtype}"
         if x.device != weight.device:
             return f"needs x and the weight on one GPU, got {x.device} and {weight.device}"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxprune.ops import OPS, tile_gemm
 from fxprune.ops.operator import Operator
+from fxprune.sparsity import tile_image
 from tests.cuda.integers import EXACT, SMOOTH, bitmap, generator, integers
 from tests.cuda.test_tile_gemm import tiles
 
@@ -79,6 +80,12 @@ def test_tile_gemm(shape: tuple[int, int, int, int, int], dtype: torch.dtype) ->
         arguments, y = gemm_case(shape, extras, feature_dim)
         got = CALL.tile_gemm(*(on_gpu(a, dtype) for a in arguments), "relu")
         assert torch.equal(got, F.relu(y).float().to(dtype)), (shape, extras, feature_dim)
+        if dtype != torch.float32:
+            values, _, ptr, columns = (a.cpu() for a in arguments[1:5])
+            image = tile_image.build(values.to(dtype), ptr, shape[4], len(columns)).cuda()
+            assert torch.equal(
+                CALL.tile_gemm(*(on_gpu(a, dtype) for a in (arguments[0], image, *arguments[2:])), "relu"), got
+            )
 
 
 @pytest.mark.parametrize("activation", (*EXACT, *SMOOTH))
