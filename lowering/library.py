@@ -3,7 +3,8 @@
 With the library, its own schemas and kernels are registered under ``fxprune::``. Without it the same schemas are
 defined from Python, so that references can be attached to them, and one warning says so. The CUDA kernels are a library
 of their own, loaded beside the first one where torch has CUDA. Environment, for debugging: ``FXPRUNE_LIBRARY`` and
-``FXPRUNE_CUDA_LIBRARY`` name the shared objects to load, ``FXPRUNE_ISA`` caps the instruction set of the CPU's.
+``FXPRUNE_CUDA_LIBRARY`` name the shared objects to load, ``FXPRUNE_ISA`` caps the instruction set of the CPU's,
+``FXPRUNE_CUDA_ISA=sm_80`` that of the GPU's.
 """
 
 from __future__ import annotations

@@ -4,6 +4,10 @@
 //
 // Index lists are not checked here: that would read them back. They are checked when they are
 // packed (Pattern.check), and the planner packs on the host.
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+
 #include "cuda/arguments.h"
 
 namespace fxprune {
@@ -120,6 +124,15 @@ Tensor transposed(const Tensor& x, int64_t rows, int64_t columns, Element elemen
   return out;
 }
 
+// For debugging: FXPRUNE_CUDA_ISA=sm_80 leaves the kernels for newer GPUs unused.
+bool newest_kernels() {
+  static const bool newest = [] {
+    const char* cap = std::getenv("FXPRUNE_CUDA_ISA");
+    return cap == nullptr || std::string(cap) != "sm_80";
+  }();
+  return newest;
+}
+
 Tensor tile_gemm(const Tensor& x_in, const Tensor& values_in, const Tensor& index,
                  const Tensor& tile_ptr, const Tensor& columns, const OptionalTensor& bias_in,
                  const OptionalTensor& residual_in, const OptionalTensor& gate_in,
@@ -196,7 +209,7 @@ Tensor tile_gemm(const Tensor& x_in, const Tensor& values_in, const Tensor& inde
   a.residual = address(residual);
   a.gate = address(gate);
   a.out = (feature_major ? out : *result).mutable_data_ptr();
-  gpu::tile_gemm_cuda(a, element, true, stream);
+  gpu::tile_gemm_cuda(a, element, newest_kernels(), stream);
   if (!feature_major) {
     gpu::transpose_cuda({result->const_data_ptr(), out.mutable_data_ptr(), a.n, a.m},
                         element == Element::kFloat ? 4 : 2, stream);

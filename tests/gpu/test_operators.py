@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,6 +26,16 @@ GEMMS = (
     (1, 40, 8, 8, 8), (2, 33, 49, 70, 64), (1, 100, 136, 200, 128), (8, 96, 196, 576, 64), (4, 1152, 49, 320, 64),
     (1, 768, 4096, 768, 128), (1, 768, 4096, 3072, 256), (1, 3072, 4096, 768, 256), (3, 300, 1000, 384, 128),
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs() -> Iterator[None]:
+    """Outputs start as NaN, so that what is left unwritten is seen; gradients are compared in full fp32."""
+    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 def on_gpu(value: Any, dtype: torch.dtype | None = None) -> Any:
