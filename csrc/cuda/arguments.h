@@ -1,6 +1,9 @@
 // What the CUDA operators demand of their arguments, and where their work goes. Only shapes, types
 // and devices are looked at: values stay on the GPU, so that nothing waits and CUDA graphs can
 // record the call.
+//
+// With FXPRUNE_SIMULATED the operators take tensors of the CPU and run on the simulator
+// (csrc/sim/operators.cpp), so that their checks and their hand-over are tested without a GPU.
 #pragma once
 
 #include <dlfcn.h>
@@ -31,8 +34,16 @@ inline int32_t type_of(const Tensor& t) {
   return type;
 }
 
+inline bool on_gpu(const Tensor& t) {
+#ifdef FXPRUNE_SIMULATED
+  return t.is_cpu();
+#else
+  return t.is_cuda();
+#endif
+}
+
 inline void check_device(const Tensor& t, const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), name,
+  STD_TORCH_CHECK(on_gpu(t) && t.get_device_index() == x.get_device_index(), name,
                   " must be on the GPU of x");
 }
 
@@ -70,6 +81,14 @@ inline Tensor empty_like(const Tensor& like, const std::vector<int64_t>& shape, 
   return Tensor(handle);
 }
 
+#ifdef FXPRUNE_SIMULATED
+inline void* current_stream(const Tensor&) {
+  return nullptr;
+}
+struct OnDeviceOf {
+  explicit OnDeviceOf(const Tensor&) {}
+};
+#else
 // torch's current stream on the GPU of x. The function lives in libtorch_cuda, which a CPU-only
 // torch does not have, so it is looked up at the first call instead of linked.
 inline void* current_stream(const Tensor& x) {
@@ -86,8 +105,15 @@ inline void* current_stream(const Tensor& x) {
   return stream;
 }
 
+// Makes the GPU of a tensor the current one until the end of the scope.
+struct OnDeviceOf {
+  torch::stable::accelerator::DeviceGuard guard;
+  explicit OnDeviceOf(const Tensor& x) : guard(x.get_device_index()) {}
+};
+#endif
+
 inline void check_cuda_tensor(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.is_cuda(), name, " must be on a GPU");
+  STD_TORCH_CHECK(on_gpu(x), name, " must be on a GPU");
 }
 
 // The kernels index within one plane by 32-bit integers.

@@ -15,7 +15,6 @@ namespace {
 
 using IntList = std::vector<int64_t>;
 using gpu::Element;
-using torch::stable::accelerator::DeviceGuard;
 
 void check_pair(const IntList& v, const char* name, int64_t least) {
   STD_TORCH_CHECK(v.size() == 2, name, " must have 2 entries, got ", v.size());
@@ -71,7 +70,7 @@ Tensor depthwise_taps(const Tensor& x_in, const Tensor& weight_in, const Tensor&
                             g.pad_h,    g.pad_w,    g.dilation_h, g.dilation_w};
   for (int i = 0; i < 8; ++i) *windows[i] = static_cast<int>(values[i]);
   a.activation = chosen;
-  const DeviceGuard guard(x.get_device_index());
+  const OnDeviceOf guard(x);
   gpu::depthwise_taps_cuda(a, element, current_stream(x));
   return out;
 }
@@ -103,6 +102,18 @@ struct Structure {
   template <class T>
   static const T* data(const Tensor& t) {
     return static_cast<const T*>(t.const_data_ptr());
+  }
+  // The number of packed weights follows from the shapes but for the K rows of a narrower last
+  // tile.
+  void check_values(const Tensor& values) const {
+    const int64_t most = rows * granularity, narrower = tiles * granularity - kept;
+    const int64_t missing = values.dim() == 1 ? most - values.size(0) : -1;
+    const bool possible =
+        narrower == 0 ? missing == 0
+                      : missing >= 0 && missing % narrower == 0 && missing / narrower <= rows;
+    STD_TORCH_CHECK(possible, "values must have ", narrower == 0 ? "" : "at most ", most,
+                    " elements for ", rows, " kept rows in tiles of ", granularity, ", got shape ",
+                    shape_of(values));
   }
   // Sets the structure's part of an argument record.
   template <class Args>
@@ -156,12 +167,11 @@ Tensor tile_gemm(const Tensor& x_in, const Tensor& values_in, const Tensor& inde
   const bool has_image =
       element != Element::kFloat && type_of(values_in) == aoti_torch_dtype_uint8();
   const gpu::TileImage layout{structure.tiles, structure.rows, structure.granularity};
-  // Tiles are `granularity` wide but the last, whose rows are not known here.
-  const int64_t most = has_image ? layout.bytes() : structure.rows * structure.granularity;
-  STD_TORCH_CHECK(values_in.dim() == 1 && values_in.size(0) <= most &&
-                      (!has_image || values_in.size(0) == most),
-                  "values must have ", has_image ? "" : "at most ", most, " elements, got shape ",
-                  shape_of(values_in));
+  if (has_image) {
+    check_shape(values_in, "values", {layout.bytes()});
+  } else {
+    structure.check_values(values_in);
+  }
   const int64_t axis = feature_major ? 1 : rank - 1;
   std::vector<int64_t> shape(rank);
   for (int64_t i = 0; i < rank; ++i) shape[i] = i == axis ? out_features : x_in.size(i);
@@ -187,7 +197,7 @@ Tensor tile_gemm(const Tensor& x_in, const Tensor& values_in, const Tensor& inde
   if (out.numel() == 0) return out;
   structure.fill(&a);
 
-  const DeviceGuard guard(x.get_device_index());
+  const OnDeviceOf guard(x);
   void* const stream = current_stream(x);
   OptionalTensor image, result;
   if (has_image) {
@@ -225,7 +235,7 @@ Tensor pack(const Tensor& from_in, const Structure& structure, int64_t k, Tensor
   a.k = k;
   a.from = from.const_data_ptr();
   a.to = out.mutable_data_ptr();
-  const DeviceGuard guard(from.get_device_index());
+  const OnDeviceOf guard(from);
   if (out.numel() > 0 && from.numel() > 0) {
     gpu::tile_pack_cuda(a, structure.rows, element == Element::kFloat ? 4 : 2, unpack,
                         current_stream(from));
@@ -251,9 +261,7 @@ Tensor tile_unpack(const Tensor& values, const Tensor& index, const Tensor& tile
   const Structure structure(index, tile_ptr, columns, granularity, values);
   STD_TORCH_CHECK(out_features >= structure.kept && in_features >= 0,
                   "out_features must be at least the number of columns, got ", out_features);
-  STD_TORCH_CHECK(values.dim() == 1 && values.size(0) <= structure.rows * structure.granularity,
-                  "values must have at most ", structure.rows * structure.granularity,
-                  " elements, got shape ", shape_of(values));
+  structure.check_values(values);
   Tensor out = empty_like(values, {out_features, in_features}, type_of(values));
   torch::stable::zero_(out);
   return pack(values, structure, in_features, out, true);
@@ -262,7 +270,11 @@ Tensor tile_unpack(const Tensor& values, const Tensor& index, const Tensor& tile
 }  // namespace
 }  // namespace fxprune
 
+#ifdef FXPRUNE_SIMULATED
+STABLE_TORCH_LIBRARY_IMPL(fxprune_simulated, CPU, m) {
+#else
 STABLE_TORCH_LIBRARY_IMPL(fxprune, CUDA, m) {
+#endif
   m.impl("depthwise_taps", TORCH_BOX(&fxprune::depthwise_taps));
   m.impl("tile_gemm", TORCH_BOX(&fxprune::tile_gemm));
   m.impl("tile_pack", TORCH_BOX(&fxprune::tile_pack));

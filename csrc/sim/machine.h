@@ -57,6 +57,9 @@ void reset(uint32_t seed, Plant plant);
 void launch(const int64_t (&grid)[3], int threads, int64_t shared_bytes,
             const std::function<void()>& kernel);
 
+// Lets kernels touch any global memory, unchecked, until the next reset.
+void trust_global_memory();
+
 // True when every byte of the declared memory at `data` has been written.
 bool all_written(const void* data);
 

@@ -181,6 +181,7 @@ GlobalShadow::Range& GlobalShadow::find(const void* at, int64_t bytes, int64_t a
 }
 
 void GlobalShadow::read(const void* at, int64_t bytes, int64_t align) {
+  if (trusted_) return;
   const Range& range = find(at, bytes, align, "reads");
   if (!range.writable) return;
   const int64_t first = static_cast<const char*>(at) - range.begin;
@@ -191,6 +192,7 @@ void GlobalShadow::read(const void* at, int64_t bytes, int64_t align) {
 }
 
 void GlobalShadow::write(const void* at, int64_t bytes, int64_t align) {
+  if (trusted_) return;
   Range& range = find(at, bytes, align, "writes");
   if (!range.writable) fault("writes a buffer that is only to be read");
   const int64_t first = static_cast<const char*>(at) - range.begin;

@@ -75,7 +75,11 @@ class SharedShadow {
 
 class GlobalShadow {
  public:
-  void clear() { ranges_.clear(); }
+  void clear() {
+    ranges_.clear();
+    trusted_ = false;
+  }
+  void trust() { trusted_ = true; }
   void declare(const void* data, int64_t bytes, bool writable);
   void begin_launch();
   void read(const void* at, int64_t bytes, int64_t align);
@@ -92,6 +96,7 @@ class GlobalShadow {
   };
   Range& find(const void* at, int64_t bytes, int64_t align, const char* verb);
   std::vector<Range> ranges_;
+  bool trusted_ = false;  // nothing is checked
 };
 
 }  // namespace fxprune::sim
