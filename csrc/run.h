@@ -17,7 +17,7 @@ namespace fxprune {
 // Fills the arguments' pointers into it, so it must outlive the run.
 class DepthwiseTables {
  public:
-  explicit DepthwiseTables(DepthwiseTaps* a) {
+  explicit DepthwiseTables(DepthwiseShape* a) {
     if (!a->vectorised()) return;
     const int64_t width = kernels().width;
     masks_.resize(depthwise_mask_count(*a, width));
@@ -35,13 +35,15 @@ class DepthwiseTables {
 };
 
 // This thread's room for the taps of one channel.
-inline Tap* tap_list(const DepthwiseTaps& a) {
+inline Tap* tap_list(const DepthwiseShape& a) {
   static thread_local std::vector<Tap> list;
   if (static_cast<int64_t>(list.size()) < a.kernel()) list.resize(a.kernel());
   return list.data();
 }
 
-inline void run_depthwise(const DepthwiseTaps& a, int64_t pool) {
+// Calls f(span) for every unit of a depthwise convolution.
+template <class F>
+void for_each_plane_span(const DepthwiseShape& a, int64_t pool, const F& f) {
   const Kernels& k = kernels();
   const int64_t planes = a.batch * a.channels;
   // Few images of large planes are cut in bands, one a thread, as the pointwise GEMMs around cut
@@ -54,10 +56,15 @@ inline void run_depthwise(const DepthwiseTaps& a, int64_t pool) {
   const int64_t chunks = std::min(planes, (pool * 8 + bands - 1) / bands);
   for_each_unit(bands * chunks, pool, [&](int64_t unit) {
     const int64_t band = unit / chunks, chunk = unit % chunks;
-    const PlaneSpan span = {planes * chunk / chunks, planes * (chunk + 1) / chunks,
-                            length * band / bands, length * (band + 1) / bands};
-    k.depthwise_taps(a, span, tap_list(a));
+    f(PlaneSpan{planes * chunk / chunks, planes * (chunk + 1) / chunks, length * band / bands,
+                length * (band + 1) / bands});
   });
+}
+
+inline void run_depthwise(const DepthwiseTaps& a, int64_t pool) {
+  const Kernels& k = kernels();
+  for_each_plane_span(a, pool,
+                      [&](const PlaneSpan& span) { k.depthwise_taps(a, span, tap_list(a)); });
 }
 
 // Feature-major: pixels are cut first. Where an image has too few of them, tiles are cut as well,

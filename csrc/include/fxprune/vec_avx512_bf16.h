@@ -1,0 +1,30 @@
+// AVX-512 vectors with the dot products and roundings of AVX512-BF16. Include only under a target
+// pragma that enables it beside avx512f, bw, vl and dq.
+//
+// Its instructions take denormal numbers as zero and give none.
+#pragma once
+
+#include "fxprune/vec_avx512.h"
+
+namespace fxprune {
+
+template <class Isa>
+struct Avx512Bf16Vectors : Avx512Vectors<Isa> {
+  using Reg = __m512;
+  using Pairs = __m512i;
+
+  static Pairs load_pairs(const Bf16* p) { return _mm512_loadu_si512(p); }
+  static Pairs set1_pairs(const Bf16* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return _mm512_set1_epi32(pair);
+  }
+  static Reg dot(Pairs a, Pairs b, Reg c) {
+    return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+  }
+  static __m256i narrowed(Reg a) { return (__m256i)_mm512_cvtneps_pbh(a); }
+};
+
+struct Avx512Bf16 : Avx512Bf16Vectors<Avx512Bf16> {};
+
+}  // namespace fxprune
