@@ -66,7 +66,7 @@ inline void run_tile_gemm(const TileGemmBf16& a, bool feature_major, int64_t poo
   const TileGrid grid = bf16_grid(a, feature_major, pool);
   const auto kernel = feature_major ? k.tile_gemm_bf16_feature_major : k.tile_gemm_bf16_row_major;
   for_each_unit(grid.units(), pool, [&](int64_t unit) {
-    kernel(a, tile_unit(a, grid, unit), scratch<1>(k.bf16_scratch(a, 1)));
+    kernel(a, tile_unit(a, grid, unit), scratch<1>(k.bf16_scratch(a, grid.step)));
   });
 }
 

@@ -22,13 +22,18 @@ struct PairProducts<Amx> {
     if (rows_ != 0) _tile_release();
   }
 
-  void run(const Bf16* image, int64_t depth, int64_t rows, int64_t strips, const Bf16* pairs,
-           int64_t halves, float* sums) {
+  void run(const Bf16* image, int64_t stride, int64_t depth, int64_t rows, int64_t strips,
+           const Bf16* pairs, int64_t halves, bool add, float* sums) {
     if (rows != rows_) configure(rows);
-    if (strips == 2) {
-      halves == 2 ? square(image, depth, rows, pairs, sums) : tall(image, depth, rows, pairs, sums);
+    const int64_t block = rows * kDeep;
+    if (strips == 2 && halves == 2) {
+      square(image, image + stride, depth, block, pairs, add, sums);
+    } else if (strips == 2) {
+      tall(image, image + stride, depth, block, pairs, add, sums);
+    } else if (halves == 2) {
+      wide(image, depth, block, pairs, add, sums);
     } else {
-      halves == 2 ? wide(image, depth, rows, pairs, sums) : single(image, depth, rows, pairs, sums);
+      single(image, depth, block, pairs, add, sums);
     }
   }
 
@@ -51,50 +56,66 @@ struct PairProducts<Amx> {
 
   static constexpr int64_t kPairBytes = 4 * kPixels, kBlock = 16 * 2 * kPixels;
 
-  static void square(const Bf16* image, int64_t depth, int64_t rows, const Bf16* pairs,
-                     float* sums) {
-    const Bf16* below = image + depth * rows * kDeep;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+  // `block`: numbers of one block of a strip, which is also what a strip takes of the sums, because
+  // kDeep == kPixels.
+  static void square(const Bf16* image, const Bf16* below, int64_t depth, int64_t block, const Bf16* pairs, bool add, float* sums) {
+    if (add) {
+      _tile_loadd(0, sums, kPairBytes);
+      _tile_loadd(1, sums + kPixels / 2, kPairBytes);
+      _tile_loadd(2, sums + block, kPairBytes);
+      _tile_loadd(3, sums + block + kPixels / 2, kPairBytes);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
     for (int64_t d = 0; d < depth; ++d) {
       _tile_loadd(6, pairs + d * kBlock, kPairBytes);
-      _tile_loadd(4, image + d * rows * kDeep, 64);
-      _tile_loadd(7, pairs + d * kBlock + kPixels, kPairBytes);
+      _tile_loadd(4, image + d * block, 64);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, below + d * rows * kDeep, 64);
+      _tile_loadd(7, pairs + d * kBlock + kPixels, kPairBytes);
       _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, below + d * block, 64);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, sums, kPairBytes);
     _tile_stored(1, sums + kPixels / 2, kPairBytes);
-    _tile_stored(2, sums + rows * kPixels, kPairBytes);
-    _tile_stored(3, sums + rows * kPixels + kPixels / 2, kPairBytes);
+    _tile_stored(2, sums + block, kPairBytes);
+    _tile_stored(3, sums + block + kPixels / 2, kPairBytes);
   }
 
-  static void tall(const Bf16* image, int64_t depth, int64_t rows, const Bf16* pairs, float* sums) {
-    const Bf16* below = image + depth * rows * kDeep;
-    _tile_zero(0);
-    _tile_zero(2);
+  static void tall(const Bf16* image, const Bf16* below, int64_t depth, int64_t block, const Bf16* pairs, bool add, float* sums) {
+    if (add) {
+      _tile_loadd(0, sums, kPairBytes);
+      _tile_loadd(2, sums + block, kPairBytes);
+    } else {
+      _tile_zero(0);
+      _tile_zero(2);
+    }
     for (int64_t d = 0; d < depth; ++d) {
       _tile_loadd(6, pairs + d * kBlock, kPairBytes);
-      _tile_loadd(4, image + d * rows * kDeep, 64);
+      _tile_loadd(4, image + d * block, 64);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, below + d * rows * kDeep, 64);
+      _tile_loadd(5, below + d * block, 64);
       _tile_dpbf16ps(2, 5, 6);
     }
     _tile_stored(0, sums, kPairBytes);
-    _tile_stored(2, sums + rows * kPixels, kPairBytes);
+    _tile_stored(2, sums + block, kPairBytes);
   }
 
-  static void wide(const Bf16* image, int64_t depth, int64_t rows, const Bf16* pairs, float* sums) {
-    _tile_zero(0);
-    _tile_zero(1);
+  static void wide(const Bf16* image, int64_t depth, int64_t block, const Bf16* pairs, bool add, float* sums) {
+    if (add) {
+      _tile_loadd(0, sums, kPairBytes);
+      _tile_loadd(1, sums + kPixels / 2, kPairBytes);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+    }
     for (int64_t d = 0; d < depth; ++d) {
       _tile_loadd(6, pairs + d * kBlock, kPairBytes);
-      _tile_loadd(4, image + d * rows * kDeep, 64);
+      _tile_loadd(4, image + d * block, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, pairs + d * kBlock + kPixels, kPairBytes);
       _tile_dpbf16ps(1, 4, 7);
@@ -103,12 +124,15 @@ struct PairProducts<Amx> {
     _tile_stored(1, sums + kPixels / 2, kPairBytes);
   }
 
-  static void single(const Bf16* image, int64_t depth, int64_t rows, const Bf16* pairs,
-                     float* sums) {
-    _tile_zero(0);
+  static void single(const Bf16* image, int64_t depth, int64_t block, const Bf16* pairs, bool add, float* sums) {
+    if (add) {
+      _tile_loadd(0, sums, kPairBytes);
+    } else {
+      _tile_zero(0);
+    }
     for (int64_t d = 0; d < depth; ++d) {
       _tile_loadd(6, pairs + d * kBlock, kPairBytes);
-      _tile_loadd(4, image + d * rows * kDeep, 64);
+      _tile_loadd(4, image + d * block, 64);
       _tile_dpbf16ps(0, 4, 6);
     }
     _tile_stored(0, sums, kPairBytes);

@@ -7,13 +7,15 @@
 // neighbours one of a dot product. What is missing is zero.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "fxprune/tile_gemm.h"
 
 namespace fxprune {
 
-constexpr int64_t kDeep = 32;  // input features of a block
+constexpr int64_t kDeep = 32;    // input features of a block
+constexpr int64_t kPixels = 32;  // pixels or rows that are multiplied at once
 
 inline int64_t strip_rows(int64_t width) {
   return width <= 8 ? 8 : 16;
@@ -30,6 +32,12 @@ inline int64_t image_offset(const TileShape& a, int64_t tile) {
   int64_t length = 0;
   for (int64_t t = 0; t < tile; ++t) length += image_depth(a, t) * kDeep * image_rows(a.width(t));
   return length;
+}
+
+// Blocks of 32 pixels whose panels, (k, 32) each, are in L2 together.
+inline int64_t bf16_group(const TileShape& a) {
+  constexpr int64_t kPanels = 320 * 1024;  // numbers
+  return std::max<int64_t>(1, kPanels / std::max<int64_t>(a.k * kPixels, 1));
 }
 
 // Calls f(position in the image) for every kept weight, in the order of the packed values.

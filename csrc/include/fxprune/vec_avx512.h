@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "fxprune/bf16.h"
+#include "fxprune/unroll.h"
 
 namespace fxprune {
 
@@ -64,22 +65,27 @@ struct Avx512Vectors {
   // quarters.
   static void transpose(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
     Reg a[16], b[16];
+    FXPRUNE_UNROLL
     for (int i = 0; i < 16; ++i) a[i] = load(from + i * ld_from);
     transpose(a, b);
+    FXPRUNE_UNROLL
     for (int i = 0; i < 16; ++i) store(to + i * ld_to, b[i]);
   }
   // The same in registers; changes `a`.
   static void transpose(Reg* a, Reg* b) {
+    FXPRUNE_UNROLL
     for (int i = 0; i < 16; i += 2) {
       b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
       b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
     }
+    FXPRUNE_UNROLL
     for (int i = 0; i < 16; i += 4) {
       a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);
       a[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xEE);
       a[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44);
       a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xEE);
     }
+    FXPRUNE_UNROLL
     for (int i = 0; i < 4; ++i) {  // quarter q of a[i + 4 r] is column i + 4 q of rows 4 r..
       const Reg p = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88),
                 q = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88),
@@ -153,9 +159,11 @@ struct Avx512Vectors {
     alignas(64) float square[2][16 * 16];
     for (int half = 0; half < 2; ++half) {
       Reg a[16], b[16];
+      FXPRUNE_UNROLL
       for (int i = 0; i < 16; ++i)
         a[i] = _mm512_castsi512_ps(_mm512_loadu_si512(from + (16 * half + i) * ld));
       transpose(a, b);
+      FXPRUNE_UNROLL
       for (int i = 0; i < 16; ++i) store(square[half] + 16 * i, b[i]);
     }
     for (int p = 0; p < 16; ++p) {
@@ -164,6 +172,36 @@ struct Avx512Vectors {
       _mm512_storeu_si512(to + 64 * p, _mm512_permutex2var_epi16(a, count, b));
       _mm512_storeu_si512(to + 64 * p + 32, _mm512_permutex2var_epi16(a, odd, b));
     }
+  }
+
+  // to[ld p + j] = lines[j][p] + bias[j], clamped, for p < count, j < features <= 32: rounded first,
+  // then transposed as pairs of features.
+  static void store_transposed(const float* const* lines, const float* bias, float low, float high,
+                               float*, Bf16* to, int64_t ld, int64_t features, int64_t count) {
+    const Reg least = set1(low), most = set1(high);
+    const __mmask32 mask = features >= 32 ? ~0u : (1u << features) - 1u;
+    for (int64_t p = 0; p < count; p += 16) {
+      Reg a[16], b[16];
+      FXPRUNE_UNROLL
+      for (int i = 0; i < 16; ++i) {
+        const Reg even = add(load(lines[2 * i] + p), set1(bias[2 * i])),
+                  odd = add(load(lines[2 * i + 1] + p), set1(bias[2 * i + 1]));
+        a[i] = Isa::joined(min(most, max(least, even)), min(most, max(least, odd)));
+      }
+      transpose(a, b);
+      Bf16* at = to + p * ld;
+      const int64_t rows = count - p;
+      FXPRUNE_UNROLL
+      for (int r = 0; r < 16; ++r) {
+        if (r < rows) _mm512_mask_storeu_epi16(at + r * ld, mask, _mm512_castps_si512(b[r]));
+      }
+    }
+  }
+  // Both rounded, lane by lane beside each other.
+  static Reg joined(Reg even, Reg odd) {
+    const __m512i low = _mm512_cvtepu16_epi32(narrowed(even)),
+                  high = _mm512_cvtepu16_epi32(narrowed(odd));
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
 
   // Pairs of bfloat16 as a dot product takes them.
