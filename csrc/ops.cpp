@@ -134,7 +134,7 @@ Tensor tile_gemm_cpu(const Tensor& x_in, const Tensor& values_in, const Tensor& 
   if (empty) return out;
   TileGemm g{a, data<float>(x), data<float>(values), data_or_null(residual), data_or_null(gate),
              static_cast<float*>(out.mutable_data_ptr())};
-  run_tile_gemm(g, feature_major, structure.values, threads());
+  run_tile_gemm(g, feature_major, threads());
   return out;
 }
 

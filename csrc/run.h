@@ -123,24 +123,30 @@ inline void run_tile_gemm_panel(const TileGemm& a, bool feature_major, int64_t p
   });
 }
 
-// values: how many weights are packed.
-inline void run_tile_gemm(const TileGemm& a, bool feature_major, int64_t values, int64_t pool) {
+inline void run_tile_gemm(const TileGemm& a, bool feature_major, int64_t pool) {
   const Kernels& k = kernels();
   if (uses_panel(a, feature_major, k.width)) return run_tile_gemm_panel(a, feature_major, pool);
   const TileGrid grid = feature_major ? feature_major_grid(a, k, pool) : row_major_grid(a, pool);
   const auto kernel = feature_major ? k.tile_gemm_feature_major : k.tile_gemm_row_major;
   for_each_unit(grid.units(), pool, [&](int64_t unit) {
-    kernel(a, tile_unit(a, grid, unit), a.gate ? scratch(values) : nullptr);
+    kernel(a, tile_unit(a, grid, unit), a.gate ? scratch(a.tile_ptr[a.tiles] * a.granularity) : nullptr);
   });
 }
 
-// Largest expanded tile, in floats, that run_expand_depthwise keeps beside the rest of its working
+inline void run_channel_mean(const float* x, float* out, int64_t channels, int64_t size) {
+  kernels().channel_mean(x, out, channels, size);
+}
+
+// Largest expanded tile, in numbers, that run_expand_depthwise keeps beside the rest of its working
 // set in L2.
 constexpr int64_t kExpandedTile = 160 * 1024;
 
+inline bool can_expand_depthwise(const TileShape& g) {
+  return g.kept == g.n && g.tiles > 0 && g.granularity * g.m <= kExpandedTile;
+}
 inline bool can_expand_depthwise(const TileGemm& g) {
-  return !uses_panel(g, true, kernels().width) && g.kept == g.n && g.tiles > 0 &&
-         g.granularity * g.m <= kExpandedTile;
+  const TileShape& shape = g;
+  return !uses_panel(g, true, kernels().width) && can_expand_depthwise(shape);
 }
 
 // A feature-major GEMM and the depthwise convolution of its result, tile by tile: the expanded

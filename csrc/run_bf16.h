@@ -70,4 +70,31 @@ inline void run_tile_gemm(const TileGemmBf16& a, bool feature_major, int64_t poo
   });
 }
 
+inline void run_channel_mean(const Bf16* x, Bf16* out, int64_t channels, int64_t size) {
+  kernels().bf16.channel_mean_bf16(x, out, channels, size);
+}
+
+// As its twin for float. One part a thread where possible: each packs the whole image.
+inline void run_expand_depthwise(const TileGemmBf16& g, const DepthwiseTapsBf16& d, int64_t pool) {
+  const Bf16Kernels& k = kernels().bf16;
+  const int64_t blocks = (g.m + kPixels - 1) / kPixels, rows = band_length(d, kernels().width);
+  const int64_t fit =
+      std::max<int64_t>(1, kExpandedTile / std::max<int64_t>(g.granularity * g.m, 1));
+  const int64_t each = std::min(fit, (g.tiles + pool - 1) / pool);
+  for_each_unit((g.tiles + each - 1) / each, pool, [&](int64_t unit) {
+    const int64_t begin = unit * each, end = std::min(begin + each, g.tiles);
+    const int64_t first = g.first_column(begin), last = g.first_column(end);
+    // Both kernels address planes by feature, so the planes' base is moved back by those in front.
+    Bf16* planes = reinterpret_cast<Bf16*>(scratch<2>((last - first) * g.m / 2 + 1)) - first * g.m;
+    TileGemmBf16 expand = g;
+    expand.out = planes;
+    k.tile_gemm_bf16_feature_major(expand, {0, 0, blocks, begin, end},
+                                   scratch<1>(k.bf16_scratch(g, blocks)));
+    DepthwiseTapsBf16 taps = d;
+    taps.x = planes;
+    k.depthwise_taps_bf16(taps, {first, last, 0, rows}, tap_list(d),
+                          scratch(depthwise_bf16_scratch(d)));
+  });
+}
+
 }  // namespace fxprune
