@@ -20,8 +20,6 @@ int64_t threads() {
   return torch::stable::get_num_threads();
 }
 
-// ---- depthwise_taps ----
-
 void check_pair(const IntList& v, const char* name, int64_t least) {
   STD_TORCH_CHECK(v.size() == 2, name, " must have 2 entries, got ", v.size());
   constexpr int64_t kMost = int64_t{1} << 20;  // keeps every product of these in range
@@ -30,6 +28,27 @@ void check_pair(const IntList& v, const char* name, int64_t least) {
                     "], got ", entry);
   }
 }
+
+// Checks the shape of x and the window arguments that depthwise_taps and tile_conv share and fills
+// them in.
+template <typename Args>
+void check_window(const Tensor& x, const IntList& kernel_size, const IntList& stride,
+                  const IntList& padding, const IntList& dilation, const Text& activation,
+                  Args* a) {
+  check_pair(kernel_size, "kernel_size", 1);
+  check_pair(stride, "stride", 1);
+  check_pair(padding, "padding", 0);
+  check_pair(dilation, "dilation", 1);
+  a->activation = check_activation(activation);
+  STD_TORCH_CHECK(x.dim() == 4, "x must have shape (B, C, H, W), got ", shape_of(x));
+  a->batch = x.size(0), a->channels = x.size(1), a->height = x.size(2), a->width = x.size(3);
+  a->kernel_h = kernel_size[0], a->kernel_w = kernel_size[1];
+  a->stride_h = stride[0], a->stride_w = stride[1];
+  a->pad_h = padding[0], a->pad_w = padding[1];
+  a->dilation_h = dilation[0], a->dilation_w = dilation[1];
+}
+
+// ---- depthwise_taps ----
 
 template <class T>
 void run_depthwise_on(const DepthwiseShape& shape, const Tensor& x, Tensor* out) {
@@ -44,20 +63,9 @@ Tensor depthwise_taps_cpu(const Tensor& x_in, const Tensor& weight_in, const Ten
                           const OptionalTensor& bias_in, const IntList& kernel_size,
                           const IntList& stride, const IntList& padding, const IntList& dilation,
                           const Text& activation) {
-  check_pair(kernel_size, "kernel_size", 1);
-  check_pair(stride, "stride", 1);
-  check_pair(padding, "padding", 0);
-  check_pair(dilation, "dilation", 1);
   DepthwiseShape a{};
-  a.activation = check_activation(activation);
   const bool bf16 = is_bf16(x_in, "x");
-  STD_TORCH_CHECK(x_in.dim() == 4, "x must have shape (B, C, H, W), got ", shape_of(x_in));
-  a.batch = x_in.size(0), a.channels = x_in.size(1), a.height = x_in.size(2),
-  a.width = x_in.size(3);
-  a.kernel_h = kernel_size[0], a.kernel_w = kernel_size[1];
-  a.stride_h = stride[0], a.stride_w = stride[1];
-  a.pad_h = padding[0], a.pad_w = padding[1];
-  a.dilation_h = dilation[0], a.dilation_w = dilation[1];
+  check_window(x_in, kernel_size, stride, padding, dilation, activation, &a);
   const Tensor taps = check_taps(weight_in, taps_in, &a);
   if (!bf16) check_floats(weight_in, "weight", bias_in, "bias");
   const Widened bias(bias_in, "bias", {a.channels}),
@@ -145,20 +153,9 @@ Tensor tile_conv_cpu(const Tensor& x_in, const Tensor& values_in, const Tensor& 
                      const OptionalTensor& residual_in, int64_t out_features, int64_t granularity,
                      const IntList& kernel_size, const IntList& stride, const IntList& padding,
                      const IntList& dilation, int64_t groups, const Text& activation) {
-  check_pair(kernel_size, "kernel_size", 1);
-  check_pair(stride, "stride", 1);
-  check_pair(padding, "padding", 0);
-  check_pair(dilation, "dilation", 1);
   TileConv a{};
-  a.activation = check_activation(activation);
   check_tensor(x_in, "x", element_types().float32, "float32");
-  STD_TORCH_CHECK(x_in.dim() == 4, "x must have shape (B, C, H, W), got ", shape_of(x_in));
-  a.batch = x_in.size(0), a.channels = x_in.size(1), a.height = x_in.size(2),
-  a.width = x_in.size(3);
-  a.kernel_h = kernel_size[0], a.kernel_w = kernel_size[1];
-  a.stride_h = stride[0], a.stride_w = stride[1];
-  a.pad_h = padding[0], a.pad_w = padding[1];
-  a.dilation_h = dilation[0], a.dilation_w = dilation[1];
+  check_window(x_in, kernel_size, stride, padding, dilation, activation, &a);
   a.groups = groups;
   const TileStructure structure =
       check_conv(index, tile_ptr, columns, granularity, out_features, &a);
