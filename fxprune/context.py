@@ -127,9 +127,15 @@ class Context:
     refused: list[Refusal] = field(default_factory=list)
     shrunk: list[Shrunk] = field(default_factory=list)
     kept: dict[Node, tuple[tuple[int, Tensor], ...]] = field(default_factory=dict)  # cut weight: (axis, indices left)
+    float_bias: dict[Node, Node] = field(default_factory=dict)  # bfloat16 bias: the same before it was rounded
     counts: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def bias(self, match: Match) -> Node | None:
+        """Return a match's bias as our kernels take it: not rounded, where that is known."""
+        bias = match.bias
+        return None if bias is None else self.float_bias.get(bias, bias)
 
     def decision(self, match: Match) -> Decision | None:
         return next((d for d in self.decisions if d.match is match), None)

@@ -70,7 +70,8 @@ class Measure:
             unit = (*unit, round(mask.rest.mask.float().mean().item() * 100))
         shape = [cost.hint(s) for s in match.geometry.x]
         window = (g.kernel, g.stride, g.padding, g.dilation, g.groups)
-        return repr((match.kind, shape, match.matrix_shape, *window, unit, round(kept * 20)))
+        dtype = () if match.value.dtype == torch.float32 else (str(match.value.dtype),)
+        return repr((match.kind, shape, match.matrix_shape, *window, unit, round(kept * 20), *dtype))
 
     def _time(self, match: Match, mask: LayerMask | None, inputs: Weight | None) -> tuple[list[float], bool]:
         sizes, unit = [cost.hint(s) for s in match.geometry.x], self._units(match.kind)
@@ -78,7 +79,7 @@ class Measure:
             if inputs is not None:
                 runs = recurrent_calls(inputs, (match, mask), unit, *sizes[:2])
             else:
-                x = torch.randn(sizes)
+                x = torch.randn(sizes).to(match.value.dtype)
                 runs = [sparse_call(match, mask, unit, x), *dense_calls(match, x)]
             micros, settled = interleave(runs, _ROUNDS[self._config.autotune])
         return [micros[0], min(micros[1:]), micros[1]], settled
@@ -101,7 +102,7 @@ def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> 
     matrix = match.matrix(match.value.detach()).contiguous()
     if match.kind == "depthwise":
         kept = torch.ones_like(matrix, dtype=torch.bool) if mask is None else mask.mask
-        weight, taps = matrix * kept, dcp.tap_words(kept)
+        weight, taps = (matrix * kept).float(), dcp.tap_words(kept)
         return lambda: torch.ops.fxprune.depthwise_taps(x, weight, taps, None, *g.windows, "none")
     layer = mask or tile.keep_all(match.matrix_shape, match.tile_width(unit.granularity))
     n, dim, step = match.matrix_shape[0], 1 if match.kind == "pointwise" else -1, g.stride
@@ -113,7 +114,9 @@ def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> 
     parts = [(layer.mask, layer.tiling)]
     if layer.rest is not None:
         parts = [(layer.rest.mask, layer.rest.tiling), (layer.mask & ~layer.rest.mask, layer.tiling)]
-    calls = [(tile.operands(matrix, kept, tiling), tiling.granularity) for kept, tiling in parts]
+    calls = [
+        (tile.imaged(tile.operands(matrix, kept, tiling), tiling), tiling.granularity) for kept, tiling in parts
+    ]
 
     def run() -> Tensor:
         rows, y = x[:, :, :: step[0], :: step[1]] if step != (1, 1) else x, None

@@ -202,7 +202,7 @@ def _refusal(match: Match, mask: LayerMask | None, ctx: Context) -> str | None:
     reason = ctx.extra.get("dense_reason") or unsupported(match, ctx.kernels)
     reason = reason or _layout_refusal(match)
     if reason is None and mask is not None and not _live(match, ctx):
-        reason = "the weight is not a float32 constant of this graph"
+        reason = "the weight is not a constant of this graph"
     return reason
 
 
@@ -221,7 +221,7 @@ def _addresses_memory(node: Node) -> bool:
 def _live(match: Match, ctx: Context) -> bool:
     value = ctx.weights.value(match.weight)
     meta = fake(match.x)
-    return value is not None and value.dtype == torch.float32 and meta is not None and meta.dtype == torch.float32
+    return value is not None and meta is not None and value.dtype == meta.dtype
 
 
 def _decide_alone(match: Match, pattern: str, mask: LayerMask | None, ctx: Context) -> None:

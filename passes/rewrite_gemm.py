@@ -46,7 +46,7 @@ def _rewrite(decision: Decision, ctx: Context) -> None:
         rest = call(match.node, _TILE_GEMM, x, *elements, None, None, None, n, 1, feature_dim, "none")
         layer = replace_fields(layer, mask=layer.mask & ~layer.rest.mask, rest=None)
     weight = packed(match, layer, ctx, match.node.name, (decision.mask or layer).mask)
-    operands = (x, *weight, match.bias, rest, None, n, layer.tiling.granularity, feature_dim, "none")
+    operands = (x, *weight, ctx.bias(match), rest, None, n, layer.tiling.granularity, feature_dim, "none")
     new = call(match.node, _TILE_GEMM, *operands)
     if one_pixel:
         new = call(match.node, aten.unflatten.int, new, 1, [n, 1, 1])
@@ -60,7 +60,8 @@ def packed(match: Match, layer: LayerMask, ctx: Context, prefix: str, whole: Ten
     """
 
     def build(weight: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tile.operands(match.matrix(weight), layer.mask, layer.tiling))
+        operands = tile.operands(match.matrix(weight), layer.mask, layer.tiling)
+        return tuple(tile.imaged(operands, layer.tiling) if ctx.inference and match.kind != "conv" else operands)
 
     labels = [f"{prefix}_{name}" for name in tile.OPERANDS]
     if ctx.inference:

@@ -28,8 +28,8 @@ _STEP = 8  # channels the dense and sparse kernels handle at once: a few dead on
 
 def shrink(gm: GraphModule, ctx: Context) -> int:
     """Return the number of spaces that lost channels."""
-    if not ctx.inference or "dense_reason" in ctx.extra:  # autocast would change the types that are computed anew
-        return 0
+    if not ctx.inference or "dense_reason" in ctx.extra or torch.is_autocast_enabled("cpu"):
+        return 0  # autocast would change the types that are computed anew
     coupling = Coupling(gm.graph, ctx.weights)
     spaces = [s for s in coupling.spaces if s.producers and s.consumers and not s.reason]
     if not spaces:

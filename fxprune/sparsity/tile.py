@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fxprune.errors import TileMismatch
+from fxprune.ops import tile_image
 from fxprune.sparsity.pattern import (
     Ask,
     Counts,
@@ -200,6 +201,14 @@ def operands(matrix: Tensor, mask: Tensor, tiling: Tiling) -> list[Tensor]:
     """Return (values, index, tile_ptr, columns) of ``matrix`` (N, K) under ``mask``, as the operators take them."""
     tensors = Tile().pack(matrix, mask, tiling).tensors
     return [tensors[name] for name in OPERANDS]
+
+
+def imaged(operands: list[Tensor], tiling: Tiling) -> list[Tensor]:
+    """Return the operands with bfloat16 values as the image that kernels multiply by; others as they are."""
+    values, index, pointer, columns = operands
+    if values.dtype != torch.bfloat16:
+        return operands
+    return [tile_image.image(values, pointer, columns, tiling.granularity), index, pointer, columns]
 
 
 def is_tile_wise(mask: Tensor, tiling: Tiling) -> bool:
