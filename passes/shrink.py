@@ -200,6 +200,10 @@ def _cut_constant(constant: Constant, channels: Tensor, ctx: Context) -> None:
     (cut,) = ctx.weights.derive([name], [constant.tensor], _select(value, cuts, torch.tensor(True)))
     if value.dim() > 1:
         ctx.kept[cut] = tuple(cuts)
+    if (exact := ctx.float_bias.get(constant.tensor)) is not None:
+        wide = ctx.weights.value(exact)
+        assert wide is not None
+        (ctx.float_bias[cut],) = ctx.weights.derive([f"{name}_float"], [exact], _select(wide, cuts, torch.tensor(True)))
     constant.user.replace_input_with(constant.tensor, cut)
 
 

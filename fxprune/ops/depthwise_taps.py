@@ -73,7 +73,8 @@ def setup_context(ctx: Any, inputs: Args, output: Tensor) -> None:
 
 def backward(ctx: Any, grad: Tensor) -> Args:
     x, weight, taps, bias = ctx.saved_tensors
-    if ctx.activation != "none":
+    if ctx.activation != "none":  # in float32: a rounded sum may lie beyond a kink
+        x, weight, bias, grad = widened(x, weight, bias, grad)
         geometry = (ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation)
         pre = torch.ops.fxprune.depthwise_taps(x, weight, taps, bias, *geometry, "none")
         grad = act.BACKWARD[ctx.activation](grad, pre)
@@ -94,9 +95,11 @@ def backward(ctx: Any, grad: Tensor) -> Args:
     grad_weight = None
     if need_weight:
         kept = tap_mask(taps, weight.shape[1])
-        grad_weight = torch.where(kept, grad_window.reshape(weight.shape), grad_window.new_zeros(())).to(weight.dtype)
+        grad_weight = torch.where(kept, grad_window.reshape(weight.shape), grad_window.new_zeros(()))
     grad_bias = grad.sum((0, 2, 3), dtype=bias.dtype) if bias is not None and ctx.needs_input_grad[3] else None
-    return grad_x if need_x else None, grad_weight, None, grad_bias, None, None, None, None, None
+    gradients = (grad_x if need_x else None, grad_weight, None, grad_bias)
+    pairs = zip(gradients, ctx.saved_tensors, strict=True)
+    return *(g if g is None else g.to(t.dtype) for g, t in pairs), None, None, None, None, None
 
 
 def random_taps(channels: int, count: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -89,10 +89,8 @@ def backward(ctx: Any, grad: Tensor) -> Args:
     if values.dim() == 2:
         raise RuntimeError("fxprune::tile_gemm has no gradient on an image of its values. Give the packed values.")
     if ctx.activation != "none":
-        shape = (ctx.out_features, ctx.granularity, ctx.feature_dim)
-        packed = (values, index, tile_ptr, columns)
-        pre = torch.ops.fxprune.tile_gemm(x, *packed, bias, residual, gate, *shape, "none")
-        grad = act.BACKWARD[ctx.activation](grad, pre)
+        grad = _before_activation(ctx, grad)
+        x, values, gate = widened(x, values, gate)
     k = x.shape[ctx.feature_dim]
     structure = (index, tile_ptr, columns, ctx.granularity)
     weight = torch.ops.fxprune.tile_unpack(values, *structure, ctx.out_features, k)
@@ -121,7 +119,19 @@ def backward(ctx: Any, grad: Tensor) -> Args:
     if grad_weight is not None:
         grad_values = torch.ops.fxprune.tile_pack(grad_weight, *structure, values.shape[0])
     grad_residual = grad if residual is not None and need[6] else None
-    return grad_x, grad_values, None, None, None, grad_bias, grad_residual, grad_gate, None, None, None, None
+    gradients = (grad_x, grad_values, None, None, None, grad_bias, grad_residual, grad_gate)
+    pairs = zip(gradients, ctx.saved_tensors, strict=True)
+    return *(g if g is None else g.to(t.dtype) for g, t in pairs), None, None, None, None
+
+
+def _before_activation(ctx: Any, grad: Tensor) -> Tensor:
+    """Return the gradient of the sum in front of the activation, both in float32: a rounded sum may lie beyond a kink."""
+    x, values, index, tile_ptr, columns, bias, residual, gate = ctx.saved_tensors
+    if gate is not None and x.dtype == torch.bfloat16:  # the kernel rounds the product
+        x, gate = x * gate.reshape(*gate.shape, *[1] * (x.dim() - 2)), None
+    x, values, bias, residual, grad = widened(x, values, bias, residual, grad)
+    operands = (x, values, index, tile_ptr, columns, bias, residual, gate, ctx.out_features, ctx.granularity, ctx.feature_dim)
+    return act.BACKWARD[ctx.activation](grad, torch.ops.fxprune.tile_gemm(*operands, "none"))
 
 
 def _sample(x_shape: tuple[int, ...], n: int, g: int, feature_dim: int, name: str, extras: str = "") -> Args:

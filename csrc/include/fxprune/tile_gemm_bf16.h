@@ -57,6 +57,7 @@ struct TileBf16 {
     }
   }
 
+  // Writes whole squares, up to kDeep rows more than x has input features.
   static void pack_rows(const TileGemmBf16& a, int64_t row, int64_t count, Bf16* panel) {
     alignas(64) Bf16 square[kPixels * kDeep];
     for (int64_t k = 0; k < a.k; k += kDeep) {
@@ -221,7 +222,8 @@ struct TileBf16 {
             if (done) output.ask(b, columns + f, features, next);
             products.run(image + f * depth * kDeep + d * strip * kDeep, stride, deep, strip, strips,
                          room.pairs, halves, d > 0, sums);
-            if (done) output.store(b, columns + f, features, next, to, sums);
+            if (!done) continue;
+            output.store(b, columns + f, features, next, to, sums);
             next = to;
           }
         }
@@ -238,7 +240,7 @@ template <class V>
 int64_t bf16_scratch(const TileShape& a, int64_t blocks) {
   using M = TileBf16<V>;
   const int64_t pairs = M::kChunk * kDeep * kPixels,
-                panels = std::min(blocks, bf16_group(a)) * a.k * kPixels;
+                panels = (std::min(blocks, bf16_group(a)) * a.k + kDeep) * kPixels;
   return 2 * M::kSquare + std::max(image_rows(a.granularity), M::kMost) * kPixels +
          (pairs + panels) / 2;
 }
