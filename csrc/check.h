@@ -72,8 +72,9 @@ inline bool is_bf16(const Tensor& t, const char* name) {
   return type == element_types().bfloat16;
 }
 
-// An uninitialised tensor of the type of `like`. Directly by the C interface: torch::stable::new_empty looks the
-// operator up by name and boxes its arguments, which takes as long as a small kernel.
+// An uninitialised tensor of the type of `like`. Directly by the C interface:
+// torch::stable::new_empty looks the operator up by name and boxes its arguments, which takes as
+// long as a small kernel.
 inline Tensor empty_output(const Tensor& like, const std::vector<int64_t>& shape) {
   int32_t type = type_of(like);
   AtenTensorHandle handle = nullptr;

@@ -131,8 +131,12 @@ Tensor tile_gemm_cpu(const Tensor& x_in, const Tensor& values_in, const Tensor& 
                          gate = bf16_input(gate_in, "gate", gates);
     const Tensor x = bf16_input(x_in, "x");
     if (empty) return out;
-    TileGemmBf16 g{a, data<Bf16>(x), values.data(), data_or_null<Bf16>(residual),
-                   data_or_null<Bf16>(gate), static_cast<Bf16*>(out.mutable_data_ptr())};
+    TileGemmBf16 g{a,
+                   data<Bf16>(x),
+                   values.data(),
+                   data_or_null<Bf16>(residual),
+                   data_or_null<Bf16>(gate),
+                   static_cast<Bf16*>(out.mutable_data_ptr())};
     run_tile_gemm(g, feature_major, threads());
     return out;
   }
@@ -140,7 +144,11 @@ Tensor tile_gemm_cpu(const Tensor& x_in, const Tensor& values_in, const Tensor& 
                        gate = float_input(gate_in, "gate", gates);
   const Tensor x = float_input(x_in, "x"), values = float_input(values_in, "values");
   if (empty) return out;
-  TileGemm g{a, data<float>(x), data<float>(values), data_or_null(residual), data_or_null(gate),
+  TileGemm g{a,
+             data<float>(x),
+             data<float>(values),
+             data_or_null(residual),
+             data_or_null(gate),
              static_cast<float*>(out.mutable_data_ptr())};
   run_tile_gemm(g, feature_major, threads());
   return out;

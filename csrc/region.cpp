@@ -32,7 +32,7 @@ namespace {
 
 using Shape = std::vector<int64_t>;  // without the batch
 constexpr int64_t kMostNumbers = int64_t{1}
-                                << 40;  // of one value and image, so that no sum of them overflows
+                                 << 40;  // of one value and image, so that no sum of them overflows
 
 int64_t floats(const Shape& shape) {
   int64_t size = 1;
@@ -290,7 +290,8 @@ class Region {
     for (size_t s = 0; s < steps_.size(); ++s) {
       Value& v = values_[steps_[s].out];
       if (v.base != nullptr || steps_[s].feeds_next) continue;
-      const int64_t now = static_cast<int64_t>(s), size = (floats(v.shape) + kLine - 1) / kLine * kLine;
+      const int64_t now = static_cast<int64_t>(s),
+                    size = (floats(v.shape) + kLine - 1) / kLine * kLine;
       taken.erase(
           std::remove_if(taken.begin(), taken.end(), [&](const Room& r) { return r.until < now; }),
           taken.end());

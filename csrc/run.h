@@ -129,7 +129,8 @@ inline void run_tile_gemm(const TileGemm& a, bool feature_major, int64_t pool) {
   const TileGrid grid = feature_major ? feature_major_grid(a, k, pool) : row_major_grid(a, pool);
   const auto kernel = feature_major ? k.tile_gemm_feature_major : k.tile_gemm_row_major;
   for_each_unit(grid.units(), pool, [&](int64_t unit) {
-    kernel(a, tile_unit(a, grid, unit), a.gate ? scratch(a.tile_ptr[a.tiles] * a.granularity) : nullptr);
+    kernel(a, tile_unit(a, grid, unit),
+           a.gate ? scratch(a.tile_ptr[a.tiles] * a.granularity) : nullptr);
   });
 }
 

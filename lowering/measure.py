@@ -114,9 +114,7 @@ def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> 
     parts = [(layer.mask, layer.tiling)]
     if layer.rest is not None:
         parts = [(layer.rest.mask, layer.rest.tiling), (layer.mask & ~layer.rest.mask, layer.tiling)]
-    calls = [
-        (tile.imaged(tile.operands(matrix, kept, tiling), tiling), tiling.granularity) for kept, tiling in parts
-    ]
+    calls = [(tile.imaged(tile.operands(matrix, kept, tiling), tiling), tiling.granularity) for kept, tiling in parts]
 
     def run() -> Tensor:
         rows, y = x[:, :, :: step[0], :: step[1]] if step != (1, 1) else x, None

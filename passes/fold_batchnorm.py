@@ -67,7 +67,8 @@ def _fold(conv: Node, norm: Node, ctx: Context) -> None:
 
     names = [f"{conv.name}_{part}" for part in ("folded", "shift", "float_shift")]
     weight, bias, *exact = ctx.weights.derive(names[: 2 if dtype == torch.float32 else 3], present, build)
-    ctx.float_bias.update({bias: shift for shift in exact})
+    if exact:
+        ctx.float_bias[bias] = exact[0]
     new = call(norm, conv.target, conv.args[0], weight, bias, *conv.args[3:])
     new.meta["nn_module_stack"] = conv.meta.get("nn_module_stack")
     replace(norm, new)

@@ -8,6 +8,8 @@ the graph stays autocast's. Our kernels take the bias as it was (``Context.float
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -27,14 +29,16 @@ def lower_precision(gm: GraphModule, ctx: Context) -> int:
     casts: dict[Node, Node] = {}
     for node in list(gm.graph.nodes):
         if is_call(node, *_LAYERS) and _lowered(node, ctx):
-            x, weight, *rest = node.args
+            operands: Any = node.args
+            x, weight, *rest = operands
             node.update_arg(0, _cast(x, node, casts))
             node.update_arg(1, _constant(weight, ctx))
             if rest and isinstance(rest[0], Node):
                 bias = rest[0]
                 known = ctx.weights.value(bias) is not None
                 node.update_arg(2, _constant(bias, ctx) if known else _cast(bias, node, casts))
-                ctx.float_bias[node.args[2]] = bias
+                rounded: Any = node.args[2]
+                ctx.float_bias[rounded] = bias
             changed += 1
     return changed
 

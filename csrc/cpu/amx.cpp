@@ -11,8 +11,9 @@
 #include "fxprune/kernels.h"
 
 #if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma"))), \
+#pragma clang attribute push(                                                                 \
+    __attribute__((                                                                           \
+        target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma"))), \
     apply_to = function)
 #else
 #pragma GCC push_options

@@ -6,8 +6,8 @@
                    activation
     mean (2):      x          over the pixels, (B, C, *) -> (B, C)
 
-All values are float32, or all bfloat16. x, residual and gate are values: first the inputs, then one per step. Weights are indices into ``packed``; -1 is absent.
-The program is data: it can be printed, checked, exported and rebuilt.
+All values are float32, or all bfloat16. x, residual and gate are values: first the inputs, then one per step. Weights are
+indices into ``packed``; -1 is absent. The program is data: it can be printed, checked, exported and rebuilt.
 """
 
 from __future__ import annotations

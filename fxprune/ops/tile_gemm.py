@@ -130,7 +130,19 @@ def _before_activation(ctx: Any, grad: Tensor) -> Tensor:
     if gate is not None and x.dtype == torch.bfloat16:  # the kernel rounds the product
         x, gate = x * gate.reshape(*gate.shape, *[1] * (x.dim() - 2)), None
     x, values, bias, residual, grad = widened(x, values, bias, residual, grad)
-    operands = (x, values, index, tile_ptr, columns, bias, residual, gate, ctx.out_features, ctx.granularity, ctx.feature_dim)
+    operands = (
+        x,
+        values,
+        index,
+        tile_ptr,
+        columns,
+        bias,
+        residual,
+        gate,
+        ctx.out_features,
+        ctx.granularity,
+        ctx.feature_dim,
+    )
     return act.BACKWARD[ctx.activation](grad, torch.ops.fxprune.tile_gemm(*operands, "none"))
 
 
@@ -148,7 +160,9 @@ def _sample(x_shape: tuple[int, ...], n: int, g: int, feature_dim: int, name: st
 
 def _half(args: Args) -> Args:
     """The sample in bfloat16, its bias as it is."""
-    return tuple(a.bfloat16() if isinstance(a, Tensor) and a.is_floating_point() and i != 5 else a for i, a in enumerate(args))
+    return tuple(
+        a.bfloat16() if isinstance(a, Tensor) and a.is_floating_point() and i != 5 else a for i, a in enumerate(args)
+    )
 
 
 def samples() -> Iterator[Args]:

@@ -158,17 +158,23 @@ def test_rounding_is_torchs(isa: str) -> None:
         for dim in (1, -1):
             x = torch.zeros((1, 1, count) if dim == 1 else (count, 1)).bfloat16()
             index, ptr, columns = whole_structure(count, 1, 64)
-            y = OPS.tile_gemm(x, torch.zeros(count).bfloat16(), index, ptr, columns, bias, None, None, count, 64, dim, "none")
+            y = OPS.tile_gemm(
+                x, torch.zeros(count).bfloat16(), index, ptr, columns, bias, None, None, count, 64, dim, "none"
+            )
             given = y[0, :, 0] if dim == 1 else y[0]
             torch.testing.assert_close(given, bias.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
-def check_depthwise(plane: tuple[int, int], k: int, stride: int, pad: int, act: str = "none", place: Place = lambda t: t) -> None:
+def check_depthwise(
+    plane: tuple[int, int], k: int, stride: int, pad: int, act: str = "none", place: Place = lambda t: t
+) -> None:
     gen = generator(k, stride, pad, *plane)
     mask = torch.rand(5, k * k, generator=gen) < 0.5
     weight, bias = integers(gen, 5, k * k) * mask, integers(gen, 5)
     x, geometry = place(integers(gen, 2, 5, *plane).bfloat16()), ([k, k], [stride] * 2, [pad] * 2, [1, 1])
-    expected = EXACT[act](F.conv2d(x.double(), weight.view(5, 1, k, k).double(), bias.double(), stride, pad, 1, 5)).bfloat16()
+    expected = EXACT[act](
+        F.conv2d(x.double(), weight.view(5, 1, k, k).double(), bias.double(), stride, pad, 1, 5)
+    ).bfloat16()
     for dtype in (torch.float32, torch.bfloat16):
         operands = place(weight.to(dtype)), place(bitmap(mask)), place(bias.to(dtype))
         y = OPS.depthwise_taps(x, *operands, *geometry, act)

@@ -58,7 +58,8 @@ struct PairProducts<Amx> {
 
   // `block`: numbers of one block of a strip, which is also what a strip takes of the sums, because
   // kDeep == kPixels.
-  static void square(const Bf16* image, const Bf16* below, int64_t depth, int64_t block, const Bf16* pairs, bool add, float* sums) {
+  static void square(const Bf16* image, const Bf16* below, int64_t depth, int64_t block,
+                     const Bf16* pairs, bool add, float* sums) {
     if (add) {
       _tile_loadd(0, sums, kPairBytes);
       _tile_loadd(1, sums + kPixels / 2, kPairBytes);
@@ -86,7 +87,8 @@ struct PairProducts<Amx> {
     _tile_stored(3, sums + block + kPixels / 2, kPairBytes);
   }
 
-  static void tall(const Bf16* image, const Bf16* below, int64_t depth, int64_t block, const Bf16* pairs, bool add, float* sums) {
+  static void tall(const Bf16* image, const Bf16* below, int64_t depth, int64_t block,
+                   const Bf16* pairs, bool add, float* sums) {
     if (add) {
       _tile_loadd(0, sums, kPairBytes);
       _tile_loadd(2, sums + block, kPairBytes);
@@ -105,7 +107,8 @@ struct PairProducts<Amx> {
     _tile_stored(2, sums + block, kPairBytes);
   }
 
-  static void wide(const Bf16* image, int64_t depth, int64_t block, const Bf16* pairs, bool add, float* sums) {
+  static void wide(const Bf16* image, int64_t depth, int64_t block, const Bf16* pairs, bool add,
+                   float* sums) {
     if (add) {
       _tile_loadd(0, sums, kPairBytes);
       _tile_loadd(1, sums + kPixels / 2, kPairBytes);
@@ -124,7 +127,8 @@ struct PairProducts<Amx> {
     _tile_stored(1, sums + kPixels / 2, kPairBytes);
   }
 
-  static void single(const Bf16* image, int64_t depth, int64_t block, const Bf16* pairs, bool add, float* sums) {
+  static void single(const Bf16* image, int64_t depth, int64_t block, const Bf16* pairs, bool add,
+                     float* sums) {
     if (add) {
       _tile_loadd(0, sums, kPairBytes);
     } else {

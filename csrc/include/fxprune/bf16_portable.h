@@ -39,8 +39,8 @@ struct PortableBf16 {
       for (int64_t k = 0; k < 32; ++k) to[32 * k + r] = from[ld * r + k];
     }
   }
-  // to[ld p + j] = lines[j][p] + bias[j], clamped, for p < count, j < features <= 32. `square`: 1024
-  // floats of scratch.
+  // to[ld p + j] = lines[j][p] + bias[j], clamped, for p < count, j < features <= 32. `square`:
+  // 1024 floats of scratch.
   static void store_transposed(const float* const* lines, const float* bias, float low, float high,
                                float* square, Bf16* to, int64_t ld, int64_t features,
                                int64_t count) {

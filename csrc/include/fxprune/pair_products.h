@@ -31,8 +31,8 @@ struct PairProducts {
   }
 
  private:
-  static void tile(const Bf16* image, int64_t depth, int64_t rows, const Bf16* pairs,
-                   bool add, float* sums) {
+  static void tile(const Bf16* image, int64_t depth, int64_t rows, const Bf16* pairs, bool add,
+                   float* sums) {
     Reg acc[kRows][kVecs];
     FXPRUNE_UNROLL
     for (int r = 0; r < kRows; ++r) {

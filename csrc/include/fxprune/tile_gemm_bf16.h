@@ -23,8 +23,8 @@ template <class V>
 struct TileBf16 {
   using Reg = typename V::Reg;
   static constexpr int kW = V::kWidth;
-  static constexpr int64_t kMost = 32;    // output features that are stored at once
-  static constexpr int64_t kChunk = 8;    // blocks of input features whose pairs stay in L1
+  static constexpr int64_t kMost = 32;  // output features that are stored at once
+  static constexpr int64_t kChunk = 8;  // blocks of input features whose pairs stay in L1
   static constexpr int64_t kSquare = kMost * kPixels;
 
   // Parts of the scratch (bf16_scratch).
@@ -37,7 +37,8 @@ struct TileBf16 {
     Room r;
     r.square = scratch;
     r.sums = r.square + 2 * kSquare;
-    r.pairs = reinterpret_cast<Bf16*>(r.sums + std::max(image_rows(a.granularity), kMost) * kPixels);
+    r.pairs =
+        reinterpret_cast<Bf16*>(r.sums + std::max(image_rows(a.granularity), kMost) * kPixels);
     r.panels = r.pairs + kChunk * kDeep * kPixels;
     return r;
   }
@@ -78,7 +79,8 @@ struct TileBf16 {
     const int64_t end = (count + kDeep - 1) / kDeep * kDeep;
     int64_t i = 0;
     for (; i + 1 < count; i += 2)
-      V::interleave(panel + index[i] * kPixels, panel + index[i + 1] * kPixels, pairs + i * kPixels);
+      V::interleave(panel + index[i] * kPixels, panel + index[i + 1] * kPixels,
+                    pairs + i * kPixels);
     for (; i < end; i += 2)
       V::interleave(i < count ? panel + index[i] * kPixels : kNothing, kNothing,
                     pairs + i * kPixels);
@@ -196,7 +198,8 @@ struct TileBf16 {
 
   template <class Output>
   static void tiles(const TileGemmBf16& a, const TileSpan& span, const Bf16* image, int64_t begin,
-                    int64_t end, const Room& room, PairProducts<V>& products, const Output& output) {
+                    int64_t end, const Room& room, PairProducts<V>& products,
+                    const Output& output) {
     const int64_t stop = a.features_to(span.tile_end);
     int64_t from = a.features_from(span.tile_begin);
     for (int64_t t = span.tile_begin; t < span.tile_end; ++t) {
@@ -231,7 +234,8 @@ struct TileBf16 {
       from = next;
       image += padded * depth * kDeep;
     }
-    for (int64_t b = begin; b < end && from < stop; ++b) output.store(b, a.columns, 0, from, stop, room.sums);
+    for (int64_t b = begin; b < end && from < stop; ++b)
+      output.store(b, a.columns, 0, from, stop, room.sums);
   }
 };
 

@@ -115,8 +115,7 @@ struct Avx2 : PortableBf16<Avx2> {
   static void store_bf16(Bf16* p, Reg a) {  // as narrow()
     const __m256i bits = _mm256_castps_si256(a), one = _mm256_set1_epi32(1);
     const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
-    const __m256i sum =
-        _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), even);
+    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), even);
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
     const __m256i half =
         _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7FC0), nan);

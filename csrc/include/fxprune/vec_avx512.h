@@ -141,9 +141,9 @@ struct Avx512Vectors {
   }
   // to[2 i] = low[i], to[2 i + 1] = high[i] for 32 i.
   static void interleave(const Bf16* low, const Bf16* high, Bf16* to) {
-    const __m512i count = _mm512_set_epi32(0x2F000F, 0x2E000E, 0x2D000D, 0x2C000C, 0x2B000B,
-                                           0x2A000A, 0x290009, 0x280008, 0x270007, 0x260006,
-                                           0x250005, 0x240004, 0x230003, 0x220002, 0x210001, 0x200000);
+    const __m512i count = _mm512_set_epi32(
+        0x2F000F, 0x2E000E, 0x2D000D, 0x2C000C, 0x2B000B, 0x2A000A, 0x290009, 0x280008, 0x270007,
+        0x260006, 0x250005, 0x240004, 0x230003, 0x220002, 0x210001, 0x200000);
     const __m512i behind = _mm512_add_epi16(count, _mm512_set1_epi16(16));
     const __m512i a = _mm512_loadu_si512(low), b = _mm512_loadu_si512(high);
     _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, count, b));
@@ -152,9 +152,9 @@ struct Avx512Vectors {
   // to[32 k + r] = from[ld r + k] of a 32 x 32 square: pairs of k as 32-bit numbers, then apart.
   static void transpose_bf16(const Bf16* from, int64_t ld, Bf16* to) {
     const __m512i step = _mm512_set1_epi32(0x20002);
-    const __m512i count = _mm512_set_epi32(0x3E003C, 0x3A0038, 0x360034, 0x320030, 0x2E002C,
-                                           0x2A0028, 0x260024, 0x220020, 0x1E001C, 0x1A0018,
-                                           0x160014, 0x120010, 0x0E000C, 0x0A0008, 0x060004, 0x020000);
+    const __m512i count = _mm512_set_epi32(
+        0x3E003C, 0x3A0038, 0x360034, 0x320030, 0x2E002C, 0x2A0028, 0x260024, 0x220020, 0x1E001C,
+        0x1A0018, 0x160014, 0x120010, 0x0E000C, 0x0A0008, 0x060004, 0x020000);
     const __m512i odd = _mm512_add_epi16(count, _mm512_srli_epi16(step, 1));
     alignas(64) float square[2][16 * 16];
     for (int half = 0; half < 2; ++half) {
@@ -174,8 +174,8 @@ struct Avx512Vectors {
     }
   }
 
-  // to[ld p + j] = lines[j][p] + bias[j], clamped, for p < count, j < features <= 32: rounded first,
-  // then transposed as pairs of features.
+  // to[ld p + j] = lines[j][p] + bias[j], clamped, for p < count, j < features <= 32: rounded
+  // first, then transposed as pairs of features.
   static void store_transposed(const float* const* lines, const float* bias, float low, float high,
                                float*, Bf16* to, int64_t ld, int64_t features, int64_t count) {
     const Reg least = set1(low), most = set1(high);
@@ -215,19 +215,16 @@ struct Avx512Vectors {
     __builtin_memcpy(&pair, p, sizeof pair);
     return apart(_mm512_set1_epi32(pair));
   }
-  static Reg dot(Pairs a, Pairs b, Reg c) {
-    return fma(a.high, b.high, fma(a.low, b.low, c));
-  }
+  static Reg dot(Pairs a, Pairs b, Reg c) { return fma(a.high, b.high, fma(a.low, b.low, c)); }
 
   // Rounds to nearest even; NaN stays NaN.
   static __m256i narrowed(Reg a) {
     const __m512i bits = _mm512_castps_si512(a);
     const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i sum =
-        _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), even);
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), even);
     const Mask nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(
-        nan, _mm512_srli_epi32(sum, 16), _mm512_set1_epi32(0x7FC0)));
+    return _mm512_cvtepi32_epi16(
+        _mm512_mask_blend_epi32(nan, _mm512_srli_epi32(sum, 16), _mm512_set1_epi32(0x7FC0)));
   }
 
  private:
