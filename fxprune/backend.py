@@ -127,7 +127,7 @@ def groups_of(matches: Sequence[Match], config: Config) -> list[list[Staircase]]
     tables = KernelTables()
     timer = Measure(config, tables.unit)
     mine = [m for m in matches if m.recurrent is None and unsupported(m, tables) is None]
-    stairs = staircases(mine, config, tables.unit, timer, timer.predict)
+    stairs = staircases(mine, config, tables.units(mine), timer, timer.predict)
     return grouped(stairs, regions([match for match in mine if match.kind != "linear"]))
 
 

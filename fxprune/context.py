@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -21,8 +22,11 @@ class Kernels(Protocol):
     def supports(self, op: str, match: Match) -> str | None:
         """Return ``None`` when some compiled implementation runs ``match``, else the reasons why not."""
 
-    def unit(self, kind: str) -> Unit:
-        """Return the granularity and steps of the kernel row that runs ``kind``."""
+    def unit(self, kind: str, dtype: torch.dtype = ...) -> Unit:
+        """Return the granularity and steps of the kernel row that runs ``kind``, by default in float32."""
+
+    def units(self, matches: Iterable[Match]) -> Callable[[str], Unit]:
+        """Return :meth:`unit` for weights that are pruned together, in their dtype."""
 
 
 @dataclass(frozen=True)

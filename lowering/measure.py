@@ -38,7 +38,7 @@ class Measure:
     A recurrent weight_hh is timed together with its weight_ih, given as ``inputs`` (match, mask).
     """
 
-    def __init__(self, config: Config, units: Callable[[str], Unit]) -> None:
+    def __init__(self, config: Config, units: Callable[..., Unit]) -> None:
         self._config = config
         self._units = units
         self._cache = TimingCache(config.cache_dir) if config.autotune != "off" else None
@@ -74,7 +74,7 @@ class Measure:
         return repr((match.kind, shape, match.matrix_shape, *window, unit, round(kept * 20), *dtype))
 
     def _time(self, match: Match, mask: LayerMask | None, inputs: Weight | None) -> tuple[list[float], bool]:
-        sizes, unit = [cost.hint(s) for s in match.geometry.x], self._units(match.kind)
+        sizes, unit = [cost.hint(s) for s in match.geometry.x], self._units(match.kind, match.value.dtype)
         with torch.inference_mode():
             if inputs is not None:
                 runs = recurrent_calls(inputs, (match, mask), unit, *sizes[:2])

@@ -86,14 +86,14 @@ def _explained(decision: Decision, left: str | None) -> Decision:
 def _masks_from_options(ctx: Context) -> dict[str, tuple[str, LayerMask]]:
     levels = ctx.extra.get("levels")
     if levels is not None:  # found for a target speed
-        chosen = choose_levels(ctx.matches, ctx.config, ctx.kernels.unit, levels)
+        chosen = choose_levels(ctx.matches, ctx.config, ctx.kernels.units(ctx.matches), levels)
     elif ctx.config.sparsity is None:
         return {}
     else:
         if any(pattern_of(match, ctx.config) == "channel" for match in ctx.matches):
             expected = 'fxprune.prune(model, ..., pattern="channel") before compiling: it also zeroes BatchNorm and biases'
             raise ConfigError(name="pattern", given=ctx.config.pattern, expected=expected)
-        chosen = choose_masks(may_prune(ctx), ctx.config, ctx.kernels.unit)
+        chosen = choose_masks(may_prune(ctx), ctx.config, ctx.kernels.units(ctx.matches))
     return {name: (choice.pattern, choice.layer) for name, choice in chosen.items()}
 
 
@@ -136,7 +136,7 @@ def _cut(planned: PrunedWeight, match: Match, ctx: Context) -> LayerMask:
 
 
 def _native(match: Match, ctx: Context) -> int:
-    return ctx.kernels.unit(match.kind).granularity
+    return ctx.kernels.unit(match.kind, match.value.dtype).granularity
 
 
 def _drops(match: Match) -> bool:

@@ -35,7 +35,7 @@ def rewrite_gemm(gm: GraphModule, ctx: Context) -> int:
 
 def _rewrite(decision: Decision, ctx: Context) -> None:
     match = decision.match
-    layer = decision.mask or tile.keep_all(match.matrix_shape, ctx.kernels.unit(match.kind).granularity)
+    layer = decision.mask or tile.keep_all(match.matrix_shape, ctx.kernels.unit(match.kind, match.value.dtype).granularity)
     n, _ = match.matrix_shape
     feature_dim = 1 if match.kind == "pointwise" else -1
     one_pixel = match.kind == "linear" and len(match.geometry.x) == 4 and match.value.dim() == 4

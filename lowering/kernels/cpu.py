@@ -22,6 +22,8 @@ UNITS = {
     "rnn": Unit(granularity=64, column_step=64),
 }
 
+# a matrix unit multiplies 16 output features at once, and what is gathered for a tile is shared by all of them
+BF16_UNITS = {**UNITS, "pointwise": Unit(granularity=32, column_step=8)}
 
 _SINGLE, _BOTH = (torch.float32,), (torch.float32, torch.bfloat16)
 _DTYPES = {"tile_conv": _SINGLE, "rnn_steps": _SINGLE}  # operators with fewer than the others

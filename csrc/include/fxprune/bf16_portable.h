@@ -39,6 +39,12 @@ struct PortableBf16 {
       for (int64_t k = 0; k < 32; ++k) to[32 * k + r] = from[ld * r + k];
     }
   }
+  // to[0 .. 32) = from + bias, clamped.
+  template <class Reg>
+  static void store_line(const float* from, Reg bias, Reg low, Reg high, Bf16* to) {
+    for (int64_t p = 0; p < 32; p += V::kWidth)
+      V::store_bf16(to + p, V::min(high, V::max(low, V::add(V::load(from + p), bias))));
+  }
   // to[ld p + j] = lines[j][p] + bias[j], clamped, for p < count, j < features <= 32. `square`:
   // 1024 floats of scratch.
   static void store_transposed(const float* const* lines, const float* bias, float low, float high,

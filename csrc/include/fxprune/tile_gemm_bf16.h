@@ -112,6 +112,10 @@ struct TileBf16 {
         continue;
       }
       int64_t p = 0;
+      if (count == kPixels && !residual) {
+        V::store_line(sums, bias, low, high, out);
+        continue;
+      }
       for (; p < whole; p += kW) {
         Reg y = V::add(V::load(sums + p), bias);
         if (residual) y = V::add(y, V::load_bf16(residual + p));

@@ -197,6 +197,16 @@ struct Avx512Vectors {
       }
     }
   }
+  // to[0 .. 32) = from + bias, clamped.
+  static void store_line(const float* from, Reg bias, Reg low, Reg high, Bf16* to) {
+    const Reg a = min(high, max(low, add(load(from), bias))),
+              b = min(high, max(low, add(load(from + 16), bias)));
+    _mm512_storeu_si512(to, Isa::followed(a, b));
+  }
+  // Both rounded, one behind the other.
+  static __m512i followed(Reg a, Reg b) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(narrowed(a)), narrowed(b), 1);
+  }
   // Both rounded, lane by lane beside each other.
   static Reg joined(Reg even, Reg odd) {
     const __m512i low = _mm512_cvtepu16_epi32(narrowed(even)),

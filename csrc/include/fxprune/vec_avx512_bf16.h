@@ -21,6 +21,7 @@ struct Avx512Bf16Vectors : Avx512Vectors<Isa> {
   }
   static Reg dot(Pairs a, Pairs b, Reg c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
   static __m256i narrowed(Reg a) { return (__m256i)_mm512_cvtneps_pbh(a); }
+  static __m512i followed(Reg a, Reg b) { return (__m512i)_mm512_cvtne2ps_pbh(b, a); }
   static Reg joined(Reg even, Reg odd) {
     const __m512i count = _mm512_set_epi32(
         0x1F000F, 0x1E000E, 0x1D000D, 0x1C000C, 0x1B000B, 0x1A000A, 0x190009, 0x180008, 0x170007,
