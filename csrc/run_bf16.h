@@ -52,8 +52,8 @@ inline TileGrid bf16_grid(const TileShape& a, bool feature_major, int64_t pool) 
   TileGrid g{images, blocks, blocks, 1, 1};
   if (pool == 1) return g;
   if (images * blocks >= 4 * pool) {
-    g.step = std::max<int64_t>(1, images * blocks / (4 * pool));
-    g.step = std::min(g.step, blocks);
+    // Every unit reads all weights: few units, each of as many blocks as stay in L2 together.
+    g.step = std::clamp<int64_t>(images * blocks / (2 * pool), 1, std::min(blocks, bf16_group(a)));
     g.length_parts = (blocks + g.step - 1) / g.step;
   } else if (images < pool) {
     g.tile_parts = std::min(pool, std::max<int64_t>(a.tiles, 1));
