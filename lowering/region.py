@@ -79,7 +79,7 @@ def _eligible(node: Node, members: list[Node]) -> bool:
     if node.op != "call_function":
         return False
     value = fake(node)
-    if value is None or value.dtype not in (torch.float32, torch.bfloat16):
+    if value is None or value.dtype not in (torch.float32, torch.bfloat16) or value.device.type != "cpu":
         return False
     if node.target is _DEPTHWISE:
         return True

@@ -33,7 +33,8 @@ def _rewrite(decision: Decision, ctx: Context) -> None:
     words = dcp.tap_words(kept)
 
     def build(weight: Tensor) -> tuple[Tensor, ...]:
-        return (match.matrix(weight) * kept.to(weight.dtype)).float(), words  # the kernels' type for any activations
+        matrix = match.matrix(weight) * kept.to(weight.dtype)
+        return matrix if weight.is_cuda else matrix.float(), words  # the CPU kernels' type for any activations
 
     if ctx.inference:
         weight, taps = ctx.weights.derive(

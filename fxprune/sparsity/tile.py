@@ -204,9 +204,9 @@ def operands(matrix: Tensor, mask: Tensor, tiling: Tiling) -> list[Tensor]:
 
 
 def imaged(operands: list[Tensor], tiling: Tiling) -> list[Tensor]:
-    """Return the operands with bfloat16 values as the image that kernels multiply by; others as they are."""
+    """Return the operands with bfloat16 values as the image that CPU kernels multiply by; others as they are."""
     values, index, pointer, columns = operands
-    if values.dtype != torch.bfloat16:
+    if values.dtype != torch.bfloat16 or values.dim() != 1 or values.is_cuda:
         return operands
     return [tile_image.image(values, pointer, columns, tiling.granularity), index, pointer, columns]
 

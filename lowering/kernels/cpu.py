@@ -52,8 +52,9 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _operator(name: str) -> Callable[..., Any]:
+def operator(name: str) -> Callable[..., Any]:
+    """Return the call of an operator, which dispatches on the device of its tensors."""
     return lambda *args: getattr(torch.ops.fxprune, name)(*args)
 
 
-IMPLS = tuple(Impl(op.name, "cpu", _operator(op.name), _supports(op.name)) for op in OPS)
+IMPLS = tuple(Impl(op.name, "cpu", operator(op.name), _supports(op.name)) for op in OPS)

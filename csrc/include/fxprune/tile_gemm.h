@@ -19,6 +19,7 @@ namespace fxprune {
 struct TileShape {
   const int32_t* index;     // every entry in [0, k)
   const int32_t* tile_ptr;  // tiles + 1, monotone from 0
+  const int32_t* tile_end;  // tile_ptr + 1; where K is split, ends of a part of each tile's rows
   const int32_t* columns;   // kept output features, strictly increasing, in [0, n)
   const float* bias;        // (n) or null
   int64_t batch, m, k, n, kept, granularity, tiles;
@@ -47,6 +48,15 @@ struct TileGemmOf : TileShape {
 
 using TileGemm = TileGemmOf<float>;
 using TileGemmBf16 = TileGemmOf<Bf16>;
+
+// `parts` vectors of sums, part p at sums + p * stride. residual: null or as long as out.
+struct PartialSums {
+  const float* sums;
+  int64_t parts, stride;
+  const float* residual;
+  float* out;
+  Activation activation;
+};
 
 // One unit of work: vectors [begin, end) of the pixels of one image (feature-major) or rows [begin,
 // end) of x (row-major), for tiles [tile_begin, tile_end).
