@@ -26,7 +26,7 @@ from fxprune.lowering import library
 from gpu_timing import Rivals, micros
 from torch import Tensor
 
-from fxprune.sparsity import tile_image
+from fxprune.ops import cuda_tile_image as tile_image
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ("ceilings", "depthwise", "gemm", "models")

@@ -1,6 +1,6 @@
 """Whole models: ours against stock Inductor on the same pruned weights, and on unpruned ones.
 
-    python benchmarks/bench_models.py [--quick] [--models mobilenetv2_100 ...] [--out FOLDER]
+    python benchmarks/bench_models.py [--quick] [--models mobilenetv2_100 ...] [--dtype bfloat16] [--out FOLDER]
 
 Each model and batch runs in a process of its own with empty compile and timing caches. Engines are timed in interleaved
 rounds whose number is fixed beforehand. glibc's malloc is told to keep freed memory: by default it hands every large
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,11 @@ class Case:
     sparsity: dict[str, float]
     rounds: int
     ignored: tuple[str, ...] = ()
+    dtype: str = "float32"
 
     @property
     def name(self) -> str:
-        return f"{self.model}-b{self.batch}"
+        return f"{self.model}-b{self.batch}" + ("" if self.dtype == "float32" else f"-{self.dtype}")
 
 
 _MOBILE = {"depthwise": 0.78, "pointwise": 0.50}
@@ -56,6 +57,7 @@ CASES = (
     Case("bert_base", 1, {"linear": 0.75}, 30, ("pooler*",)),
     Case("bert_base", 8, {"linear": 0.75}, 15, ("pooler*",)),
 )
+BFLOAT16 = tuple(replace(case, dtype="bfloat16") for case in CASES)
 QUICK = (Case("mobilenetv2_100", 1, _MOBILE, 5),)
 # not part of the published set; a fast check of this file
 TINY = (Case("bert_tiny", 1, {"linear": 0.75}, 2, ("pooler*",)),)
@@ -65,15 +67,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="MobileNetV2 at batch 1, few rounds")
     parser.add_argument("--models", nargs="+", help="only these models")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and images")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="folder of the JSON files (default: results/<machine>)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
-        case = next(c for c in (*QUICK, *CASES, *TINY) if args.worker == f"{c.name}:{c.rounds}")
+        case = next(c for c in (*QUICK, *CASES, *TINY, *BFLOAT16) if args.worker == f"{c.name}:{c.rounds}")
         print(json.dumps(run(case, args.threads)))
         return 0
     cases = QUICK if args.quick else (*CASES, *TINY) if args.models else CASES
+    cases = BFLOAT16 if args.dtype == "bfloat16" else cases
     cases = tuple(c for c in cases if not args.models or c.model in args.models)
     folder = args.out or (Path(tempfile.mkdtemp(prefix="fxprune-bench-")) if args.quick else RESULTS / machine()["slug"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +121,9 @@ def run(case: Case, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     load = [round(os.getloadavg()[0], 2)]
     dense_model, inputs_of = zoo.build(case.model)
-    inputs = inputs_of(case.batch)
+    inputs, dtype = inputs_of(case.batch), getattr(torch, case.dtype)
+    dense_model = dense_model.to(dtype)
+    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
     result = fxprune.prune(dense_model, inputs, sparsity=case.sparsity, ignored_layers=case.ignored)
     warm_up(torch)
 
@@ -141,7 +147,7 @@ def run(case: Case, threads: int) -> dict[str, Any]:
     return {
         "model": case.model,
         "batch": case.batch,
-        "dtype": "float32",
+        "dtype": case.dtype,
         "threads": threads,
         "rounds": case.rounds,
         "sparsity": {k: round(v, 4) for k, v in result.sparsity.items() if k != "all"},

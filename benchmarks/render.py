@@ -47,7 +47,7 @@ def table(results: Path) -> str:
     parts = []
     for folder in sorted(p for p in results.iterdir() if p.is_dir()) if results.is_dir() else []:
         records = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
-        records = [r for r in records if "engines" in r and "speedup" in r]
+        records = [r for r in records if "engines" in r and "speedup" in r and r["dtype"] == "float32"]
         if records:
             parts.append(one_machine(sorted(records, key=_order)))
     return "\n\n".join(parts) or "Nothing has been measured yet: run `make bench`."

@@ -31,8 +31,8 @@ inline std::string shape_of(const Tensor& t) {
 // Element types as torch's C interface numbers them; asked for once, since every call compares
 // them.
 struct ElementTypes {
-  int32_t float32 = aoti_torch_dtype_float32(), int32 = aoti_torch_dtype_int32(),
-          int64 = aoti_torch_dtype_int64();
+  int32_t float32 = aoti_torch_dtype_float32(), bfloat16 = aoti_torch_dtype_bfloat16(),
+          int32 = aoti_torch_dtype_int32(), int64 = aoti_torch_dtype_int64();
 };
 
 inline const ElementTypes& element_types() {
@@ -40,11 +40,22 @@ inline const ElementTypes& element_types() {
   return types;
 }
 
+inline int32_t type_of(const Tensor& t) {
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &type));
+  return type;
+}
+
 inline void check_tensor(const Tensor& t, const char* name, int32_t type, const char* type_name) {
-  int32_t given;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &given));
-  STD_TORCH_CHECK(given == type, name, " must be ", type_name);
+  STD_TORCH_CHECK(type_of(t) == type, name, " must be ", type_name);
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
+}
+
+// A weight and its bias beside float32 activations.
+inline void check_floats(const Tensor& weight, const char* weight_name, const OptionalTensor& bias,
+                         const char* bias_name) {
+  check_tensor(weight, weight_name, element_types().float32, "float32");
+  if (bias.has_value()) check_tensor(*bias, bias_name, element_types().float32, "float32");
 }
 
 template <class T>
@@ -52,10 +63,20 @@ const T* data(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
 }
 
-// An uninitialised float32 tensor. Directly by the C interface: torch::stable::new_empty looks the
-// operator up by name and boxes its arguments, which takes as long as a small kernel.
+// Whether activations are bfloat16; anything but that and float32 is refused.
+inline bool is_bf16(const Tensor& t, const char* name) {
+  const int32_t type = type_of(t);
+  STD_TORCH_CHECK(type == element_types().float32 || type == element_types().bfloat16, name,
+                  " must be float32 or bfloat16");
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
+  return type == element_types().bfloat16;
+}
+
+// An uninitialised tensor of the type of `like`. Directly by the C interface:
+// torch::stable::new_empty looks the operator up by name and boxes its arguments, which takes as
+// long as a small kernel.
 inline Tensor empty_output(const Tensor& like, const std::vector<int64_t>& shape) {
-  int32_t type = element_types().float32;
+  int32_t type = type_of(like);
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.data(),
                                                           static_cast<int64_t>(shape.size()), &type,
@@ -85,9 +106,50 @@ inline OptionalTensor float_input(const OptionalTensor& t, const char* name,
   return float_input(*t, name);
 }
 
-inline const float* data_or_null(const OptionalTensor& t) {
-  return t.has_value() ? data<float>(*t) : nullptr;
+template <class T = float>
+const T* data_or_null(const OptionalTensor& t) {
+  return t.has_value() ? data<T>(*t) : nullptr;
 }
+
+// A bfloat16 argument, made contiguous.
+inline Tensor bf16_input(const Tensor& t, const char* name) {
+  check_tensor(t, name, element_types().bfloat16, "bfloat16, as x is");
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline OptionalTensor bf16_input(const OptionalTensor& t, const char* name,
+                                 const std::vector<int64_t>& shape) {
+  if (!t.has_value()) return t;
+  check_shape(*t, name, shape);
+  return bf16_input(*t, name);
+}
+
+// Weights and biases that kernels read as float whatever the activations are: float32, or bfloat16
+// that is widened.
+class Widened {
+ public:
+  Widened(const OptionalTensor& t, const char* name, const std::vector<int64_t>& shape) {
+    if (!t.has_value()) return;
+    check_shape(*t, name, shape);
+    kept_ = t->is_contiguous() ? *t : torch::stable::contiguous(*t);
+    if (!is_bf16(*t, name)) {
+      data_ = fxprune::data<float>(*kept_);
+      return;
+    }
+    const Bf16* from = fxprune::data<Bf16>(*kept_);
+    wide_.resize(kept_->numel());
+    for (size_t i = 0; i < wide_.size(); ++i) wide_[i] = widen(from[i]);
+    data_ = wide_.data();
+  }
+  Widened(const Widened&) = delete;
+  Widened& operator=(const Widened&) = delete;
+  const float* data() const { return data_; }
+
+ private:
+  OptionalTensor kept_;
+  std::vector<float> wide_;
+  const float* data_ = nullptr;
+};
 
 inline Activation check_activation(const Text& name) {
   Activation activation;
@@ -114,7 +176,7 @@ void check_window(Conv* a) {
 
 // Checks a packed depthwise weight against the geometry in `a`, and completes that: tap words,
 // output size and the pointer to the tap masks. Returns their owner.
-inline Tensor check_taps(const Tensor& weight, const Tensor& taps_in, DepthwiseTaps* a) {
+inline Tensor check_taps(const Tensor& weight, const Tensor& taps_in, DepthwiseShape* a) {
   a->tap_words = (a->kernel() + 63) / 64;
   check_shape(weight, "weight", {a->channels, a->kernel()});
   check_tensor(taps_in, "taps", element_types().int64, "int64");
@@ -139,7 +201,7 @@ struct TileStructure {
 
   // Fills the structure's part of `a`.
   TileStructure(const Tensor& index_in, const Tensor& tile_ptr_in, const Tensor& columns_in,
-                int64_t granularity, int64_t out_features, int64_t in_features, TileGemm* a)
+                int64_t granularity, int64_t out_features, int64_t in_features, TileShape* a)
       : index(int_list(index_in, "index")),
         tile_ptr(int_list(tile_ptr_in, "tile_ptr")),
         columns(int_list(columns_in, "columns")) {

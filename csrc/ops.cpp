@@ -8,6 +8,7 @@
 #include "fxprune/tile_pack.h"
 #include "parallel.h"
 #include "run.h"
+#include "run_bf16.h"
 #include "run_conv.h"
 
 namespace fxprune {
@@ -28,7 +29,8 @@ void check_pair(const IntList& v, const char* name, int64_t least) {
   }
 }
 
-// Checks x and the window arguments that depthwise_taps and tile_conv share and fills them in.
+// Checks the shape of x and the window arguments that depthwise_taps and tile_conv share and fills
+// them in.
 template <typename Args>
 void check_window(const Tensor& x, const IntList& kernel_size, const IntList& stride,
                   const IntList& padding, const IntList& dilation, const Text& activation,
@@ -38,7 +40,6 @@ void check_window(const Tensor& x, const IntList& kernel_size, const IntList& st
   check_pair(padding, "padding", 0);
   check_pair(dilation, "dilation", 1);
   a->activation = check_activation(activation);
-  check_tensor(x, "x", element_types().float32, "float32");
   STD_TORCH_CHECK(x.dim() == 4, "x must have shape (B, C, H, W), got ", shape_of(x));
   a->batch = x.size(0), a->channels = x.size(1), a->height = x.size(2), a->width = x.size(3);
   a->kernel_h = kernel_size[0], a->kernel_w = kernel_size[1];
@@ -49,25 +50,36 @@ void check_window(const Tensor& x, const IntList& kernel_size, const IntList& st
 
 // ---- depthwise_taps ----
 
+template <class T>
+void run_depthwise_on(const DepthwiseShape& shape, const Tensor& x, Tensor* out) {
+  DepthwiseTapsOf<T> a{};
+  static_cast<DepthwiseShape&>(a) = shape;
+  a.x = data<T>(x);
+  a.out = static_cast<T*>(out->mutable_data_ptr());
+  run_depthwise(a, threads());
+}
+
 Tensor depthwise_taps_cpu(const Tensor& x_in, const Tensor& weight_in, const Tensor& taps_in,
                           const OptionalTensor& bias_in, const IntList& kernel_size,
                           const IntList& stride, const IntList& padding, const IntList& dilation,
                           const Text& activation) {
-  DepthwiseTaps a{};
+  DepthwiseShape a{};
+  const bool bf16 = is_bf16(x_in, "x");
   check_window(x_in, kernel_size, stride, padding, dilation, activation, &a);
   const Tensor taps = check_taps(weight_in, taps_in, &a);
-  const OptionalTensor bias = float_input(bias_in, "bias", {a.channels});
-  const Tensor x = float_input(x_in, "x"), weight = float_input(weight_in, "weight");
-  Tensor out = empty_output(x, {a.batch, a.channels, a.out_h, a.out_w});
-  const int64_t planes = a.batch * a.channels;
-  if (planes == 0) return out;
-  a.x = data<float>(x);
-  a.weight = data<float>(weight);
-  a.bias = data_or_null(bias);
-  a.out = static_cast<float*>(out.mutable_data_ptr());
-
+  if (!bf16) check_floats(weight_in, "weight", bias_in, "bias");
+  const Widened bias(bias_in, "bias", {a.channels}),
+      weight(weight_in, "weight", {a.channels, a.kernel()});
+  Tensor out = empty_output(x_in, {a.batch, a.channels, a.out_h, a.out_w});
+  if (a.batch * a.channels == 0) return out;
+  a.weight = weight.data();
+  a.bias = bias.data();
   const DepthwiseTables tables(&a);
-  run_depthwise(a, threads());
+  if (bf16) {
+    run_depthwise_on<Bf16>(a, bf16_input(x_in, "x"), &out);
+  } else {
+    run_depthwise_on<float>(a, float_input(x_in, "x"), &out);
+  }
   return out;
 }
 
@@ -80,9 +92,9 @@ Tensor tile_gemm_cpu(const Tensor& x_in, const Tensor& values_in, const Tensor& 
                      const Text& activation) {
   STD_TORCH_CHECK(feature_dim == 1 || feature_dim == -1, "feature_dim must be 1 or -1, got ",
                   feature_dim);
-  TileGemm a{};
+  TileShape a{};
   a.activation = check_activation(activation);
-  check_tensor(x_in, "x", element_types().float32, "float32");
+  const bool bf16 = is_bf16(x_in, "x");
   bool feature_major = feature_dim == 1;
   const int64_t rank = x_in.dim();
   STD_TORCH_CHECK(rank >= (feature_major ? 3 : 1), "x must have shape ",
@@ -91,35 +103,54 @@ Tensor tile_gemm_cpu(const Tensor& x_in, const Tensor& values_in, const Tensor& 
   const int64_t axis = feature_major ? 1 : rank - 1;
   const TileStructure structure(index, tile_ptr, columns, granularity, out_features,
                                 x_in.size(axis), &a);
-  check_shape(values_in, "values", {structure.values});
   std::vector<int64_t> shape(rank);
   for (int64_t i = 0; i < rank; ++i) shape[i] = i == axis ? out_features : x_in.size(i);
-  const OptionalTensor bias = float_input(bias_in, "bias", {out_features});
-  const OptionalTensor residual = float_input(residual_in, "residual", shape);
   STD_TORCH_CHECK(feature_major || !gate_in.has_value(), "gate needs feature_dim=1");
-  const OptionalTensor gate =
-      feature_major ? float_input(gate_in, "gate", {x_in.size(0), a.k}) : OptionalTensor();
-  const Tensor x = float_input(x_in, "x"), values = float_input(values_in, "values");
-  Tensor out = empty_output(x, shape);
+  if (!bf16) {
+    check_shape(values_in, "values", {structure.values});
+    check_floats(values_in, "values", bias_in, "bias");
+  }
+  const Widened bias(bias_in, "bias", {out_features});
+  const std::vector<int64_t> gates = {feature_major ? x_in.size(0) : 0, a.k};
+  Tensor out = empty_output(x_in, shape);
 
-  a.batch = feature_major ? x.size(0) : 1;
+  a.batch = feature_major ? x_in.size(0) : 1;
   a.m = 1;
   for (int64_t i = feature_major ? 2 : 0; i < (feature_major ? rank : rank - 1); ++i)
-    a.m *= x.size(i);
-  if (a.batch == 0 || a.m == 0 || a.n == 0) return out;
-  if (feature_major && a.m == 1 && !gate.has_value()) {
+    a.m *= x_in.size(i);
+  a.bias = bias.data();
+  if (feature_major && a.m == 1 && !gate_in.has_value()) {
     // One pixel an image: the same memory is row-major with the batch as rows, and vectors fill up.
     feature_major = false;
     std::swap(a.batch, a.m);
   }
-  a.x = data<float>(x);
-  a.values = data<float>(values);
-  a.bias = data_or_null(bias);
-  a.residual = data_or_null(residual);
-  a.gate = data_or_null(gate);
-  a.out = static_cast<float*>(out.mutable_data_ptr());
-
-  run_tile_gemm(a, feature_major, structure.values, threads());
+  const bool empty = a.batch == 0 || a.m == 0 || a.n == 0;
+  if (bf16) {
+    const TileImage values(values_in, structure, a);
+    const OptionalTensor residual = bf16_input(residual_in, "residual", shape),
+                         gate = bf16_input(gate_in, "gate", gates);
+    const Tensor x = bf16_input(x_in, "x");
+    if (empty) return out;
+    TileGemmBf16 g{a,
+                   data<Bf16>(x),
+                   values.data(),
+                   data_or_null<Bf16>(residual),
+                   data_or_null<Bf16>(gate),
+                   static_cast<Bf16*>(out.mutable_data_ptr())};
+    run_tile_gemm(g, feature_major, threads());
+    return out;
+  }
+  const OptionalTensor residual = float_input(residual_in, "residual", shape),
+                       gate = float_input(gate_in, "gate", gates);
+  const Tensor x = float_input(x_in, "x"), values = float_input(values_in, "values");
+  if (empty) return out;
+  TileGemm g{a,
+             data<float>(x),
+             data<float>(values),
+             data_or_null(residual),
+             data_or_null(gate),
+             static_cast<float*>(out.mutable_data_ptr())};
+  run_tile_gemm(g, feature_major, threads());
   return out;
 }
 
@@ -131,6 +162,7 @@ Tensor tile_conv_cpu(const Tensor& x_in, const Tensor& values_in, const Tensor& 
                      const IntList& kernel_size, const IntList& stride, const IntList& padding,
                      const IntList& dilation, int64_t groups, const Text& activation) {
   TileConv a{};
+  check_tensor(x_in, "x", element_types().float32, "float32");
   check_window(x_in, kernel_size, stride, padding, dilation, activation, &a);
   a.groups = groups;
   const TileStructure structure =
@@ -158,36 +190,47 @@ Tensor tile_conv_cpu(const Tensor& x_in, const Tensor& values_in, const Tensor& 
 
 // ---- tile_pack, tile_unpack ----
 
+template <class T>
+void pack(const TileShape& a, const Tensor& weight, Tensor* values) {
+  const T* from = data<T>(weight);
+  T* to = static_cast<T*>(values->mutable_data_ptr());
+  for_each_kept(a, [&](int64_t dense, int64_t at) { to[at] = from[dense]; });
+}
+
+template <class T>
+void unpack(const TileShape& a, const Tensor& values, Tensor* weight) {
+  const T* from = data<T>(values);
+  T* to = static_cast<T*>(weight->mutable_data_ptr());
+  for_each_kept(a, [&](int64_t dense, int64_t at) { to[dense] = from[at]; });
+}
+
 Tensor tile_pack_cpu(const Tensor& weight_in, const Tensor& index, const Tensor& tile_ptr,
                      const Tensor& columns, int64_t granularity, int64_t nnz) {
-  check_tensor(weight_in, "weight", element_types().float32, "float32");
+  const bool bf16 = is_bf16(weight_in, "weight");
   STD_TORCH_CHECK(weight_in.dim() == 2, "weight must have shape (N, K), got ", shape_of(weight_in));
-  TileGemm a{};
+  TileShape a{};
   const TileStructure structure(index, tile_ptr, columns, granularity, weight_in.size(0),
                                 weight_in.size(1), &a);
   STD_TORCH_CHECK(nnz == structure.values, "nnz must be ", structure.values,
                   ", the packed values, got ", nnz);
-  const Tensor weight = float_input(weight_in, "weight");
+  const Tensor weight = bf16 ? bf16_input(weight_in, "weight") : float_input(weight_in, "weight");
   Tensor values = empty_output(weight, {nnz});
-  const float* from = data<float>(weight);
-  float* to = static_cast<float*>(values.mutable_data_ptr());
-  for_each_kept(a, [&](int64_t dense, int64_t at) { to[at] = from[dense]; });
+  bf16 ? pack<Bf16>(a, weight, &values) : pack<float>(a, weight, &values);
   return values;
 }
 
 Tensor tile_unpack_cpu(const Tensor& values_in, const Tensor& index, const Tensor& tile_ptr,
                        const Tensor& columns, int64_t granularity, int64_t out_features,
                        int64_t in_features) {
-  TileGemm a{};
+  TileShape a{};
   const TileStructure structure(index, tile_ptr, columns, granularity, out_features, in_features,
                                 &a);
   check_shape(values_in, "values", {structure.values});
-  const Tensor values = float_input(values_in, "values");
+  const bool bf16 = is_bf16(values_in, "values");
+  const Tensor values = bf16 ? bf16_input(values_in, "values") : float_input(values_in, "values");
   Tensor weight = empty_output(values, {out_features, in_features});
   torch::stable::zero_(weight);
-  const float* from = data<float>(values);
-  float* to = static_cast<float*>(weight.mutable_data_ptr());
-  for_each_kept(a, [&](int64_t dense, int64_t at) { to[dense] = from[at]; });
+  bf16 ? unpack<Bf16>(a, values, &weight) : unpack<float>(a, values, &weight);
   return weight;
 }
 

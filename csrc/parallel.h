@@ -44,8 +44,9 @@ void for_each_unit(int64_t count, int64_t threads, const F& f) {
 }
 
 // This thread's buffer of at least `count` floats, aligned to cache lines. Its contents are
-// arbitrary.
-inline float* scratch(int64_t count) {
+// arbitrary. Slot: for those that are used at the same time.
+template <int Slot = 0>
+float* scratch(int64_t count) {
   static thread_local std::vector<float> buffer;
   if (static_cast<int64_t>(buffer.size()) < count + 16) buffer.resize(count + 16);
   const uintptr_t address = reinterpret_cast<uintptr_t>(buffer.data());

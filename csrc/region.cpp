@@ -15,6 +15,7 @@
 // x, residual and gate are values: first the inputs, then one per step. Weights are indices into
 // `packed`. -1 is absent.
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <deque>
 #include <memory>
@@ -24,19 +25,20 @@
 #include "check.h"
 #include "parallel.h"
 #include "run.h"
+#include "run_bf16.h"
 #include "run_split.h"
 
 namespace fxprune {
 namespace {
 
 using Shape = std::vector<int64_t>;  // without the batch
-constexpr int64_t kMostFloats = int64_t{1}
-                                << 40;  // of one value and image, so that no sum of them overflows
+constexpr int64_t kMostNumbers = int64_t{1}
+                                 << 40;  // of one value and image, so that no sum of them overflows
 
 int64_t floats(const Shape& shape) {
   int64_t size = 1;
   for (int64_t s : shape) {
-    STD_TORCH_CHECK(!__builtin_mul_overflow(size, s, &size) && size <= kMostFloats,
+    STD_TORCH_CHECK(!__builtin_mul_overflow(size, s, &size) && size <= kMostNumbers,
                     "a value of a region is too large");
   }
   return size;
@@ -50,8 +52,8 @@ bool same_value(const Shape& a, const Shape& b) {
 // Buffers that outlive a call, so that a call does not fault its pages in anew.
 class ArenaPool {
  public:
-  std::vector<float> take(int64_t count) {
-    std::vector<float> arena;
+  std::vector<std::byte> take(int64_t count) {
+    std::vector<std::byte> arena;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (!free_.empty()) {
@@ -62,14 +64,14 @@ class ArenaPool {
     if (static_cast<int64_t>(arena.size()) < count) arena.resize(count);
     return arena;
   }
-  void give(std::vector<float> arena) {
+  void give(std::vector<std::byte> arena) {
     const std::lock_guard<std::mutex> lock(mutex_);
     free_.push_back(std::move(arena));
   }
 
  private:
   std::mutex mutex_;
-  std::vector<std::vector<float>> free_;
+  std::vector<std::vector<std::byte>> free_;
 };
 
 ArenaPool& arenas() {
@@ -77,38 +79,43 @@ ArenaPool& arenas() {
   return pool;
 }
 
-struct Value {
+template <class T>
+struct ValueOf {
   Shape shape;
   int64_t uses = 0;
   int64_t last_use = -1;  // step, or the number of steps for a result
   int64_t offset = -1;    // in the arena, for values that are neither input nor result
-  float* base = nullptr;  // of image 0, for inputs and results
+  T* base = nullptr;      // of image 0, for inputs and results
 };
 
-struct Step {
+template <class T>
+struct StepOf {
   enum Code { kDepthwise, kGemm, kMean } code;
   int64_t x, residual = -1, gate = -1, out;
-  DepthwiseTaps depthwise{};
-  TileGemm gemm{};
+  DepthwiseTapsOf<T> depthwise{};
+  TileGemmOf<T> gemm{};
   bool feature_major = false;
   bool feeds_next =
       false;  // its result is the next step's input and nothing else's, and is never stored
-  int64_t values = 0;
 };
 
+// T: float or Bf16, what every value in the region is.
+template <class T>
 class Region {
+  using Value = ValueOf<T>;
+  using Step = StepOf<T>;
+
  public:
   Region(const std::vector<Tensor>& x, const std::vector<Tensor>& packed,
          const std::vector<int64_t>& program, const std::vector<int64_t>& outputs)
       : packed_(packed) {
-    STD_TORCH_CHECK(!x.empty(), "region needs at least one input");
     for (const Tensor& t : x) {
-      inputs_.push_back(float_input(t, "x"));
+      inputs_.push_back(input(t, "x"));
       STD_TORCH_CHECK(t.dim() >= 2 && t.size(0) == x[0].size(0),
                       "every region input must have shape (B, C, *) with one B, got ", shape_of(t));
       Value v;
       for (int64_t d = 1; d < t.dim(); ++d) v.shape.push_back(t.size(d));
-      v.base = const_cast<float*>(data<float>(inputs_.back()));
+      v.base = const_cast<T*>(data<T>(inputs_.back()));
       values_.push_back(std::move(v));
     }
     batch_ = x[0].size(0);
@@ -128,7 +135,7 @@ class Region {
       Shape shape = v.shape;
       shape.insert(shape.begin(), batch_);
       results_.push_back(empty_output(inputs_[0], shape));
-      v.base = static_cast<float*>(results_.back().mutable_data_ptr());
+      v.base = static_cast<T*>(results_.back().mutable_data_ptr());
       v.last_use = static_cast<int64_t>(steps_.size());
     }
     fuse();
@@ -165,8 +172,13 @@ class Region {
     kept_.push_back(std::move(t));
     return kept_.back();
   }
-  const float* keep(const OptionalTensor& t) {
-    return t.has_value() ? data<float>(keep(*t)) : nullptr;
+  // A weight or bias that kernels read as float.
+  const float* keep(const OptionalTensor& t, const char* name, const Shape& shape) {
+    if (t.has_value() && !kBf16) check_tensor(*t, name, element_types().float32, "float32");
+    return wide_.emplace_back(t, name, shape).data();
+  }
+  static Tensor input(const Tensor& t, const char* name) {
+    return kBf16 ? bf16_input(t, name) : float_input(t, name);
   }
 
   void read(int64_t code, const std::vector<int64_t>& arg) {
@@ -175,7 +187,7 @@ class Region {
     STD_TORCH_CHECK(static_cast<int64_t>(arg.size()) == kCounts[code], "step code ", code,
                     " takes ", kCounts[code], " arguments, got ", arg.size());
     Step step;
-    step.code = static_cast<Step::Code>(code);
+    step.code = static_cast<typename Step::Code>(code);
     step.x = arg[0];
     const Shape shape = use(arg[0]).shape;
     Value result;
@@ -200,7 +212,7 @@ class Region {
     if (shape.size() == 1)
       shape.insert(shape.end(), {1, 1});  // a channel vector is an image of one pixel
     STD_TORCH_CHECK(shape.size() == 3, "depthwise needs (C, H, W) values");
-    DepthwiseTaps& a = step->depthwise;
+    DepthwiseShape& a = step->depthwise;
     a.batch = 1, a.channels = shape[0], a.height = shape[1], a.width = shape[2];
     constexpr int64_t kMost = int64_t{1} << 20;
     for (int i = 4; i < 12; ++i) {
@@ -215,10 +227,10 @@ class Region {
   }
 
   void read_taps(const Tensor& weight, const Tensor& taps, const OptionalTensor& bias,
-                 DepthwiseTaps* a) {
+                 DepthwiseShape* a) {
     kept_.push_back(check_taps(weight, taps, a));
-    a->weight = data<float>(keep(float_input(weight, "weight")));
-    a->bias = keep(float_input(bias, "bias", {a->channels}));
+    a->weight = keep(weight, "weight", {a->channels, a->kernel()});
+    a->bias = keep(bias, "bias", {a->channels});
   }
 
   Shape read_gemm(Step* step, const Shape& shape, const std::vector<int64_t>& arg) {
@@ -226,13 +238,16 @@ class Region {
     STD_TORCH_CHECK(arg[10] == 1 || arg[10] == -1, "feature_dim must be 1 or -1, got ", arg[10]);
     STD_TORCH_CHECK(!shape.empty() && (first ? shape.size() >= 2 : floats(shape) == shape[0]),
                     "gemm needs (K, *spatial) values with feature_dim=1, (K) or (K, 1, 1) with -1");
-    TileGemm& a = step->gemm;
+    TileGemmOf<T>& a = step->gemm;
     structures_.emplace_back(weight(arg[2]), weight(arg[3]), weight(arg[4]), arg[9], arg[8],
                              shape[0], &a);
-    step->values = structures_.back().values;
-    check_shape(weight(arg[1]), "values", {step->values});
-    a.values = data<float>(keep(float_input(weight(arg[1]), "values")));
-    a.bias = keep(float_input(optional_weight(arg[5]), "bias", {a.n}));
+    if constexpr (kBf16) {
+      a.values = images_.emplace_back(weight(arg[1]), structures_.back(), a).data();
+    } else {
+      check_shape(weight(arg[1]), "values", {structures_.back().values});
+      a.values = data<float>(keep(float_input(weight(arg[1]), "values")));
+    }
+    a.bias = keep(optional_weight(arg[5]), "bias", {a.n});
     a.batch = 1;
     a.m = floats(shape) / std::max<int64_t>(shape[0], 1);
     Shape out = first ? shape : Shape{a.n};
@@ -284,7 +299,8 @@ class Region {
       Value& v = values_[steps_[s].out];
       if ((steps_[s].code == Step::kDepthwise) != depthwise) continue;
       if (v.base != nullptr || steps_[s].feeds_next) continue;
-      const int64_t now = static_cast<int64_t>(s), size = (floats(v.shape) + 15) / 16 * 16;
+      const int64_t now = static_cast<int64_t>(s),
+                    size = (floats(v.shape) + kLine - 1) / kLine * kLine;
       taken.erase(
           std::remove_if(taken.begin(), taken.end(), [&](const Room& r) { return r.until < now; }),
           taken.end());
@@ -297,15 +313,15 @@ class Region {
     }
   }
 
-  float* at(int64_t id, int64_t image, float* arena) const {
+  T* at(int64_t id, int64_t image, T* arena) const {
     const Value& v = values_[id];
     return v.base != nullptr ? v.base + image * floats(v.shape) : arena + v.offset;
   }
 
   void run_image(int64_t image, int64_t pool) const {
-    std::vector<float> buffer = arenas().take(arena_ + 16);
+    std::vector<std::byte> buffer = arenas().take(arena_ * static_cast<int64_t>(sizeof(T)) + 64);
     const uintptr_t address = reinterpret_cast<uintptr_t>(buffer.data());
-    float* arena = reinterpret_cast<float*>((address + 63) & ~uintptr_t{63});
+    T* arena = reinterpret_cast<T*>((address + 63) & ~uintptr_t{63});
     for (size_t s = 0; s < steps_.size(); ++s) {
       if (steps_[s].feeds_next) {
         run_pair(steps_[s], steps_[s + 1], image, arena, pool);
@@ -317,43 +333,47 @@ class Region {
     arenas().give(std::move(buffer));
   }
 
-  void run_pair(const Step& expand, const Step& depthwise, int64_t image, float* arena,
+  void run_pair(const Step& expand, const Step& depthwise, int64_t image, T* arena,
                 int64_t pool) const {
-    TileGemm g = expand.gemm;
+    TileGemmOf<T> g = expand.gemm;
     g.x = at(expand.x, image, arena);
-    DepthwiseTaps d = depthwise.depthwise;
+    DepthwiseTapsOf<T> d = depthwise.depthwise;
     d.out = at(depthwise.out, image, arena);
     run_expand_depthwise(g, d, pool);
   }
 
-  void run_step(const Step& step, int64_t image, float* arena, int64_t pool) const {
-    const float* x = at(step.x, image, arena);
-    float* out = at(step.out, image, arena);
+  void run_step(const Step& step, int64_t image, T* arena, int64_t pool) const {
+    const T* x = at(step.x, image, arena);
+    T* out = at(step.out, image, arena);
     if (step.code == Step::kMean) {
       const Shape& shape = values_[step.x].shape;
-      kernels().channel_mean(x, out, shape[0], floats(shape) / shape[0]);
+      run_channel_mean(x, out, shape[0], floats(shape) / shape[0]);
     } else if (step.code == Step::kDepthwise) {
-      DepthwiseTaps a = step.depthwise;
+      DepthwiseTapsOf<T> a = step.depthwise;
       a.x = x, a.out = out;
       if (a.channels > 0) run_depthwise(a, pool);
     } else {
-      TileGemm a = step.gemm;
+      TileGemmOf<T> a = step.gemm;
       a.x = x, a.out = out;
       if (step.residual >= 0) a.residual = at(step.residual, image, arena);
       if (step.gate >= 0) a.gate = at(step.gate, image, arena);
       if (a.m == 0 || a.n == 0) return;
-      if (splits_k(a, step.feature_major, pool)) {
-        run_tile_gemm_split(a, step.values, pool);
-      } else {
-        run_tile_gemm(a, step.feature_major, step.values, pool);
+      if constexpr (!kBf16) {
+        if (splits_k(a, step.feature_major, pool)) return run_tile_gemm_split(a, pool);
       }
+      run_tile_gemm(a, step.feature_major, pool);
     }
   }
+
+  static constexpr int64_t kLine = 64 / sizeof(T);  // numbers of a cache line
+  static constexpr bool kBf16 = std::is_same_v<T, Bf16>;
 
   const std::vector<Tensor>& packed_;
   std::vector<Tensor> inputs_, results_;
   std::deque<Tensor> kept_;
   std::deque<TileStructure> structures_;
+  std::deque<TileImage> images_;
+  std::deque<Widened> wide_;
   std::vector<std::unique_ptr<DepthwiseTables>> tables_;
   std::vector<Value> values_;
   std::vector<Step> steps_;
@@ -362,7 +382,9 @@ class Region {
 
 std::vector<Tensor> region_cpu(std::vector<Tensor> x, std::vector<Tensor> packed,
                                std::vector<int64_t> program, std::vector<int64_t> outputs) {
-  return Region(x, packed, program, outputs).run();
+  STD_TORCH_CHECK(!x.empty(), "region needs at least one input");
+  if (is_bf16(x[0], "x")) return Region<Bf16>(x, packed, program, outputs).run();
+  return Region<float>(x, packed, program, outputs).run();
 }
 
 }  // namespace

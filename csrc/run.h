@@ -17,7 +17,7 @@ namespace fxprune {
 // Fills the arguments' pointers into it, so it must outlive the run.
 class DepthwiseTables {
  public:
-  explicit DepthwiseTables(DepthwiseTaps* a) {
+  explicit DepthwiseTables(DepthwiseShape* a) {
     if (!a->vectorised()) return;
     const int64_t width = kernels().width;
     masks_.resize(depthwise_mask_count(*a, width));
@@ -35,7 +35,7 @@ class DepthwiseTables {
 };
 
 // This thread's room for the taps of one channel.
-inline Tap* tap_list(const DepthwiseTaps& a) {
+inline Tap* tap_list(const DepthwiseShape& a) {
   static thread_local std::vector<Tap> list;
   if (static_cast<int64_t>(list.size()) < a.kernel()) list.resize(a.kernel());
   return list.data();
@@ -48,7 +48,9 @@ inline int64_t pixel_bands(int64_t length, int64_t pool) {
   return length >= kLeast * pool ? pool : 1;
 }
 
-inline void run_depthwise(const DepthwiseTaps& a, int64_t pool) {
+// Calls f(span) for every unit of a depthwise convolution.
+template <class F>
+void for_each_plane_span(const DepthwiseShape& a, int64_t pool, const F& f) {
   const Kernels& k = kernels();
   const int64_t planes = a.batch * a.channels;
   // Few images of large planes are cut in bands, one a thread, as the pointwise GEMMs around cut
@@ -61,10 +63,15 @@ inline void run_depthwise(const DepthwiseTaps& a, int64_t pool) {
   const int64_t chunks = std::min(planes, (pool * 8 + bands - 1) / bands);
   for_each_unit(bands * chunks, pool, [&](int64_t unit) {
     const int64_t band = unit / chunks, chunk = unit % chunks;
-    const PlaneSpan span = {planes * chunk / chunks, planes * (chunk + 1) / chunks,
-                            length * band / bands, length * (band + 1) / bands};
-    k.depthwise_taps(a, span, tap_list(a));
+    f(PlaneSpan{planes * chunk / chunks, planes * (chunk + 1) / chunks, length * band / bands,
+                length * (band + 1) / bands});
   });
+}
+
+inline void run_depthwise(const DepthwiseTaps& a, int64_t pool) {
+  const Kernels& k = kernels();
+  for_each_plane_span(a, pool,
+                      [&](const PlaneSpan& span) { k.depthwise_taps(a, span, tap_list(a)); });
 }
 
 // Feature-major: pixels are cut first. Where an image has too few of them, tiles are cut as well.
@@ -125,24 +132,31 @@ inline void run_tile_gemm_panel(const TileGemm& a, bool feature_major, int64_t p
   });
 }
 
-// values: how many weights are packed.
-inline void run_tile_gemm(const TileGemm& a, bool feature_major, int64_t values, int64_t pool) {
+inline void run_tile_gemm(const TileGemm& a, bool feature_major, int64_t pool) {
   const Kernels& k = kernels();
   if (uses_panel(a, feature_major, k.width)) return run_tile_gemm_panel(a, feature_major, pool);
   const TileGrid grid = feature_major ? feature_major_grid(a, k, pool) : row_major_grid(a, pool);
   const auto kernel = feature_major ? k.tile_gemm_feature_major : k.tile_gemm_row_major;
   for_each_unit(grid.units(), pool, [&](int64_t unit) {
-    kernel(a, tile_unit(a, grid, unit), a.gate ? scratch(values) : nullptr);
+    kernel(a, tile_unit(a, grid, unit),
+           a.gate ? scratch(a.tile_ptr[a.tiles] * a.granularity) : nullptr);
   });
 }
 
-// Largest expanded tile, in floats, that run_expand_depthwise keeps beside the rest of its working
+inline void run_channel_mean(const float* x, float* out, int64_t channels, int64_t size) {
+  kernels().channel_mean(x, out, channels, size);
+}
+
+// Largest expanded tile, in numbers, that run_expand_depthwise keeps beside the rest of its working
 // set in L2.
 constexpr int64_t kExpandedTile = 160 * 1024;
 
+inline bool can_expand_depthwise(const TileShape& g) {
+  return g.kept == g.n && g.tiles > 0 && g.granularity * g.m <= kExpandedTile;
+}
 inline bool can_expand_depthwise(const TileGemm& g) {
-  return !uses_panel(g, true, kernels().width) && g.kept == g.n && g.tiles > 0 &&
-         g.granularity * g.m <= kExpandedTile;
+  const TileShape& shape = g;
+  return !uses_panel(g, true, kernels().width) && can_expand_depthwise(shape);
 }
 
 // A feature-major GEMM and the depthwise convolution of its result, tile by tile: the expanded

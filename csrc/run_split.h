@@ -34,8 +34,7 @@ inline std::vector<int32_t> k_cuts(const TileGemm& a, int64_t parts) {
   return cuts;
 }
 
-// values: how many weights are packed.
-inline void run_tile_gemm_split(const TileGemm& a, int64_t values, int64_t pool) {
+inline void run_tile_gemm_split(const TileGemm& a, int64_t pool) {
   static thread_local std::vector<float> buffer;
   // Every part's sums keep their place from layer to layer, so that a core finds its own again.
   constexpr int64_t kStride = 64 * 1024 + 64;
@@ -54,7 +53,8 @@ inline void run_tile_gemm_split(const TileGemm& a, int64_t values, int64_t pool)
     g.activation = Activation::kNone;
     g.out = sums + part * kStride;
     const TileSpan span = {0, 0, vecs, a.tiles * chunk / chunks, a.tiles * (chunk + 1) / chunks};
-    k.tile_gemm_feature_major(g, span, a.gate ? scratch(values) : nullptr);
+    k.tile_gemm_feature_major(g, span,
+                              a.gate ? scratch(a.tile_ptr[a.tiles] * a.granularity) : nullptr);
   });
   const PartialSums total = {sums, pool, kStride, a.residual, a.out, a.activation};
   const int64_t count = a.n * a.m;

@@ -43,6 +43,8 @@ from fxprune.weights import Weights, is_state, remember_names
 
 log = logging.getLogger(__name__)
 
+_BF16_TOLERANCE = 2.0**-5  # what `verify` allows a bfloat16 output: a few roundings of the largest value
+
 
 def hwprune(
     gm: GraphModule,
@@ -127,7 +129,7 @@ def groups_of(matches: Sequence[Match], config: Config) -> list[list[Staircase]]
     tables = KernelTables()
     timer = Measure(config, tables.unit)
     mine = [m for m in matches if m.recurrent is None and unsupported(m, tables) is None]
-    stairs = staircases(mine, config, tables.unit, timer, timer.predict)
+    stairs = staircases(mine, config, tables.units(mine), timer, timer.predict)
     return grouped(stairs, regions([match for match in mine if match.kind != "linear"]))
 
 
@@ -180,8 +182,8 @@ def rewrite(
     ctx = Context(config, Weights(clone, example_inputs), not training, tables, timer, timer.predict, sizes or {})
     if levels is not None:
         ctx.extra["levels"] = levels
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") or _enters_autocast(gm):
-        ctx.extra["dense_reason"] = "autocast is on and the kernels are float32"
+    if (reason := _autocast_reason(gm, training)) is not None:
+        ctx.extra["dense_reason"] = reason
     for number, rewrite_pass in enumerate(FORWARD):
         start = time.perf_counter()
         before = dump.text(clone) if config.dump else ""
@@ -221,6 +223,20 @@ def _worth_a_look(gm: GraphModule, example_inputs: Sequence[Any], config: Config
     return False
 
 
+def _autocast_reason(gm: GraphModule, training: bool) -> str | None:
+    """Return why autocast keeps a graph dense, ``None`` when it does not."""
+    if torch.is_autocast_enabled("cuda"):
+        return "autocast is on for cuda"
+    if _enters_autocast(gm):
+        return "the model switches autocast on itself: call it under torch.autocast instead"
+    if not torch.is_autocast_enabled("cpu"):
+        return None
+    if training:
+        return "autocast is on while gradients are needed"
+    dtype = torch.get_autocast_dtype("cpu")
+    return None if dtype == torch.bfloat16 else f"autocast is on for {dtype}, kernels are float32 or bfloat16"
+
+
 def _enters_autocast(gm: GraphModule) -> bool:
     """True when the graph switches autocast on; models also switch it off around what needs float32."""
     calls = [n for n in gm.graph.nodes if n.op == "call_function" and "_enter_autocast" in str(n.target)]
@@ -253,8 +269,9 @@ def _verify_numerically(
     for a, b in zip(flat_expected, flat_given, strict=True):
         scale = a.abs().max().clamp_min(1e-12) if a.numel() else 1.0
         error = ((a - b).abs().max() / scale).item() if a.numel() else 0.0
-        if not error <= config.tolerance and a.is_floating_point():
-            expected_text = f"at most {config.tolerance:g} relative to the largest value"
+        most = max(config.tolerance, _BF16_TOLERANCE) if a.dtype == torch.bfloat16 else config.tolerance
+        if not error <= most and a.is_floating_point():
+            expected_text = f"at most {most:g} relative to the largest value"
             raise VerificationError(stage=stage, what="output differs", given=f"{error:.3g}", expected=expected_text)
 
 

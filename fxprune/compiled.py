@@ -132,8 +132,14 @@ def _probes(watched: Sequence[Tensor]) -> list[tuple[Any, int]]:
     A forward in training mode moves BatchNorm's statistics without a change of version.
     """
     vectors = [t for t in watched if t.dim() == 1 and t.numel() and not isinstance(t, torch.nn.Parameter)]
-    probed = [t.detach() for t in vectors if t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64)]
-    return [(t.numpy(), int(t.abs().argmax())) for t in probed]
+    dtypes = (torch.float32, torch.float64, torch.bfloat16)
+    probed = [t.detach() for t in vectors if t.device.type == "cpu" and t.dtype in dtypes]
+    return [(_bits(t).numpy(), int(t.abs().argmax())) for t in probed]
+
+
+def _bits(t: Tensor) -> Tensor:
+    """View bfloat16, which numpy does not know, as integers."""
+    return t.view(torch.int16) if t.dtype == torch.bfloat16 else t
 
 
 class CompiledGraph:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -21,8 +22,11 @@ class Kernels(Protocol):
     def supports(self, op: str, match: Match) -> str | None:
         """Return ``None`` when some compiled implementation runs ``match``, else the reasons why not."""
 
-    def unit(self, kind: str) -> Unit:
-        """Return the granularity and steps of the kernel row that runs ``kind``."""
+    def unit(self, kind: str, dtype: torch.dtype = ...) -> Unit:
+        """Return the granularity and steps of the kernel row that runs ``kind``, by default in float32."""
+
+    def units(self, matches: Iterable[Match]) -> Callable[[str], Unit]:
+        """Return :meth:`unit` for weights that are pruned together, in their dtype."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +131,15 @@ class Context:
     refused: list[Refusal] = field(default_factory=list)
     shrunk: list[Shrunk] = field(default_factory=list)
     kept: dict[Node, tuple[tuple[int, Tensor], ...]] = field(default_factory=dict)  # cut weight: (axis, indices left)
+    float_bias: dict[Node, Node] = field(default_factory=dict)  # bfloat16 bias: the same before it was rounded
     counts: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def bias(self, match: Match) -> Node | None:
+        """Return a match's bias as our kernels take it: not rounded, where that is known."""
+        bias = match.bias
+        return None if bias is None else self.float_bias.get(bias, bias)
 
     def decision(self, match: Match) -> Decision | None:
         return next((d for d in self.decisions if d.match is match), None)

@@ -77,6 +77,8 @@ class Device:
 
 
 DEVICES: Mapping[str, Device] = {
+    "amx": Device("amx", lanes=16),
+    "avx512_bf16": Device("avx512_bf16", lanes=16),
     "avx512": Device("avx512", lanes=16),
     "avx2": Device("avx2", lanes=8),
     "scalar": Device("scalar", lanes=1),

@@ -106,7 +106,7 @@ def prune(
     contexts = contexts_of(model, example_inputs, config)
     matches = prunable(model, contexts, filter_fn)
     config = calibrate(config, model, matches, data)
-    unit = KernelTables().unit
+    unit = KernelTables().units(matches)
 
     def refitted(decided: Decided) -> Decided:
         if not compensate or data is None:
@@ -160,7 +160,7 @@ def _check(config: Config, data: Calibration | None, compensate: Any, eval_fn: A
 
 def masks(contexts: Sequence[Context], matches: Sequence[Match], config: Config) -> Decided:
     """Choose what ``config.sparsity`` takes from every layer, in the order of ``matches``."""
-    unit = KernelTables().unit
+    unit = KernelTables().units(matches)
     chosen = choose_masks(matches, config, unit, _gain(matches, config))
     channels = choose_channels(contexts, matches, config, unit)
     if not chosen and not channels.cuts:
@@ -185,7 +185,7 @@ def _meet(model: nn.Module, example_inputs: Any, matches: list[Match], config: C
     """Find levels for a speed; every plan is compiled and measured on a copy of ``model``."""
     args, kwargs = arguments(example_inputs)
     plain = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in _COMPILE}
-    unit = KernelTables().unit
+    unit = KernelTables().units(matches)
 
     def compiled(module: nn.Module, backend: Callable[..., Any]) -> Callable[[], Any]:
         run = partial(torch.compile(module, backend=backend, **ISOLATED), *args, **kwargs)

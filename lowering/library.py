@@ -103,7 +103,8 @@ def cuda_missing() -> str | None:
 
 
 def isa() -> str:
-    """Return the instruction set the kernels use: "avx512", "avx2" or "scalar"; "none" without the library."""
+    """Return the instruction set the kernels use: "amx", "avx512_bf16", "avx512", "avx2" or "scalar"; "none" without the
+    library. The first two differ from the third in bfloat16 alone."""
     return str(torch.ops.fxprune.isa()) if load() else "none"
 
 

@@ -11,7 +11,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from .. import cost
 from ..config import Config
 from ..context import Timing, Unit
 from ..match import Match
-from ..sparsity import dcp, tile, tile_image
+from ..sparsity import dcp, tile
 from ..sparsity.pattern import LayerMask
 from . import library
 from .measure_rnn import Weight, as_linear, predicted, recurrent_calls
@@ -40,7 +40,7 @@ class Measure:
     A recurrent weight_hh is timed together with its weight_ih, given as ``inputs`` (match, mask).
     """
 
-    def __init__(self, config: Config, units: Callable[[str], Unit]) -> None:
+    def __init__(self, config: Config, units: Callable[..., Unit]) -> None:
         self._config = config
         self._units = units
         self._cache = TimingCache(config.cache_dir) if config.autotune != "off" else None
@@ -73,11 +73,11 @@ class Measure:
         shape = [cost.hint(s) for s in match.geometry.x]
         window = (g.kernel, g.stride, g.padding, g.dilation, g.groups)
         where = "" if match.value.device.type == "cpu" else torch.cuda.get_device_name(match.value.device)
-        on = (where, str(match.value.dtype)) if where else ()
+        on = (where, str(match.value.dtype)) if where or match.value.dtype != torch.float32 else ()
         return repr((match.kind, shape, match.matrix_shape, *window, unit, round(kept * 20), *on))
 
     def _time(self, match: Match, mask: LayerMask | None, inputs: Weight | None) -> tuple[list[float], bool]:
-        sizes, unit = [cost.hint(s) for s in match.geometry.x], self._units(match.kind)
+        sizes, unit = [cost.hint(s) for s in match.geometry.x], self._units(match.kind, match.value.dtype)
         with torch.inference_mode():
             if inputs is not None:
                 runs = recurrent_calls(inputs, (match, mask), unit, *sizes[:2])
@@ -105,10 +105,11 @@ class Measure:
 def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> Callable[[], Tensor]:
     """Return a call of our operator on ``x`` with the weight of ``match`` under ``mask``."""
     g = match.geometry
-    matrix = match.matrix(match.value.detach()).contiguous()
+    matrix = match.matrix(match.value.detach()).cpu().contiguous()  # masks live on the CPU
     if match.kind == "depthwise":
         kept = torch.ones_like(matrix, dtype=torch.bool) if mask is None else mask.mask
         weight, taps = (t.to(x.device) for t in (matrix * kept, dcp.tap_words(kept)))
+        weight = weight.float() if x.device.type == "cpu" else weight
         return lambda: torch.ops.fxprune.depthwise_taps(x, weight, taps, None, *g.windows, "none")
     layer = mask or tile.keep_all(match.matrix_shape, match.tile_width(unit.granularity))
     n, dim, step = match.matrix_shape[0], 1 if match.kind == "pointwise" else -1, g.stride
@@ -120,7 +121,10 @@ def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> 
     parts = [(layer.mask, layer.tiling)]
     if layer.rest is not None:
         parts = [(layer.rest.mask, layer.rest.tiling), (layer.mask & ~layer.rest.mask, layer.tiling)]
-    calls = [(tile.operands(matrix, kept, tiling), tiling.granularity) for kept, tiling in parts]
+    calls = []
+    for kept, tiling in parts:
+        packed = tile.imaged(tile.operands(matrix, kept, tiling), tiling, x.device)
+        calls.append(([t.to(x.device) for t in packed], tiling.granularity))
 
     def run() -> Tensor:
         rows, y = x[:, :, :: step[0], :: step[1]] if step != (1, 1) else x, None
@@ -130,14 +134,6 @@ def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> 
         return y
 
     return run
-
-
-def _operands(packed: Mapping[str, Tensor], x: Tensor, granularity: int | None = None) -> list[Tensor]:
-    """Return a packed weight as the operators take it; ``granularity``: of one that tile_gemm reads."""
-    values, index, tile_ptr, columns = (packed[name] for name in ("values", "index", "tile_ptr", "columns"))
-    if granularity is not None and tile_image.wanted(x):
-        values = tile_image.build(values, tile_ptr, granularity, len(columns))
-    return [t.to(x.device) for t in (values, index, tile_ptr, columns)]
 
 
 def dense_calls(match: Match, x: Tensor) -> list[Callable[[], Tensor]]:

@@ -47,7 +47,7 @@ def form_regions(gm: GraphModule, ctx: Context) -> int:
     found: list[_Region] = []
     for node in gm.graph.nodes:
         eligible = _eligible(node, current.nodes)
-        if eligible and _same_batch(node, current.nodes):
+        if eligible and _fits(node, current.nodes):
             current.nodes.append(node)
         elif eligible or mutates(node) or any(n in current.nodes for n in node.all_input_nodes):
             found.append(current)
@@ -67,21 +67,24 @@ def _known(node: Any) -> Tensor:
     return value
 
 
-def _same_batch(node: Node, members: list[Node]) -> bool:
-    """The region runs image by image, so everything in it has one batch size."""
-    return not members or statically_known_true(_known(node).shape[0] == _known(members[0]).shape[0])
+def _fits(node: Node, members: list[Node]) -> bool:
+    """The region runs image by image, so everything in it has one batch size, and one dtype."""
+    if not members:
+        return True
+    value, first = _known(node), _known(members[0])
+    return value.dtype == first.dtype and statically_known_true(value.shape[0] == first.shape[0])
 
 
 def _eligible(node: Node, members: list[Node]) -> bool:
     if node.op != "call_function":
         return False
     value = fake(node)
-    if value is None or value.dtype != torch.float32 or value.device.type != "cpu":
+    if value is None or value.dtype not in (torch.float32, torch.bfloat16) or value.device.type != "cpu":
         return False
     if node.target is _DEPTHWISE:
         return True
     x = fake(node.args[0])
-    if x is None:
+    if x is None or x.dtype != value.dtype:
         return False
     if node.target is _GEMM:
         if node.args[10] == 1:

@@ -12,6 +12,7 @@ from .fold_weights import fold_weights
 from .fuse_epilogue import fuse_epilogue
 from .fuse_gate import fuse_gate
 from .fuse_transpose import fuse_transpose
+from .lower_precision import lower_precision
 from .match_block import match_blocks
 from .match_conv import match_conv
 from .match_depthwise import match_depthwise
@@ -48,6 +49,7 @@ FORWARD: tuple[Pass, ...] = (
     normalize_gemm,  # right after: what else multiplies by a constant matrix
     relax_views,  # after in-place activations became functional; before plan, which asks what addresses memory
     fold_batchnorm,  # before matching, so that a match sees the weight the kernel will run
+    lower_precision,  # after folding, which is exact in float32; before matching, so that matches have the types of autocast
     shrink,  # after folding, so that a filter and its BatchNorm are one; before matching, so that masks are of what is left
     match_depthwise,
     match_gemm,

@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..context import Context
-from ..graph import argument, aten, call, is_call, replace, shape
+from ..graph import argument, aten, call, fake, is_call, replace, shape
 from .fuse_epilogue import activation_name
 
 _TO_LAST, _TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
@@ -85,7 +85,11 @@ def _rewrite(start: Node, inner: list[Node], exits: list[Node]) -> int:
 
 
 def _channel_norm(node: Node, x: Node) -> Node:
-    """LayerNorm over dimension 1 of (B, C, H, W), in the operations Inductor fuses into one loop."""
+    """LayerNorm over dimension 1 of (B, C, H, W), in the operations Inductor fuses into one loop; in float32, as eager's."""
+    result = fake(node)
+    assert result is not None, node
+    if result.dtype == torch.bfloat16:
+        x = call(node, aten.to.dtype, x, torch.float32)
     operands = [*node.args[2:], *[None] * 3][:2]
     eps = node.args[4] if len(node.args) > 4 else 1e-5
     mean = call(node, aten.mean.dim, x, [1], True)
@@ -95,4 +99,4 @@ def _channel_norm(node: Node, x: Node) -> Node:
     for operand, target in zip(operands, (aten.mul.Tensor, aten.add.Tensor), strict=True):
         if operand is not None:
             y = call(node, target, y, call(node, aten.reshape.default, operand, [*(shape(operand) or ()), 1, 1]))
-    return y
+    return call(node, aten.to.dtype, y, torch.bfloat16) if result.dtype == torch.bfloat16 else y

@@ -86,14 +86,14 @@ def _explained(decision: Decision, left: str | None) -> Decision:
 def _masks_from_options(ctx: Context) -> dict[str, tuple[str, LayerMask]]:
     levels = ctx.extra.get("levels")
     if levels is not None:  # found for a target speed
-        chosen = choose_levels(ctx.matches, ctx.config, ctx.kernels.unit, levels)
+        chosen = choose_levels(ctx.matches, ctx.config, ctx.kernels.units(ctx.matches), levels)
     elif ctx.config.sparsity is None:
         return {}
     else:
         if any(pattern_of(match, ctx.config) == "channel" for match in ctx.matches):
             expected = 'fxprune.prune(model, ..., pattern="channel") before compiling: it also zeroes BatchNorm and biases'
             raise ConfigError(name="pattern", given=ctx.config.pattern, expected=expected)
-        chosen = choose_masks(may_prune(ctx), ctx.config, ctx.kernels.unit)
+        chosen = choose_masks(may_prune(ctx), ctx.config, ctx.kernels.units(ctx.matches))
     return {name: (choice.pattern, choice.layer) for name, choice in chosen.items()}
 
 
@@ -136,7 +136,7 @@ def _cut(planned: PrunedWeight, match: Match, ctx: Context) -> LayerMask:
 
 
 def _native(match: Match, ctx: Context) -> int:
-    return ctx.kernels.unit(match.kind).granularity
+    return ctx.kernels.unit(match.kind, match.value.dtype).granularity
 
 
 def _drops(match: Match) -> bool:
@@ -202,7 +202,7 @@ def _refusal(match: Match, mask: LayerMask | None, ctx: Context) -> str | None:
     reason = ctx.extra.get("dense_reason") or unsupported(match, ctx.kernels)
     reason = reason or _layout_refusal(match)
     if reason is None and mask is not None and not _live(match, ctx):
-        reason = "the weight is not a float32 constant of this graph"
+        reason = "the weight is not a constant of this graph"
     return reason
 
 
@@ -221,7 +221,7 @@ def _addresses_memory(node: Node) -> bool:
 def _live(match: Match, ctx: Context) -> bool:
     value = ctx.weights.value(match.weight)
     meta = fake(match.x)
-    return value is not None and value.dtype == torch.float32 and meta is not None and meta.dtype == torch.float32
+    return value is not None and meta is not None and value.dtype == meta.dtype
 
 
 def _decide_alone(match: Match, pattern: str, mask: LayerMask | None, ctx: Context) -> None:

@@ -33,7 +33,8 @@ def _rewrite(decision: Decision, ctx: Context) -> None:
     words = dcp.tap_words(kept)
 
     def build(weight: Tensor) -> tuple[Tensor, ...]:
-        return match.matrix(weight) * kept.to(weight.dtype), words
+        matrix = match.matrix(weight) * kept.to(weight.dtype)
+        return matrix if weight.is_cuda else matrix.float(), words  # the CPU kernels' type for any activations
 
     if ctx.inference:
         weight, taps = ctx.weights.derive(
@@ -43,7 +44,7 @@ def _rewrite(decision: Decision, ctx: Context) -> None:
         (taps,) = ctx.weights.derive((f"{match.node.name}_mask",), (), lambda: (words,))
         weight = call(match.node, aten.reshape.default, match.weight, list(match.matrix_shape))
     target = torch.ops.fxprune.depthwise_taps.default
-    new = call(match.node, target, as_image(match), weight, taps, match.bias, *match.geometry.windows, "none")
+    new = call(match.node, target, as_image(match), weight, taps, ctx.bias(match), *match.geometry.windows, "none")
     replace(match.node, from_image(match, new))
 
 

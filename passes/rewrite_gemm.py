@@ -35,7 +35,7 @@ def rewrite_gemm(gm: GraphModule, ctx: Context) -> int:
 
 def _rewrite(decision: Decision, ctx: Context) -> None:
     match = decision.match
-    layer = decision.mask or tile.keep_all(match.matrix_shape, ctx.kernels.unit(match.kind).granularity)
+    layer = decision.mask or tile.keep_all(match.matrix_shape, ctx.kernels.unit(match.kind, match.value.dtype).granularity)
     n, _ = match.matrix_shape
     feature_dim = 1 if match.kind == "pointwise" else -1
     one_pixel = match.kind == "linear" and len(match.geometry.x) == 4 and match.value.dim() == 4
@@ -46,7 +46,7 @@ def _rewrite(decision: Decision, ctx: Context) -> None:
         rest = call(match.node, _TILE_GEMM, x, *elements, None, None, None, n, 1, feature_dim, "none")
         layer = replace_fields(layer, mask=layer.mask & ~layer.rest.mask, rest=None)
     weight = packed(match, layer, ctx, match.node.name, (decision.mask or layer).mask)
-    operands = (x, *weight, match.bias, rest, None, n, layer.tiling.granularity, feature_dim, "none")
+    operands = (x, *weight, ctx.bias(match), rest, None, n, layer.tiling.granularity, feature_dim, "none")
     new = call(match.node, _TILE_GEMM, *operands)
     if one_pixel:
         new = call(match.node, aten.unflatten.int, new, 1, [n, 1, 1])
@@ -60,7 +60,9 @@ def packed(match: Match, layer: LayerMask, ctx: Context, prefix: str, whole: Ten
     """
 
     def build(weight: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tile.operands(match.matrix(weight), layer.mask, layer.tiling))
+        operands = tile.operands(match.matrix(weight), layer.mask, layer.tiling)
+        images = ctx.inference and match.kind != "conv"
+        return tuple(tile.imaged(operands, layer.tiling, match.value.device) if images else operands)
 
     labels = [f"{prefix}_{name}" for name in tile.OPERANDS]
     if ctx.inference:

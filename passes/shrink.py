@@ -30,8 +30,8 @@ _STEP = 8  # channels the dense and sparse kernels handle at once: a few dead on
 
 def shrink(gm: GraphModule, ctx: Context) -> int:
     """Return the number of spaces that lost channels."""
-    if not ctx.inference or "dense_reason" in ctx.extra:  # autocast would change the types that are computed anew
-        return 0
+    if not ctx.inference or "dense_reason" in ctx.extra or torch.is_autocast_enabled("cpu"):
+        return 0  # autocast would change the types that are computed anew
     coupling = Coupling(gm.graph, ctx.weights)
     spaces = [s for s in coupling.spaces if s.producers and s.consumers and not s.reason]
     if not spaces:
@@ -227,6 +227,10 @@ def _cut_constant(constant: Constant, channels: Tensor, ctx: Context) -> None:
     (cut,) = ctx.weights.derive([name], [constant.tensor], _select(value, cuts, torch.tensor(True)))
     if value.dim() > 1:
         ctx.kept[cut] = tuple(cuts)
+    if (exact := ctx.float_bias.get(constant.tensor)) is not None:
+        wide = ctx.weights.value(exact)
+        assert wide is not None
+        (ctx.float_bias[cut],) = ctx.weights.derive([f"{name}_float"], [exact], _select(wide, cuts, torch.tensor(True)))
     constant.user.replace_input_with(constant.tensor, cut)
 
 

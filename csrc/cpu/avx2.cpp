@@ -19,10 +19,12 @@
 #endif
 
 #include "fxprune/channel_mean.h"
+#include "fxprune/depthwise_bf16.h"
 #include "fxprune/depthwise_planes.h"
 #include "fxprune/partial_sums.h"
 #include "fxprune/rnn_cell.h"
 #include "fxprune/tile_conv_planes.h"
+#include "fxprune/tile_gemm_bf16.h"
 #include "fxprune/tile_gemm_feature_major.h"
 #include "fxprune/tile_gemm_panel.h"
 #include "fxprune/tile_gemm_row_major.h"
@@ -38,6 +40,11 @@ const Kernels kAvx2Kernels = {
 #define FXPRUNE_KERNEL(name, signature) &name<Avx2>,
 #include "cpu/kernels.inc"
 #undef FXPRUNE_KERNEL
+    {
+#define FXPRUNE_KERNEL(name, signature) &name<Avx2>,
+#include "cpu/kernels_bf16.inc"
+#undef FXPRUNE_KERNEL
+    },
 };
 
 }  // namespace fxprune

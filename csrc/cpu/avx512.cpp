@@ -20,10 +20,12 @@
 #endif
 
 #include "fxprune/channel_mean.h"
+#include "fxprune/depthwise_bf16.h"
 #include "fxprune/depthwise_planes.h"
 #include "fxprune/partial_sums.h"
 #include "fxprune/rnn_cell.h"
 #include "fxprune/tile_conv_planes.h"
+#include "fxprune/tile_gemm_bf16.h"
 #include "fxprune/tile_gemm_feature_major.h"
 #include "fxprune/tile_gemm_panel.h"
 #include "fxprune/tile_gemm_row_major.h"
@@ -39,6 +41,11 @@ const Kernels kAvx512Kernels = {
 #define FXPRUNE_KERNEL(name, signature) &name<Avx512>,
 #include "cpu/kernels.inc"
 #undef FXPRUNE_KERNEL
+    {
+#define FXPRUNE_KERNEL(name, signature) &name<Avx512>,
+#include "cpu/kernels_bf16.inc"
+#undef FXPRUNE_KERNEL
+    },
 };
 
 }  // namespace fxprune

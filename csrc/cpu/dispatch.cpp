@@ -2,10 +2,35 @@
 #include <atomic>
 #include <cstdlib>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "fxprune/kernels.h"
 
 namespace fxprune {
 namespace {
+
+#if defined(__x86_64__)
+// Asks the kernel, once per process, to keep the tile registers; it refuses where they are missing.
+bool tiles_permitted() {
+#if defined(__linux__)
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+
+Kernels extended(const char* isa, const Bf16Kernels& bf16) {
+  Kernels k = kAvx512Kernels;
+  k.isa = isa;
+  k.bf16 = bf16;
+  return k;
+}
+#endif
 
 const Kernels* find(const std::string& name) {
   if (name == "scalar") return &kScalarKernels;
@@ -16,6 +41,16 @@ const Kernels* find(const std::string& name) {
                       __builtin_cpu_supports("avx512dq");
   if (name == "avx2" && avx2) return &kAvx2Kernels;
   if (name == "avx512" && avx512) return &kAvx512Kernels;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (name == "avx512_bf16" && bf16) {
+    static const Kernels found = extended("avx512_bf16", kAvx512Bf16Kernels);
+    return &found;
+  }
+  const bool amx = bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
+  if (name == "amx" && amx && tiles_permitted()) {
+    static const Kernels found = extended("amx", kAmxKernels);
+    return &found;
+  }
 #endif
   return nullptr;
 }
@@ -24,11 +59,9 @@ const Kernels* best() {
   // A cap the machine does not reach leaves what it has.
   const char* cap = std::getenv("FXPRUNE_ISA");
   if (cap != nullptr) {
-    const std::string name = cap;
-    if (name == "scalar") return find(name);
-    if (name == "avx2" && find(name)) return find(name);
+    if (const Kernels* found = find(cap)) return found;
   }
-  for (const char* name : {"avx512", "avx2"}) {
+  for (const char* name : {"amx", "avx512_bf16", "avx512", "avx2"}) {
     if (const Kernels* found = find(name)) return found;
   }
   return &kScalarKernels;

@@ -1,11 +1,13 @@
 // The kernels in portable C++, for machines without a faster ISA and as the others' yardstick.
 #include "fxprune/channel_mean.h"
+#include "fxprune/depthwise_bf16.h"
 #include "fxprune/depthwise_planes.h"
 #include "fxprune/kernels.h"
 #include "fxprune/math_scalar.h"
 #include "fxprune/partial_sums.h"
 #include "fxprune/rnn_cell.h"
 #include "fxprune/tile_conv_planes.h"
+#include "fxprune/tile_gemm_bf16.h"
 #include "fxprune/tile_gemm_feature_major.h"
 #include "fxprune/tile_gemm_panel.h"
 #include "fxprune/tile_gemm_row_major.h"
@@ -21,6 +23,11 @@ const Kernels kScalarKernels = {
 #define FXPRUNE_KERNEL(name, signature) &name<Scalar>,
 #include "cpu/kernels.inc"
 #undef FXPRUNE_KERNEL
+    {
+#define FXPRUNE_KERNEL(name, signature) &name<Scalar>,
+#include "cpu/kernels_bf16.inc"
+#undef FXPRUNE_KERNEL
+    },
 };
 
 }  // namespace fxprune

@@ -28,12 +28,6 @@ inline gpu::Element check_element(const Tensor& x) {
   STD_TORCH_CHECK(false, "x must be float32, float16 or bfloat16");
 }
 
-inline int32_t type_of(const Tensor& t) {
-  int32_t type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &type));
-  return type;
-}
-
 inline bool on_gpu(const Tensor& t) {
 #ifdef FXPRUNE_SIMULATED
   return t.is_cpu();

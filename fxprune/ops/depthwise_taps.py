@@ -3,7 +3,8 @@
     y[b, c] = act(sum over kept (dy, dx) of weight[c, dy*KW + dx] * x[b, c, oy*s + dy*d - p, ox*s + dx*d - p] + bias[c])
 
 The DR-form of DEPrune (Sec. 4.1) gives every (channel, dy, dx) its own K index; the operator keeps that
-index as one bit per tap and never materialises the DR matrix.
+index as one bit per tap and never materialises the DR matrix. Activations are float32, or bfloat16 with sums in float32
+and one rounding at the end; weight and bias may then be either.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fxprune.ops import activation as act
-from fxprune.ops.operator import Args, Operator
+from fxprune.ops.operator import Args, Operator, widened
 
 aten = torch.ops.aten
 
@@ -44,9 +45,11 @@ def reference(
     activation: str = "none",
 ) -> Tensor:
     """x: (B, C, H, W); weight: (C, KH*KW); taps: int64 bit words; returns (B, C, OH, OW) contiguous."""
+    dtype = x.dtype
+    x, weight, bias = widened(x.contiguous(), weight, bias)
     kept = window(weight, taps, kernel_size)
-    y = aten.conv2d.default(x.contiguous(), kept, bias, stride, padding, dilation, x.shape[1])
-    return act.FORWARD[activation](y).contiguous()
+    y = aten.conv2d.default(x, kept, bias, stride, padding, dilation, x.shape[1])
+    return act.FORWARD[activation](y).to(dtype).contiguous()
 
 
 def fake(
@@ -71,7 +74,8 @@ def setup_context(ctx: Any, inputs: Args, output: Tensor) -> None:
 
 def backward(ctx: Any, grad: Tensor) -> Args:
     x, weight, taps, bias = ctx.saved_tensors
-    if ctx.activation != "none":
+    if ctx.activation != "none":  # in float32: a rounded sum may lie beyond a kink
+        x, weight, bias, grad = widened(x, weight, bias, grad)
         geometry = (ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation)
         pre = torch.ops.fxprune.depthwise_taps(x, weight, taps, bias, *geometry, "none")
         grad = act.BACKWARD[ctx.activation](grad, pre)
@@ -79,7 +83,7 @@ def backward(ctx: Any, grad: Tensor) -> Args:
     grad_x, grad_window, _ = aten.convolution_backward.default(
         grad,
         x,
-        window(weight, taps, ctx.kernel_size),
+        window(weight.to(x.dtype), taps, ctx.kernel_size),
         None,
         ctx.stride,
         ctx.padding,
@@ -93,8 +97,10 @@ def backward(ctx: Any, grad: Tensor) -> Args:
     if need_weight:
         kept = tap_mask(taps, weight.shape[1])
         grad_weight = torch.where(kept, grad_window.reshape(weight.shape), grad_window.new_zeros(()))
-    grad_bias = grad.sum((0, 2, 3)) if bias is not None and ctx.needs_input_grad[3] else None
-    return grad_x if need_x else None, grad_weight, None, grad_bias, None, None, None, None, None
+    grad_bias = grad.sum((0, 2, 3), dtype=bias.dtype) if bias is not None and ctx.needs_input_grad[3] else None
+    gradients = (grad_x if need_x else None, grad_weight, None, grad_bias)
+    pairs = zip(gradients, ctx.saved_tensors, strict=True)
+    return *(g if g is None else g.to(t.dtype) for g, t in pairs), None, None, None, None, None
 
 
 def random_taps(channels: int, count: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -122,6 +128,8 @@ def samples() -> Iterator[Args]:
     yield _sample(2, 2, 11, 13, (3, 5), 1, 1, 2, "gelu", True)
     yield _sample(1, 3, 18, 18, (7, 7), 2, 3, 1, "hardswish", True)
     yield _sample(1, 2, 12, 12, (9, 9), 1, 4, 1, "none", False)
+    x, *rest = _sample(2, 3, 9, 5, (3, 3), 1, 1, 1, "relu6", True)
+    yield x.bfloat16(), *rest
 
 
 def bad_samples() -> Iterator[tuple[Args, str]]:

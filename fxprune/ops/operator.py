@@ -6,7 +6,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 Args = tuple[Any, ...]
+
+
+def widened(*tensors: Tensor | None) -> list[Any]:
+    """Return bfloat16 tensors as float32, the precision of every sum; others as they are."""
+    return [t.float() if t is not None and t.dtype == torch.bfloat16 else t for t in tensors]
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@
                    activation
     mean (2):      x          over the pixels, (B, C, *) -> (B, C)
 
-x, residual and gate are values: first the inputs, then one per step. Weights are indices into ``packed``; -1 is absent.
-The program is data: it can be printed, checked, exported and rebuilt.
+All values are float32, or all bfloat16. x, residual and gate are values: first the inputs, then one per step. Weights are
+indices into ``packed``; -1 is absent. The program is data: it can be printed, checked, exported and rebuilt.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _interpret(
             operands = [*(packed[i] for i in a[1:5]), optional(packed, a[5]), residual, gate]
             values.append(gemm(operand, *operands, a[8], a[9], a[10], activation.NAMES[a[11]]))
         else:
-            values.append(values[a[0]].flatten(2).mean(2))
+            values.append(values[a[0]].flatten(2).mean(2, dtype=torch.float32).to(values[a[0]].dtype))
     return [values[i] for i in outputs]
 
 

@@ -5,6 +5,9 @@
 ``feature_dim=1`` is feature-major, x: (B, K, *spatial) -> (B, N, *spatial); ``feature_dim=-1`` is row-major,
 x: (..., K) -> (..., N). Output features outside ``columns`` hold act(bias + residual). The packed weight
 (values, index, tile_ptr, columns) is tile-wise sparsity's (SC'20): dense blocks addressed through kept-index lists.
+
+Activations and values are float32, or bfloat16 with sums in float32 and one rounding at the end; the bias may then be
+either. bfloat16 values may also be given as an image, see :mod:`fxprune.ops.tile_image`.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fxprune.ops import activation as act
-from fxprune.ops import tile_pack
-from fxprune.ops.operator import Args, Operator
+from fxprune.ops import tile_image, tile_pack
+from fxprune.ops.operator import Args, Operator, widened
 
 
 def reference(
@@ -35,12 +38,15 @@ def reference(
     activation: str = "none",
 ) -> Tensor:
     """Unpack and multiply densely; returns a contiguous tensor."""
-    k = x.shape[feature_dim]
+    k, dtype = x.shape[feature_dim], x.dtype
+    if values.dim() == 2:
+        values = tile_image.from_image(values, tile_ptr, columns, granularity)
     weight = tile_pack.unpack_reference(values, index, tile_ptr, columns, granularity, out_features, k)
+    if gate is not None:
+        x = x * gate.reshape(*gate.shape, *[1] * (x.dim() - 2))
+    x, weight, bias, residual = widened(x, weight, bias, residual)
     if feature_dim == 1:
         flat = x.reshape(x.shape[0], k, -1)
-        if gate is not None:
-            flat = flat * gate.unsqueeze(-1)
         y = torch.matmul(weight, flat).reshape(x.shape[0], out_features, *x.shape[2:])
         if bias is not None:
             y = y + bias.reshape(-1, *[1] * (x.dim() - 2))
@@ -50,7 +56,7 @@ def reference(
             y = y + bias
     if residual is not None:
         y = y + residual
-    return act.FORWARD[activation](y).contiguous()
+    return act.FORWARD[activation](y).to(dtype).contiguous()
 
 
 def fake(
@@ -80,11 +86,11 @@ def setup_context(ctx: Any, inputs: Args, output: Tensor) -> None:
 def backward(ctx: Any, grad: Tensor) -> Args:
     x, values, index, tile_ptr, columns, bias, residual, gate = ctx.saved_tensors
     need = ctx.needs_input_grad
+    if values.dim() == 2:
+        raise RuntimeError("fxprune::tile_gemm has no gradient on an image of its values. Give the packed values.")
     if ctx.activation != "none":
-        shape = (ctx.out_features, ctx.granularity, ctx.feature_dim)
-        packed = (values, index, tile_ptr, columns)
-        pre = torch.ops.fxprune.tile_gemm(x, *packed, bias, residual, gate, *shape, "none")
-        grad = act.BACKWARD[ctx.activation](grad, pre)
+        grad = _before_activation(ctx, grad)
+        x, values, gate = widened(x, values, gate)
     k = x.shape[ctx.feature_dim]
     structure = (index, tile_ptr, columns, ctx.granularity)
     weight = torch.ops.fxprune.tile_unpack(values, *structure, ctx.out_features, k)
@@ -100,7 +106,7 @@ def backward(ctx: Any, grad: Tensor) -> Args:
             seen = flat if gate is None else flat * gate.unsqueeze(-1)
             grad_weight = torch.matmul(g, seen.transpose(1, 2)).sum(0)
         if bias is not None and need[5]:
-            grad_bias = g.sum((0, 2))
+            grad_bias = g.sum((0, 2), dtype=bias.dtype)
     else:
         g = grad.reshape(-1, ctx.out_features)
         if need[0]:
@@ -108,12 +114,36 @@ def backward(ctx: Any, grad: Tensor) -> Args:
         if need[1]:
             grad_weight = torch.matmul(g.t(), x.reshape(-1, k))
         if bias is not None and need[5]:
-            grad_bias = g.sum(0)
+            grad_bias = g.sum(0, dtype=bias.dtype)
     grad_values = None
     if grad_weight is not None:
         grad_values = torch.ops.fxprune.tile_pack(grad_weight, *structure, values.shape[0])
     grad_residual = grad if residual is not None and need[6] else None
-    return grad_x, grad_values, None, None, None, grad_bias, grad_residual, grad_gate, None, None, None, None
+    gradients = (grad_x, grad_values, None, None, None, grad_bias, grad_residual, grad_gate)
+    pairs = zip(gradients, ctx.saved_tensors, strict=True)
+    return *(g if g is None else g.to(t.dtype) for g, t in pairs), None, None, None, None
+
+
+def _before_activation(ctx: Any, grad: Tensor) -> Tensor:
+    """Return the gradient of the sum in front of the activation, both in float32: a rounded sum may lie beyond a kink."""
+    x, values, index, tile_ptr, columns, bias, residual, gate = ctx.saved_tensors
+    if gate is not None and x.dtype == torch.bfloat16:  # the kernel rounds the product
+        x, gate = x * gate.reshape(*gate.shape, *[1] * (x.dim() - 2)), None
+    x, values, bias, residual, grad = widened(x, values, bias, residual, grad)
+    operands = (
+        x,
+        values,
+        index,
+        tile_ptr,
+        columns,
+        bias,
+        residual,
+        gate,
+        ctx.out_features,
+        ctx.granularity,
+        ctx.feature_dim,
+    )
+    return act.BACKWARD[ctx.activation](grad, torch.ops.fxprune.tile_gemm(*operands, "none"))
 
 
 def _sample(x_shape: tuple[int, ...], n: int, g: int, feature_dim: int, name: str, extras: str = "") -> Args:
@@ -128,6 +158,13 @@ def _sample(x_shape: tuple[int, ...], n: int, g: int, feature_dim: int, name: st
     return x, values, index, tile_ptr, columns, bias, residual, gate, n, g, feature_dim, name
 
 
+def _half(args: Args) -> Args:
+    """The sample in bfloat16, its bias as it is."""
+    return tuple(
+        a.bfloat16() if isinstance(a, Tensor) and a.is_floating_point() and i != 5 else a for i, a in enumerate(args)
+    )
+
+
 def samples() -> Iterator[Args]:
     yield _sample((1, 6, 5, 5), 8, 4, 1, "none", "b")
     yield _sample((2, 9, 7, 3), 10, 4, 1, "relu6", "br")
@@ -136,6 +173,8 @@ def samples() -> Iterator[Args]:
     yield _sample((1, 12), 20, 16, -1, "none", "b")
     yield _sample((2, 3, 10), 9, 4, -1, "gelu", "br")
     yield _sample((7,), 6, 64, -1, "gelu_tanh")
+    yield _half(_sample((2, 6, 5, 3), 18, 16, 1, "relu6", "brg"))
+    yield _half(_sample((3, 12), 20, 16, -1, "silu", "b"))
 
 
 def bad_samples() -> Iterator[tuple[Args, str]]:

@@ -105,6 +105,7 @@ def pack_samples() -> Iterator[Args]:
         gen = torch.Generator().manual_seed(n)
         values, index, tile_ptr, columns = random_structure(n, k, g, gen)
         yield torch.randn(n, k, generator=gen), index, tile_ptr, columns, g, len(values)
+    yield torch.randn(n, k, generator=gen).bfloat16(), index, tile_ptr, columns, g, len(values)
 
 
 def unpack_samples() -> Iterator[Args]:

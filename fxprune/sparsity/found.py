@@ -36,7 +36,7 @@ def forms(
     for granularity in sorted(set(widths), reverse=True):
         cover = tile.infer(mask, granularity, drop_columns=drops)
         allowed = cover.mask.float().mean() <= _FULL if covers else torch.equal(cover.mask, mask)
-        if allowed and all(cover.mask.sum() < 0.97 * other.mask.sum() for other in found):
+        if allowed and all(_cost(cover) < 0.97 * _cost(other) for other in found):
             found.append(cover)
     sparse = mask.float().mean() <= 1 / _COST[1]  # else single elements cannot win
     if drops and (sparse or not (covers or found)) and (planned is None or planned.tiling.granularity != 1):

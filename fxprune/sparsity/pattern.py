@@ -18,6 +18,8 @@ from torch import Tensor
 from fxprune.config import Config
 from fxprune.errors import PackedFormatError
 
+FLOATS = (torch.float32, torch.bfloat16)  # what packed weights are
+
 
 @dataclass(frozen=True, eq=False)
 class Tiling:
@@ -194,4 +196,5 @@ def require_layout(packed: Packed, pattern: str, header: Sequence[str], tensors:
         tensor = packed.tensors[key]
         require(isinstance(tensor, Tensor), key, type(tensor).__name__, "a tensor")
         require(tensor.layout == torch.strided and tensor.device.type != "meta", key, tensor.layout, "a dense tensor")
-        require(tensor.dtype == dtype, f"{key} dtype", tensor.dtype, dtype)
+        legal = FLOATS if dtype in FLOATS else (dtype,)
+        require(tensor.dtype in legal, f"{key} dtype", tensor.dtype, " or ".join(map(str, legal)))

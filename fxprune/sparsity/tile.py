@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fxprune.errors import TileMismatch
+from fxprune.ops import cuda_tile_image, tile_image
 from fxprune.sparsity.pattern import (
     Ask,
     Counts,
@@ -200,6 +201,16 @@ def operands(matrix: Tensor, mask: Tensor, tiling: Tiling) -> list[Tensor]:
     """Return (values, index, tile_ptr, columns) of ``matrix`` (N, K) under ``mask``, as the operators take them."""
     tensors = Tile().pack(matrix, mask, tiling).tensors
     return [tensors[name] for name in OPERANDS]
+
+
+def imaged(operands: list[Tensor], tiling: Tiling, device: torch.device) -> list[Tensor]:
+    """Return the operands (on the CPU) with 16-bit values as the image that the kernels of ``device`` multiply by."""
+    values, index, pointer, columns = operands
+    if device.type == "cuda" and values.dtype in (torch.float16, torch.bfloat16):
+        values = cuda_tile_image.build(values, pointer, tiling.granularity, len(columns))
+    elif device.type == "cpu" and values.dtype == torch.bfloat16:
+        values = tile_image.image(values, pointer, columns, tiling.granularity)
+    return [values, index, pointer, columns]
 
 
 def is_tile_wise(mask: Tensor, tiling: Tiling) -> bool:

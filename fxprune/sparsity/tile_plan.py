@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from fxprune.errors import ConfigError, NonFiniteWeight, TileMismatch
 from fxprune.sparsity.elements import keep_elements
-from fxprune.sparsity.pattern import LayerMask, Tiling, keep_largest
+from fxprune.sparsity.pattern import FLOATS, LayerMask, Tiling, keep_largest
 from fxprune.sparsity.recalibrate import ceil_to, choose, floor_to
 
 GRANULARITY = 64  # output features per tile: four AVX-512 registers
@@ -302,8 +302,8 @@ def require_packable(weight: Tensor, mask: Tensor, tiling: Tiling) -> None:
 
 def require_dtype(weight: Tensor, tiling: Tiling) -> None:
     """Raise :class:`TileMismatch` unless the weight is of the packed format's dtype."""
-    if weight.dtype != torch.float32:
-        reason = f"its dtype is {weight.dtype} and the packed format holds float32"
+    if weight.dtype not in FLOATS:
+        reason = f"its dtype is {weight.dtype} and the packed format holds float32 or bfloat16"
         raise mismatch(weight.shape, tiling.granularity, reason, "Convert it with .float().")
 
 

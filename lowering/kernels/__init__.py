@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+
 from ...context import Unit
 from ...graph import fake
 from ...match import Match
@@ -33,5 +38,10 @@ class KernelTables:
             reasons.append(f"{impl.provider}: {reason}")
         return "; ".join(reasons) or "no compiled kernel"
 
-    def unit(self, kind: str) -> Unit:
-        return cpu.UNITS[kind]
+    def unit(self, kind: str, dtype: torch.dtype = torch.float32) -> Unit:
+        return (cpu.BF16_UNITS if dtype == torch.bfloat16 else cpu.UNITS)[kind]
+
+    def units(self, matches: Iterable[Match]) -> Callable[[str], Unit]:
+        """Return :meth:`unit` for weights that are pruned together: bfloat16's when all of them are."""
+        dtypes = {match.value.dtype for match in matches}
+        return partial(self.unit, dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32)

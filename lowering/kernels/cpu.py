@@ -22,18 +22,34 @@ UNITS = {
     "rnn": Unit(granularity=64, column_step=64),
 }
 
+# a matrix unit multiplies 16 output features at once, and what is gathered for a tile is shared by all of them
+BF16_UNITS = {**UNITS, "pointwise": Unit(granularity=32, column_step=8)}
 
-def supports(x: Any, weight: Any = None) -> str | None:
-    """float32 on the CPU, with the library built."""
-    if not library.available():
-        return "the compiled library is missing"
-    for tensor in (x, weight):
-        if isinstance(tensor, torch.Tensor):
-            if tensor.device.type != "cpu":
-                return f"needs the CPU, got {tensor.device.type}"
-            if tensor.dtype != torch.float32:
-                return f"needs float32, got {str(tensor.dtype).removeprefix('torch.')}"
-    return None
+_SINGLE, _BOTH = (torch.float32,), (torch.float32, torch.bfloat16)
+_DTYPES = {"tile_conv": _SINGLE, "rnn_steps": _SINGLE}  # operators with fewer than the others
+
+
+def _supports(op: str) -> Callable[..., str | None]:
+    dtypes = _DTYPES.get(op, _BOTH)
+    needed = " or ".join(map(_short, dtypes))
+
+    def supports(x: Any, weight: Any = None) -> str | None:
+        """On the CPU, in one of the operator's dtypes, with the library built."""
+        if not library.available():
+            return "the compiled library is missing"
+        for tensor in (x, weight):
+            if isinstance(tensor, torch.Tensor):
+                if tensor.device.type != "cpu":
+                    return f"needs the CPU, got {tensor.device.type}"
+                if tensor.dtype not in dtypes:
+                    return f"needs {needed}, got {_short(tensor.dtype)}"
+        return None
+
+    return supports
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def operator(name: str) -> Callable[..., Any]:
@@ -41,4 +57,4 @@ def operator(name: str) -> Callable[..., Any]:
     return lambda *args: getattr(torch.ops.fxprune, name)(*args)
 
 
-IMPLS = tuple(Impl(op.name, "cpu", operator(op.name), supports) for op in OPS)
+IMPLS = tuple(Impl(op.name, "cpu", operator(op.name), _supports(op.name)) for op in OPS)

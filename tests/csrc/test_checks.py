@@ -77,6 +77,11 @@ BAD: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         ({"residual": torch.zeros(1, 8, 5)}, r"residual must have shape \(1, 8, 5, 5\), got \(1, 8, 5\)"),
         ({"gate": torch.zeros(1, 5)}, r"gate must have shape \(1, 6\), got \(1, 5\)"),
         ({"x": torch.zeros(2, 6), "residual": None, "feature_dim": -1}, "gate needs feature_dim=1"),
+        ({"x": _X.bfloat16()}, "values must be bfloat16"),
+        ({"x": _X.bfloat16(), "values": torch.zeros(23).bfloat16()}, r"values must have shape \(24\), got \(23\)"),
+        ({"x": _X.bfloat16(), "values": torch.zeros(15, 32).bfloat16()}, r"values must have shape \(16, 32\), got \(15"),
+        ({"x": _X.bfloat16(), "values": torch.zeros(24).bfloat16()}, "residual must be bfloat16, as x is"),
+        ({"values": torch.zeros(16, 32)}, r"values must have shape \(24\), got \(16, 32\)"),
     )),
     *(("tile_conv", _CONV, change, message) for change, message in (
         ({"x": _X[0]}, r"x must have shape \(B, C, H, W\), got \(6, 5, 5\)"),
@@ -101,7 +106,8 @@ BAD: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     )),
     *(("depthwise_taps", _DEPTHWISE, change, message) for change, message in (
         ({"x": _X[0]}, r"x must have shape \(B, C, H, W\), got \(6, 5, 5\)"),
-        ({"x": _X.bfloat16()}, "x must be float32"),
+        ({"x": _X.half()}, "x must be float32 or bfloat16"),
+        ({"x": _X.bfloat16(), "weight": torch.zeros(6, 9).half()}, "weight must be float32 or bfloat16"),
         ({"weight": torch.zeros(6, 8)}, r"weight must have shape \(6, 9\), got \(6, 8\)"),
         ({"weight": torch.zeros(6, 9).double()}, "weight must be float32"),
         ({"taps": torch.zeros(6, 1).int()}, "taps must be int64"),

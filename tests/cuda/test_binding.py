@@ -19,8 +19,8 @@ from fxprune.lowering.kernels.cuda import OPERATORS
 from torch import Tensor
 
 from fxprune.ops import OPS
+from fxprune.ops import cuda_tile_image as tile_image
 from fxprune.ops.operator import Operator
-from fxprune.sparsity import tile_image
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA_OPS = [op for op in OPS if op.name in OPERATORS]

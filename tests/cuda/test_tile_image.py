@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxprune.sparsity import tile_image as tile_image_of_package
+from fxprune.ops import cuda_tile_image
 from tests.cuda.integers import generator
 from tests.cuda.simulator import SEEDS, tile_image
 from tests.cuda.test_tile_gemm import tiles
@@ -56,7 +56,7 @@ def test_image(data: st.DataObject) -> None:
     start = -(-(2 * count + 1) * 4 // 1024) * 1024
     blocks = image[start:].view(torch.int16)
     assert torch.equal(blocks[: len(elements)], elements)
-    packed = tile_image_of_package.build(values, tile_ptr, g, len(columns))
+    packed = cuda_tile_image.build(values, tile_ptr, g, len(columns))
     assert torch.equal(packed[: 4 * (2 * count + 1)], image[: 4 * (2 * count + 1)])
     assert torch.equal(packed[start:].view(torch.int16)[: len(elements)], elements) and len(packed) == len(image)
     assert (blocks[len(elements) :] == UNWRITTEN - 2**16).all(), "the blocks nobody needs are left alone"

@@ -88,7 +88,7 @@ def one_example(test: Callable[..., None], *args: Any) -> Callable[[], None]:
 
 linear = every(test_graphs.test_output_form, ["tuple"])
 mobile = every(test_modes.test_input_layout, ["contiguous"])
-other_dtypes = every(test_modes.test_other_dtypes_stay_dense, [torch.bfloat16])
+other_dtypes = every(test_modes.test_other_dtypes_stay_dense, [torch.float64])
 tied = test_modes.test_a_weight_tied_to_an_embedding_is_not_pruned
 windows = one_example(test_rewrite_depthwise.test_every_window_and_layout, 8, 9, 9, 3, 2, 2, True, "contiguous", 3)
 pointwise = one_example(test_rewrite_gemm.test_every_pointwise, 16, 8, 7, 2, True, "contiguous", 3)

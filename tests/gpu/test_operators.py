@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxprune.ops import OPS, tile_gemm
+from fxprune.ops import cuda_tile_image as tile_image
 from fxprune.ops.operator import Operator
-from fxprune.sparsity import tile_image
 from tests.cuda.integers import EXACT, SMOOTH, bitmap, generator, integers
 from tests.cuda.test_tile_gemm import tiles
 

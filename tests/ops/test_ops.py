@@ -50,7 +50,7 @@ def whole(args: tuple[Any, ...], seed: int = 0, activation: str | None = None) -
 
     def draw(a: Any, number: int) -> Any:
         if isinstance(a, Tensor):
-            return integers(*a.shape, seed=number) if a.is_floating_point() else a
+            return integers(*a.shape, seed=number).to(a.dtype) if a.is_floating_point() else a
         return [draw(t, 31 * number + i) for i, t in enumerate(a)] if isinstance(a, list) else a
 
     drawn = [draw(a, seed + i) for i, a in enumerate(args)]

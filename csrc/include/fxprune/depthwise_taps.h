@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "fxprune/activation.h"
+#include "fxprune/bf16.h"
 
 namespace fxprune {
 
@@ -28,12 +29,11 @@ struct Tap {
   const TapSite* site;
 };
 
-struct DepthwiseTaps {
-  const float* x;        // (batch, channels, height, width)
+// What a depthwise convolution is apart from its activations. Weights are float whatever these are.
+struct DepthwiseShape {
   const float* weight;   // (channels, kernel_h * kernel_w)
   const uint64_t* taps;  // (channels, tap_words): bit t%64 of word t/64 keeps tap t
   const float* bias;     // (channels) or null
-  float* out;            // (batch, channels, out_h, out_w)
   int64_t batch, channels, height, width, out_h, out_w, tap_words;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   Activation activation;
@@ -51,6 +51,15 @@ struct DepthwiseTaps {
   }
 };
 
+template <class T>
+struct DepthwiseTapsOf : DepthwiseShape {
+  const T* x;  // (batch, channels, height, width)
+  T* out;      // (batch, channels, out_h, out_w)
+};
+
+using DepthwiseTaps = DepthwiseTapsOf<float>;
+using DepthwiseTapsBf16 = DepthwiseTapsOf<Bf16>;
+
 // One unit of work: planes [begin, end) of batch * channels, and of each the band [band_begin,
 // band_end): vectors of a flat plane, output rows of any other.
 struct PlaneSpan {
@@ -58,7 +67,7 @@ struct PlaneSpan {
 };
 
 // What a plane can be cut in: see PlaneSpan.
-inline int64_t band_length(const DepthwiseTaps& a, int64_t vector_width) {
+inline int64_t band_length(const DepthwiseShape& a, int64_t vector_width) {
   return a.flat(vector_width) ? (a.out_h * a.out_w + vector_width - 1) / vector_width : a.out_h;
 }
 
@@ -81,7 +90,7 @@ inline PixelRange band_input(const DepthwiseTaps& a, int64_t vector_width, int64
 // Length of the mask table, for vectors of `vector_width`: flat planes have one mask per tap and
 // vector, rows one per column of the window and vector. A mask holds one bit per input lane that a
 // vector's load touches.
-inline int64_t depthwise_mask_count(const DepthwiseTaps& a, int64_t vector_width) {
+inline int64_t depthwise_mask_count(const DepthwiseShape& a, int64_t vector_width) {
   if (a.flat(vector_width)) {
     return a.kernel() * ((a.out_h * a.out_w + vector_width - 1) / vector_width);
   }
@@ -106,7 +115,7 @@ inline void valid_range(int64_t tap, int64_t stride, int64_t size, int64_t count
 }
 
 // Fills `sites` (kernel() of them) and `masks` (depthwise_mask_count of them, zeroed).
-inline void depthwise_sites(const DepthwiseTaps& a, int64_t vector_width, TapSite* sites,
+inline void depthwise_sites(const DepthwiseShape& a, int64_t vector_width, TapSite* sites,
                             uint32_t* masks) {
   const bool flat = a.flat(vector_width);
   const int64_t vecs = ((flat ? a.out_h : 1) * a.out_w + vector_width - 1) / vector_width;
@@ -132,6 +141,20 @@ inline void depthwise_sites(const DepthwiseTaps& a, int64_t vector_width, TapSit
     // not exist.
     if (left < right) set_mask_bits(masks, lanes, left * a.stride_w, (right - 1) * a.stride_w + 1);
   }
+}
+
+// The input rows that output rows [begin, end) read: [*first, *last).
+inline void rows_read(const DepthwiseShape& a, int64_t begin, int64_t end, int64_t* first,
+                      int64_t* last) {
+  const int64_t top = begin * a.stride_h - a.pad_h;
+  const int64_t bottom = (end - 1) * a.stride_h - a.pad_h + (a.kernel_h - 1) * a.dilation_h + 1;
+  *first = std::clamp<int64_t>(top, 0, a.height);
+  *last = std::clamp<int64_t>(bottom, *first, a.height);
+}
+
+// Floats of scratch of the bfloat16 kernel: a plane of x and one of the result.
+inline int64_t depthwise_bf16_scratch(const DepthwiseShape& a) {
+  return a.height * a.width + a.out_h * a.out_w + 32;
 }
 
 }  // namespace fxprune

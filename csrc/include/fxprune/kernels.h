@@ -8,8 +8,15 @@
 #include "fxprune/depthwise_taps.h"
 #include "fxprune/tile_conv.h"
 #include "fxprune/tile_gemm.h"
+#include "fxprune/tile_image.h"
 
 namespace fxprune {
+
+struct Bf16Kernels {
+#define FXPRUNE_KERNEL(name, signature) std::add_pointer_t<signature> name;
+#include "cpu/kernels_bf16.inc"
+#undef FXPRUNE_KERNEL
+};
 
 struct Kernels {
   const char* isa;
@@ -18,11 +25,14 @@ struct Kernels {
 #define FXPRUNE_KERNEL(name, signature) std::add_pointer_t<signature> name;
 #include "cpu/kernels.inc"
 #undef FXPRUNE_KERNEL
+  Bf16Kernels bf16;
 };
 
 extern const Kernels kScalarKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels, kAvx512Kernels;
+// Instruction sets that add to avx512 in bfloat16 alone.
+extern const Bf16Kernels kAvx512Bf16Kernels, kAmxKernels;
 #endif
 
 // The best kernels this machine can run, at most those set_isa or the environment's FXPRUNE_ISA

@@ -11,20 +11,17 @@
 #include <cstdint>
 
 #include "fxprune/activation.h"
+#include "fxprune/bf16.h"
 
 namespace fxprune {
 
-struct TileGemm {
-  const float* x;           // feature-major (batch, k, m), row-major (m, k)
-  const float* values;      // see above
+// What a tile-wise GEMM is apart from its operands.
+struct TileShape {
   const int32_t* index;     // every entry in [0, k)
   const int32_t* tile_ptr;  // tiles + 1, monotone from 0
   const int32_t* tile_end;  // tile_ptr + 1; where K is split, ends of a part of each tile's rows
   const int32_t* columns;   // kept output features, strictly increasing, in [0, n)
   const float* bias;        // (n) or null
-  const float* residual;    // shape of out, or null
-  const float* gate;        // (batch, k) or null; feature-major only
-  float* out;               // feature-major (batch, n, m), row-major (m, n)
   int64_t batch, m, k, n, kept, granularity, tiles;
   Activation activation;
 
@@ -39,6 +36,18 @@ struct TileGemm {
     return tile >= tiles ? n : tile == 0 ? 0 : columns[first_column(tile)];
   }
 };
+
+template <class T>
+struct TileGemmOf : TileShape {
+  const T* x;         // feature-major (batch, k, m), row-major (m, k)
+  const T* values;    // float: see above; Bf16: an image of them (tile_image.h)
+  const T* residual;  // shape of out, or null
+  const T* gate;      // (batch, k) or null; feature-major only
+  T* out;             // feature-major (batch, n, m), row-major (m, n)
+};
+
+using TileGemm = TileGemmOf<float>;
+using TileGemmBf16 = TileGemmOf<Bf16>;
 
 // `parts` vectors of sums, part p at sums + p * stride. residual: null or as long as out.
 struct PartialSums {
@@ -63,7 +72,7 @@ struct TileGrid {
 
 // First tile of part `part` of `parts`, each with about the same number of kept weights. A tile
 // also costs its epilogue, worth about eight input features.
-inline int64_t tile_cut(const TileGemm& a, int64_t part, int64_t parts) {
+inline int64_t tile_cut(const TileShape& a, int64_t part, int64_t parts) {
   if (part <= 0) return 0;
   if (part >= parts) return a.tiles;
   const auto cost = [&a](int64_t t) { return int64_t{a.tile_ptr[t]} + 8 * t; };
@@ -80,7 +89,7 @@ inline int64_t tile_cut(const TileGemm& a, int64_t part, int64_t parts) {
   return low;
 }
 
-inline TileSpan tile_unit(const TileGemm& a, const TileGrid& g, int64_t unit) {
+inline TileSpan tile_unit(const TileShape& a, const TileGrid& g, int64_t unit) {
   const int64_t part = unit % g.tile_parts, rest = unit / g.tile_parts;
   const int64_t begin = rest % g.length_parts * g.step;
   return {rest / g.length_parts, begin, std::min(begin + g.step, g.length),
@@ -89,7 +98,7 @@ inline TileSpan tile_unit(const TileGemm& a, const TileGrid& g, int64_t unit) {
 
 // Tiles too narrow to fill a register tile run on a panel of the activations (tile_gemm_panel.h).
 // width: floats per vector.
-inline bool uses_panel(const TileGemm& a, bool feature_major, int64_t width) {
+inline bool uses_panel(const TileShape& a, bool feature_major, int64_t width) {
   return a.granularity <= (feature_major ? 1 : width / 2);
 }
 
@@ -97,7 +106,7 @@ constexpr int kPanelVecs = 8;        // most vectors of pixels or rows in a pane
 constexpr int64_t kPanelChunk = 64;  // output features whose sums are held at once
 
 // Floats of scratch that a unit on a panel needs.
-inline int64_t panel_scratch(const TileGemm& a, int64_t width) {
+inline int64_t panel_scratch(const TileShape& a, int64_t width) {
   return (a.k + kPanelChunk) * kPanelVecs * width;
 }
 

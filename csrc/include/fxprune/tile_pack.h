@@ -10,7 +10,7 @@ namespace fxprune {
 
 // Calls f(position in (n, k), position in values) for every kept weight, in packed order.
 template <class F>
-void for_each_kept(const TileGemm& a, F f) {
+void for_each_kept(const TileShape& a, F f) {
   int64_t at = 0;
   for (int64_t t = 0; t < a.tiles; ++t) {
     const int32_t* columns = a.columns + t * a.granularity;

@@ -5,9 +5,11 @@
 
 #include <cstdint>
 
+#include "fxprune/bf16_portable.h"
+
 namespace fxprune {
 
-struct Avx2 {
+struct Avx2 : PortableBf16<Avx2> {
   static constexpr int kWidth = 8;
   static constexpr int kAccumulators = 12;  // of 16 registers
   static constexpr int kTileRows = 4;
@@ -102,7 +104,44 @@ struct Avx2 {
     return _mm256_castpd_ps(_mm256_permute4x64_pd(mixed, 0xD8));
   }
 
+  // ---- bfloat16: what PortableBf16 leaves ----
+
+  using PortableBf16<Avx2>::load_bf16;
+  using PortableBf16<Avx2>::store_bf16;
+  static Reg load_bf16(const Bf16* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  static void store_bf16(Bf16* p, Reg a) {  // as narrow()
+    const __m256i bits = _mm256_castps_si256(a), one = _mm256_set1_epi32(1);
+    const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), even);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    const __m256i half =
+        _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7FC0), nan);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(half, half), 0xD8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+
+  struct Pairs {
+    Reg low, high;
+  };
+  static constexpr int kPairRows = 2, kPairVecs = 4;
+  static Pairs load_pairs(const Bf16* p) {
+    return apart(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static Pairs set1_pairs(const Bf16* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return apart(_mm256_set1_epi32(pair));
+  }
+  static Reg dot(Pairs a, Pairs b, Reg c) { return fma(a.high, b.high, fma(a.low, b.low, c)); }
+
  private:
+  static Pairs apart(__m256i pairs) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)),
+            _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(~0xFFFF)))};
+  }
   static Reg power_of_two(__m256i n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
   }

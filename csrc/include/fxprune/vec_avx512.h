@@ -6,9 +6,15 @@
 
 #include <cstdint>
 
+#include "fxprune/bf16.h"
+#include "fxprune/unroll.h"
+
 namespace fxprune {
 
-struct Avx512 {
+// Isa: the instruction set this is compiled for. It makes a type, and so the code, of each one's
+// own, which the linker cannot mix up.
+template <class Isa>
+struct Avx512Vectors {
   static constexpr int kWidth = 16;
   // 24 of 32 registers hold sums; the rest hold one row of the other operands.
   static constexpr int kAccumulators = 24;
@@ -59,26 +65,36 @@ struct Avx512 {
   // quarters.
   static void transpose(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
     Reg a[16], b[16];
+    FXPRUNE_UNROLL
     for (int i = 0; i < 16; ++i) a[i] = load(from + i * ld_from);
+    transpose(a, b);
+    FXPRUNE_UNROLL
+    for (int i = 0; i < 16; ++i) store(to + i * ld_to, b[i]);
+  }
+  // The same in registers; changes `a`.
+  static void transpose(Reg* a, Reg* b) {
+    FXPRUNE_UNROLL
     for (int i = 0; i < 16; i += 2) {
       b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
       b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
     }
+    FXPRUNE_UNROLL
     for (int i = 0; i < 16; i += 4) {
       a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);
       a[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xEE);
       a[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44);
       a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xEE);
     }
+    FXPRUNE_UNROLL
     for (int i = 0; i < 4; ++i) {  // quarter q of a[i + 4 r] is column i + 4 q of rows 4 r..
       const Reg p = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88),
                 q = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88),
                 r = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xDD),
                 s = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xDD);
-      store(to + i * ld_to, _mm512_shuffle_f32x4(p, q, 0x88));
-      store(to + (i + 4) * ld_to, _mm512_shuffle_f32x4(r, s, 0x88));
-      store(to + (i + 8) * ld_to, _mm512_shuffle_f32x4(p, q, 0xDD));
-      store(to + (i + 12) * ld_to, _mm512_shuffle_f32x4(r, s, 0xDD));
+      b[i] = _mm512_shuffle_f32x4(p, q, 0x88);
+      b[i + 4] = _mm512_shuffle_f32x4(r, s, 0x88);
+      b[i + 8] = _mm512_shuffle_f32x4(p, q, 0xDD);
+      b[i + 12] = _mm512_shuffle_f32x4(r, s, 0xDD);
     }
   }
 
@@ -104,6 +120,134 @@ struct Avx512 {
     return _mm512_permutex2var_ps(_mm512_maskz_loadu_ps(static_cast<Mask>(b), p), even,
                                   _mm512_maskz_loadu_ps(static_cast<Mask>(b >> 16), p + 16));
   }
+
+  // ---- bfloat16 ----
+
+  static Reg load_bf16(const Bf16* p) { return widened(_mm256_loadu_si256(as_vector(p))); }
+  // The first n lanes, 0 elsewhere.
+  static Reg load_bf16(const Bf16* p, int64_t n) {
+    return widened(_mm256_maskz_loadu_epi16(first(n), p));
+  }
+  static void store_bf16(Bf16* p, Reg a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), Isa::narrowed(a));
+  }
+  static void store_bf16(Bf16* p, int64_t n, Reg a) {
+    _mm256_mask_storeu_epi16(p, first(n), Isa::narrowed(a));
+  }
+  // to[0 .. 32) = p[0 .. n), then zeros.
+  static void copy_bf16(const Bf16* p, int64_t n, Bf16* to) {
+    const __mmask32 mask = n >= 32 ? ~0u : (1u << n) - 1u;
+    _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(mask, p));
+  }
+  // to[2 i] = low[i], to[2 i + 1] = high[i] for 32 i.
+  static void interleave(const Bf16* low, const Bf16* high, Bf16* to) {
+    const __m512i count = _mm512_set_epi32(
+        0x2F000F, 0x2E000E, 0x2D000D, 0x2C000C, 0x2B000B, 0x2A000A, 0x290009, 0x280008, 0x270007,
+        0x260006, 0x250005, 0x240004, 0x230003, 0x220002, 0x210001, 0x200000);
+    const __m512i behind = _mm512_add_epi16(count, _mm512_set1_epi16(16));
+    const __m512i a = _mm512_loadu_si512(low), b = _mm512_loadu_si512(high);
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, count, b));
+    _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(a, behind, b));
+  }
+  // to[32 k + r] = from[ld r + k] of a 32 x 32 square: pairs of k as 32-bit numbers, then apart.
+  static void transpose_bf16(const Bf16* from, int64_t ld, Bf16* to) {
+    const __m512i step = _mm512_set1_epi32(0x20002);
+    const __m512i count = _mm512_set_epi32(
+        0x3E003C, 0x3A0038, 0x360034, 0x320030, 0x2E002C, 0x2A0028, 0x260024, 0x220020, 0x1E001C,
+        0x1A0018, 0x160014, 0x120010, 0x0E000C, 0x0A0008, 0x060004, 0x020000);
+    const __m512i odd = _mm512_add_epi16(count, _mm512_srli_epi16(step, 1));
+    alignas(64) float square[2][16 * 16];
+    for (int half = 0; half < 2; ++half) {
+      Reg a[16], b[16];
+      FXPRUNE_UNROLL
+      for (int i = 0; i < 16; ++i)
+        a[i] = _mm512_castsi512_ps(_mm512_loadu_si512(from + (16 * half + i) * ld));
+      transpose(a, b);
+      FXPRUNE_UNROLL
+      for (int i = 0; i < 16; ++i) store(square[half] + 16 * i, b[i]);
+    }
+    for (int p = 0; p < 16; ++p) {
+      const __m512i a = _mm512_load_si512(square[0] + 16 * p),
+                    b = _mm512_load_si512(square[1] + 16 * p);
+      _mm512_storeu_si512(to + 64 * p, _mm512_permutex2var_epi16(a, count, b));
+      _mm512_storeu_si512(to + 64 * p + 32, _mm512_permutex2var_epi16(a, odd, b));
+    }
+  }
+
+  // to[ld p + j] = lines[j][p] + bias[j], clamped, for p < count, j < features <= 32: rounded
+  // first, then transposed as pairs of features.
+  static void store_transposed(const float* const* lines, const float* bias, float low, float high,
+                               float*, Bf16* to, int64_t ld, int64_t features, int64_t count) {
+    const Reg least = set1(low), most = set1(high);
+    const __mmask32 mask = features >= 32 ? ~0u : (1u << features) - 1u;
+    for (int64_t p = 0; p < count; p += 16) {
+      Reg a[16], b[16];
+      FXPRUNE_UNROLL
+      for (int i = 0; i < 16; ++i) {
+        const Reg even = add(load(lines[2 * i] + p), set1(bias[2 * i])),
+                  odd = add(load(lines[2 * i + 1] + p), set1(bias[2 * i + 1]));
+        a[i] = Isa::joined(min(most, max(least, even)), min(most, max(least, odd)));
+      }
+      transpose(a, b);
+      Bf16* at = to + p * ld;
+      const int64_t rows = count - p;
+      FXPRUNE_UNROLL
+      for (int r = 0; r < 16; ++r) {
+        if (r < rows) _mm512_mask_storeu_epi16(at + r * ld, mask, _mm512_castps_si512(b[r]));
+      }
+    }
+  }
+  // to[0 .. 32) = from + bias, clamped.
+  static void store_line(const float* from, Reg bias, Reg low, Reg high, Bf16* to) {
+    const Reg a = min(high, max(low, add(load(from), bias))),
+              b = min(high, max(low, add(load(from + 16), bias)));
+    _mm512_storeu_si512(to, Isa::followed(a, b));
+  }
+  // Both rounded, one behind the other.
+  static __m512i followed(Reg a, Reg b) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(narrowed(a)), narrowed(b), 1);
+  }
+  // Both rounded, lane by lane beside each other.
+  static Reg joined(Reg even, Reg odd) {
+    const __m512i low = _mm512_cvtepu16_epi32(narrowed(even)),
+                  high = _mm512_cvtepu16_epi32(narrowed(odd));
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+
+  // Pairs of bfloat16 as a dot product takes them.
+  struct Pairs {
+    Reg low, high;
+  };
+  static constexpr int kPairRows = 8, kPairVecs = 2;  // of a register tile of dot products
+  static Pairs load_pairs(const Bf16* p) { return apart(_mm512_loadu_si512(p)); }
+  static Pairs set1_pairs(const Bf16* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return apart(_mm512_set1_epi32(pair));
+  }
+  static Reg dot(Pairs a, Pairs b, Reg c) { return fma(a.high, b.high, fma(a.low, b.low, c)); }
+
+  // Rounds to nearest even; NaN stays NaN.
+  static __m256i narrowed(Reg a) {
+    const __m512i bits = _mm512_castps_si512(a);
+    const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), even);
+    const Mask nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(
+        _mm512_mask_blend_epi32(nan, _mm512_srli_epi32(sum, 16), _mm512_set1_epi32(0x7FC0)));
+  }
+
+ private:
+  static const __m256i* as_vector(const Bf16* p) { return reinterpret_cast<const __m256i*>(p); }
+  static Reg widened(__m256i a) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16));
+  }
+  static Pairs apart(__m512i pairs) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(~0xFFFF)))};
+  }
 };
+
+struct Avx512 : Avx512Vectors<Avx512> {};
 
 }  // namespace fxprune

@@ -4,9 +4,11 @@
 #include <cmath>
 #include <cstdint>
 
+#include "fxprune/bf16_portable.h"
+
 namespace fxprune {
 
-struct Scalar {
+struct Scalar : PortableBf16<Scalar> {
   static constexpr int kWidth = 4;
   static constexpr int kAccumulators = 8;
   static constexpr int kTileRows = 4;
@@ -68,6 +70,28 @@ struct Scalar {
   static Reg load_even(const float* p, uint32_t b) {
     return Reg{b & 1 ? p[0] : 0, b & 4 ? p[2] : 0, b & 16 ? p[4] : 0, b & 64 ? p[6] : 0};
   }
+
+  // ---- bfloat16: what PortableBf16 leaves ----
+
+  using PortableBf16<Scalar>::load_bf16;
+  using PortableBf16<Scalar>::store_bf16;
+  static Reg load_bf16(const Bf16* p) {
+    return Reg{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+  }
+  static void store_bf16(Bf16* p, Reg a) {
+    for (int i = 0; i < 4; ++i) p[i] = narrow(a[i]);
+  }
+
+  struct Pairs {
+    Reg low, high;
+  };
+  static constexpr int kPairRows = 2, kPairVecs = 2;
+  static Pairs load_pairs(const Bf16* p) {
+    return {Reg{widen(p[0]), widen(p[2]), widen(p[4]), widen(p[6])},
+            Reg{widen(p[1]), widen(p[3]), widen(p[5]), widen(p[7])}};
+  }
+  static Pairs set1_pairs(const Bf16* p) { return {set1(widen(p[0])), set1(widen(p[1]))}; }
+  static Reg dot(Pairs a, Pairs b, Reg c) { return fma(a.high, b.high, fma(a.low, b.low, c)); }
 };
 
 }  // namespace fxprune

@@ -13,11 +13,6 @@ from torch import Tensor
 _ROWS, _PANEL, _PANEL_BYTES, _TABLE_ALIGN = 64, 64, 64 * 64 * 2, 1024
 
 
-def wanted(weight: Tensor) -> bool:
-    """True when the kernels for the device and type of ``weight`` read an image."""
-    return weight.is_cuda and weight.dtype in (torch.float16, torch.bfloat16)
-
-
 def build(values: Tensor, tile_ptr: Tensor, granularity: int, kept: int) -> Tensor:
     """values: (nnz,) of 16 bits, tile_ptr: int32 (tiles + 1,), kept: output features of all tiles -> uint8 image."""
     tiles = len(tile_ptr) - 1

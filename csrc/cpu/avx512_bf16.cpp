@@ -1,0 +1,42 @@
+// The bfloat16 kernels compiled for avx512_bf16, as avx512.cpp.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <utility>
+
+#include "fxprune/kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                          \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
+#endif
+
+#include "fxprune/depthwise_bf16.h"
+#include "fxprune/tile_gemm_bf16.h"
+#include "fxprune/vec_avx512_bf16.h"
+
+namespace fxprune {
+
+const Bf16Kernels kAvx512Bf16Kernels = {
+#define FXPRUNE_KERNEL(name, signature) &name<Avx512Bf16>,
+#include "cpu/kernels_bf16.inc"
+#undef FXPRUNE_KERNEL
+};
+
+}  // namespace fxprune
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__

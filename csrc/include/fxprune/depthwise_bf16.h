@@ -1,0 +1,61 @@
+// Depthwise convolution over kept taps in bfloat16: the rows of a plane that a band reads are
+// widened once, the float kernel runs on them in the near caches, and its result is rounded.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "fxprune/depthwise_planes.h"
+
+namespace fxprune {
+
+// `taps` as for depthwise_taps; `scratch`: depthwise_bf16_scratch floats.
+template <class V>
+void depthwise_taps_bf16(const DepthwiseTapsBf16& a, const PlaneSpan& span, Tap* taps,
+                         float* scratch) {
+  constexpr int64_t kW = V::kWidth;
+  const int64_t size = a.out_h * a.out_w, plane = a.height * a.width;
+  const bool flat = a.flat(kW);
+  // In a flat plane a band is vectors, anywhere in a row.
+  const int64_t line = flat ? kW : a.out_w;
+  const int64_t begin = span.band_begin * line, end = std::min(span.band_end * line, size);
+  int64_t first, last;
+  rows_read(a, begin / a.out_w, (end + a.out_w - 1) / a.out_w, &first, &last);
+  float *x = scratch, *out = scratch + (plane + 15) / 16 * 16;
+  DepthwiseTaps wide{};
+  static_cast<DepthwiseShape&>(wide) = a;
+  for (int64_t i = span.begin; i < span.end; ++i) {
+    const Bf16* from = a.x + i * plane;
+    int64_t p = first * a.width;
+    const int64_t stop = last * a.width;
+    for (; p + kW <= stop; p += kW) V::store(x + p, V::load_bf16(from + p));
+    for (; p < stop; ++p) x[p] = widen(from[p]);
+    // The float kernel finds plane i where its one-plane arguments begin.
+    wide.x = x - i * plane;
+    wide.out = out - i * size;
+    depthwise_taps<V>(wide, {i, i + 1, span.band_begin, span.band_end}, taps);
+    Bf16* to = a.out + i * size;
+    int64_t o = begin;
+    for (; o + kW <= end; o += kW) V::store_bf16(to + o, V::load(out + o));
+    for (; o < end; ++o) to[o] = narrow(out[o]);
+  }
+}
+
+// x: (channels, size) -> out: (channels), the mean of each plane.
+template <class V>
+void channel_mean_bf16(const Bf16* x, Bf16* out, int64_t channels, int64_t size) {
+  constexpr int64_t kW = V::kWidth;
+  for (int64_t c = 0; c < channels; ++c, x += size) {
+    typename V::Reg sum = V::zero();
+    int64_t i = 0;
+    for (; i + kW <= size; i += kW) sum = V::add(sum, V::load_bf16(x + i));
+    if (i < size) sum = V::add(sum, V::load_bf16(x + i, size - i));
+    alignas(64) float lanes[kW];
+    V::store(lanes, sum);
+    float total = 0.0f;
+    for (int64_t lane = 0; lane < kW; ++lane) total += lanes[lane];
+    out[c] = narrow(total / static_cast<float>(size));
+  }
+}
+
+}  // namespace fxprune

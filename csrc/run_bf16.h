@@ -1,0 +1,100 @@
+// Runs a prepared operator on bfloat16 activations: as run.h, with the kernels' own way of cutting.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "check.h"
+#include "run.h"
+
+namespace fxprune {
+
+// The values of a tile-packed weight as the kernels take them: an image (R, 32) as it is, packed
+// values (nnz) turned into one.
+class TileImage {
+ public:
+  TileImage(const Tensor& values, const TileStructure& structure, const TileShape& a) {
+    check_tensor(values, "values", element_types().bfloat16, "bfloat16");
+    const int64_t length = image_offset(a, a.tiles);
+    if (values.dim() == 2) {
+      check_shape(values, "values", {length / kDeep, kDeep});
+      tensor_ = values.is_contiguous() ? values : torch::stable::contiguous(values);
+      data_ = fxprune::data<Bf16>(*tensor_);
+      return;
+    }
+    check_shape(values, "values", {structure.values});
+    const Tensor packed = values.is_contiguous() ? values : torch::stable::contiguous(values);
+    const Bf16* from = fxprune::data<Bf16>(packed);
+    built_.resize(length);
+    for_each_in_image(a, [&](int64_t at) { built_[at] = *from++; });
+    data_ = built_.data();
+  }
+  const Bf16* data() const { return data_; }
+
+ private:
+  std::optional<Tensor> tensor_;
+  std::vector<Bf16> built_;
+  const Bf16* data_;
+};
+
+inline void run_depthwise(const DepthwiseTapsBf16& a, int64_t pool) {
+  const Kernels& k = kernels();
+  for_each_plane_span(a, pool, [&](const PlaneSpan& span) {
+    k.bf16.depthwise_taps_bf16(a, span, tap_list(a), scratch(depthwise_bf16_scratch(a)));
+  });
+}
+
+// Blocks of 32 pixels or rows are cut first. Few of them: tiles are cut as well, one part a thread,
+// because every part packs the activations anew.
+inline TileGrid bf16_grid(const TileShape& a, bool feature_major, int64_t pool) {
+  const int64_t blocks = (a.m + 31) / 32, images = feature_major ? a.batch : 1;
+  TileGrid g{images, blocks, blocks, 1, 1};
+  if (pool == 1) return g;
+  if (images * blocks >= 4 * pool) {
+    // Every unit reads all weights: few units, each of as many blocks as stay in L2 together.
+    g.step = std::clamp<int64_t>(images * blocks / (2 * pool), 1, std::min(blocks, bf16_group(a)));
+    g.length_parts = (blocks + g.step - 1) / g.step;
+  } else if (images < pool) {
+    g.tile_parts = std::min(pool, std::max<int64_t>(a.tiles, 1));
+  }
+  return g;
+}
+
+inline void run_tile_gemm(const TileGemmBf16& a, bool feature_major, int64_t pool) {
+  const Bf16Kernels& k = kernels().bf16;
+  const TileGrid grid = bf16_grid(a, feature_major, pool);
+  const auto kernel = feature_major ? k.tile_gemm_bf16_feature_major : k.tile_gemm_bf16_row_major;
+  for_each_unit(grid.units(), pool, [&](int64_t unit) {
+    kernel(a, tile_unit(a, grid, unit), scratch<1>(k.bf16_scratch(a, grid.step)));
+  });
+}
+
+inline void run_channel_mean(const Bf16* x, Bf16* out, int64_t channels, int64_t size) {
+  kernels().bf16.channel_mean_bf16(x, out, channels, size);
+}
+
+// As its twin for float. One part a thread where possible: each packs the whole image.
+inline void run_expand_depthwise(const TileGemmBf16& g, const DepthwiseTapsBf16& d, int64_t pool) {
+  const Bf16Kernels& k = kernels().bf16;
+  const int64_t blocks = (g.m + kPixels - 1) / kPixels, rows = band_length(d, kernels().width);
+  const int64_t fit =
+      std::max<int64_t>(1, kExpandedTile / std::max<int64_t>(g.granularity * g.m, 1));
+  const int64_t each = std::min(fit, (g.tiles + pool - 1) / pool);
+  for_each_unit((g.tiles + each - 1) / each, pool, [&](int64_t unit) {
+    const int64_t begin = unit * each, end = std::min(begin + each, g.tiles);
+    const int64_t first = g.first_column(begin), last = g.first_column(end);
+    // Both kernels address planes by feature, so the planes' base is moved back by those in front.
+    Bf16* planes = reinterpret_cast<Bf16*>(scratch<2>((last - first) * g.m / 2 + 1)) - first * g.m;
+    TileGemmBf16 expand = g;
+    expand.out = planes;
+    k.tile_gemm_bf16_feature_major(expand, {0, 0, blocks, begin, end},
+                                   scratch<1>(k.bf16_scratch(g, blocks)));
+    DepthwiseTapsBf16 taps = d;
+    taps.x = planes;
+    k.depthwise_taps_bf16(taps, {first, last, 0, rows}, tap_list(d),
+                          scratch(depthwise_bf16_scratch(d)));
+  });
+}
+
+}  // namespace fxprune
