@@ -3,6 +3,7 @@
 #include "fxprune/depthwise_planes.h"
 #include "fxprune/kernels.h"
 #include "fxprune/math_scalar.h"
+#include "fxprune/nm_prune_lanes.h"
 #include "fxprune/rnn_cell.h"
 #include "fxprune/tile_conv_planes.h"
 #include "fxprune/tile_gemm_feature_major.h"
