@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxprune.config import Config
+from fxprune.gradients import GradientLayer, Ratio
 from fxprune.match import Block, Match
 from fxprune.sparsity.pattern import LayerMask
 from fxprune.weights import Weights
@@ -130,6 +131,9 @@ class Context:
     counts: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    gradient_ratio: Ratio | None = None  # of the data gradients, in a graph that trains
+    gradient_key: Node | None = None  # the graph input with the counters of their random numbers
+    gradients: list[GradientLayer] = field(default_factory=list)
 
     def decision(self, match: Match) -> Decision | None:
         return next((d for d in self.decisions if d.match is match), None)

@@ -28,6 +28,16 @@ class TargetNotReached(FxPruneWarning):
         )
 
 
+class NoGradientPruned(FxPruneWarning):
+    """``grad_sparsity`` was asked for and no layer of a graph that trains takes part."""
+
+    def __init__(self, ratio: object, layers: object) -> None:
+        super().__init__(
+            f"NoGradientPruned: grad_sparsity={str(ratio)!r} prunes nothing in this graph: {layers or 'it holds no layer'}. "
+            "Leave the option out, or compile a model whose convolutions and linear layers pass a gradient on."
+        )
+
+
 class FxPruneError(Exception):
     """Base of every error fxprune raises. ``where`` is appended in brackets when given."""
 

@@ -67,6 +67,11 @@ def ever_worse() -> object:
     return fxprune.prune(mlp(), rows(), sparsity=0.5, eval_fn=lambda _: -next(values), max_drop=0.5)
 
 
+def train_one_layer() -> object:
+    model = nn.Sequential(nn.Linear(4, 8))
+    return torch.compile(model, backend=hwprune, options={**FORCED, "grad_sparsity": "2:4"})(torch.ones(2, 4))
+
+
 CASES: dict[str, tuple[Callable[[], object], str, type[Exception]]] = {
     "ConfigError": (
         lambda: fxprune.Config(fallback="aot_eager"),
@@ -75,7 +80,7 @@ CASES: dict[str, tuple[Callable[[], object], str, type[Exception]]] = {
     ),
     "UnknownOption": (
         lambda: fxprune.explain(mlp(), rows(), minspeedup=1),
-        r"unknown option 'minspeedup'; did you mean 'min_speedup'\? Legal options: sparsity, .*, inductor\.",
+        r"unknown option 'minspeedup'; did you mean 'min_speedup'\? Legal options: sparsity, .*, inductor, .*\.",
         TypeError,
     ),
     "UnknownPattern": (
@@ -146,6 +151,10 @@ WARNINGS: dict[str, tuple[Callable[[], object], str]] = {
     "ComputedWeight": (
         lambda: fxprune.prune(masked(), rows(), sparsity=0.5),
         r"1 layer\(s\) are left as they are, because their weight is computed .*: 0\. .*torch\.nn\.utils\.prune\.remove",
+    ),
+    "NoGradientPruned": (
+        train_one_layer,
+        r"NoGradientPruned: grad_sparsity='2:4' prunes nothing in this graph: 0: dense, its input needs no gradient\. Leave",
     ),
     "TargetNotReached": (
         lambda: fxprune.prune(mlp(), rows(), target_speedup=1000.0, fallback="eager", autotune="off"),
