@@ -19,8 +19,6 @@ int64_t threads() {
   return torch::stable::get_num_threads();
 }
 
-// ---- depthwise_taps ----
-
 void check_pair(const IntList& v, const char* name, int64_t least) {
   STD_TORCH_CHECK(v.size() == 2, name, " must have 2 entries, got ", v.size());
   constexpr int64_t kMost = int64_t{1} << 20;  // keeps every product of these in range
@@ -30,24 +28,33 @@ void check_pair(const IntList& v, const char* name, int64_t least) {
   }
 }
 
-Tensor depthwise_taps_cpu(const Tensor& x_in, const Tensor& weight_in, const Tensor& taps_in,
-                          const OptionalTensor& bias_in, const IntList& kernel_size,
-                          const IntList& stride, const IntList& padding, const IntList& dilation,
-                          const Text& activation) {
+// Checks x and the window arguments that depthwise_taps and tile_conv share and fills them in.
+template <typename Args>
+void check_window(const Tensor& x, const IntList& kernel_size, const IntList& stride,
+                  const IntList& padding, const IntList& dilation, const Text& activation,
+                  Args* a) {
   check_pair(kernel_size, "kernel_size", 1);
   check_pair(stride, "stride", 1);
   check_pair(padding, "padding", 0);
   check_pair(dilation, "dilation", 1);
+  a->activation = check_activation(activation);
+  check_tensor(x, "x", element_types().float32, "float32");
+  STD_TORCH_CHECK(x.dim() == 4, "x must have shape (B, C, H, W), got ", shape_of(x));
+  a->batch = x.size(0), a->channels = x.size(1), a->height = x.size(2), a->width = x.size(3);
+  a->kernel_h = kernel_size[0], a->kernel_w = kernel_size[1];
+  a->stride_h = stride[0], a->stride_w = stride[1];
+  a->pad_h = padding[0], a->pad_w = padding[1];
+  a->dilation_h = dilation[0], a->dilation_w = dilation[1];
+}
+
+// ---- depthwise_taps ----
+
+Tensor depthwise_taps_cpu(const Tensor& x_in, const Tensor& weight_in, const Tensor& taps_in,
+                          const OptionalTensor& bias_in, const IntList& kernel_size,
+                          const IntList& stride, const IntList& padding, const IntList& dilation,
+                          const Text& activation) {
   DepthwiseTaps a{};
-  a.activation = check_activation(activation);
-  check_tensor(x_in, "x", element_types().float32, "float32");
-  STD_TORCH_CHECK(x_in.dim() == 4, "x must have shape (B, C, H, W), got ", shape_of(x_in));
-  a.batch = x_in.size(0), a.channels = x_in.size(1), a.height = x_in.size(2),
-  a.width = x_in.size(3);
-  a.kernel_h = kernel_size[0], a.kernel_w = kernel_size[1];
-  a.stride_h = stride[0], a.stride_w = stride[1];
-  a.pad_h = padding[0], a.pad_w = padding[1];
-  a.dilation_h = dilation[0], a.dilation_w = dilation[1];
+  check_window(x_in, kernel_size, stride, padding, dilation, activation, &a);
   const Tensor taps = check_taps(weight_in, taps_in, &a);
   const OptionalTensor bias = float_input(bias_in, "bias", {a.channels});
   const Tensor x = float_input(x_in, "x"), weight = float_input(weight_in, "weight");
@@ -123,20 +130,8 @@ Tensor tile_conv_cpu(const Tensor& x_in, const Tensor& values_in, const Tensor& 
                      const OptionalTensor& residual_in, int64_t out_features, int64_t granularity,
                      const IntList& kernel_size, const IntList& stride, const IntList& padding,
                      const IntList& dilation, int64_t groups, const Text& activation) {
-  check_pair(kernel_size, "kernel_size", 1);
-  check_pair(stride, "stride", 1);
-  check_pair(padding, "padding", 0);
-  check_pair(dilation, "dilation", 1);
   TileConv a{};
-  a.activation = check_activation(activation);
-  check_tensor(x_in, "x", element_types().float32, "float32");
-  STD_TORCH_CHECK(x_in.dim() == 4, "x must have shape (B, C, H, W), got ", shape_of(x_in));
-  a.batch = x_in.size(0), a.channels = x_in.size(1), a.height = x_in.size(2),
-  a.width = x_in.size(3);
-  a.kernel_h = kernel_size[0], a.kernel_w = kernel_size[1];
-  a.stride_h = stride[0], a.stride_w = stride[1];
-  a.pad_h = padding[0], a.pad_w = padding[1];
-  a.dilation_h = dilation[0], a.dilation_w = dilation[1];
+  check_window(x_in, kernel_size, stride, padding, dilation, activation, &a);
   a.groups = groups;
   const TileStructure structure =
       check_conv(index, tile_ptr, columns, granularity, out_features, &a);

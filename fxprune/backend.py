@@ -25,6 +25,7 @@ from fxprune.config import Config
 from fxprune.context import BatchSide, Context, Decision, Shrunk, Sizes
 from fxprune.errors import ConfigError, FxPruneError, RequireSparse, VerificationError
 from fxprune.gradients import gradient_clock, ratio_at, ratios
+from fxprune.left import may_prune
 from fxprune.lowering import calibrate, codegen, library, measure
 from fxprune.lowering.kernels import KernelTables
 from fxprune.lowering.lower import lower
@@ -78,9 +79,8 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         gradient_clock.start()
 
     def dense(inputs: Sequence[Any], side: BatchSide | None = None) -> Built:
-        return Built(
-            stock(GraphModule(gm, copy.deepcopy(gm.graph)), inputs, config), side=side, holds=_holds(config, training)
-        )
+        run = codegen.stock(GraphModule(gm, copy.deepcopy(gm.graph)), inputs, config)
+        return Built(run, side=side, holds=_holds(config, training))
 
     def build(inputs: Sequence[Any], levels: Mapping[str, float] | None = None, sizes: Sizes | None = None) -> Built:
         if not _worth_a_look(gm, inputs, config):
@@ -121,11 +121,6 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     return CompiledGraph(gm, build_later, build(example_inputs, levels), example_inputs, freeze=config.freeze)
 
 
-def stock(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
-    """Compile a graph as ``config`` says, without looking for zeros."""
-    return codegen.stock(gm, example_inputs, config)
-
-
 def groups_of(matches: Sequence[Match], config: Config) -> list[list[Staircase]]:
     """Return the levels of the layers a compiled kernel runs, those together that are decided together.
 
@@ -159,7 +154,7 @@ def _levels(
         return partial(built.run, *args, *built.packs)
 
     start = time.perf_counter()
-    groups = groups_of(detect(Captured(gm, tuple(inputs)), config).matches, config)
+    groups = groups_of(may_prune(detect(Captured(gm, tuple(inputs)), config)), config)
     seconds = time.perf_counter() - start
     with torch.no_grad():
         speed = search(groups, config, run(dense(inputs)), lambda found: run(build(inputs, found)), seconds=seconds)

@@ -38,8 +38,8 @@ class Config:
     target_speedup: instead of a sparsity, how many times faster than stock the whole model shall be on this machine.
     target_latency_ms: the same as milliseconds per call.
     max_sparsity: what no layer may exceed on the way to a target.
-    pattern: "auto" (dcp for depthwise, tile for the rest), a pattern name, or a dict by kind: dcp, tile, unstructured,
-        "2:4" or any n:m, block (block:32x32), tvw (tvw:2:4), tew (tew:0.05).
+    pattern: "auto" (dcp for depthwise, tile for the rest), a pattern name, or a dict by kind: dcp, tile, channel,
+        unstructured, "2:4" or any n:m, block (block:32x32), tvw (tvw:2:4), tew (tew:0.05).
     importance: "magnitude" (= "l1", ``|w|``), "l2" (``w^2``), "random"; with calibration data "taylor" (``(g*w)^2``)
         and "wanda" (``|w|`` times the norm of its input); or a callable ``(name, weight) -> element scores`` of
         the weight's shape. seed: of "random" and of ``grad_pruning``.

@@ -174,7 +174,7 @@ def work(dev: Device, match: Match, mask: LayerMask | None, batch: Size | None =
     from fxprune.sparsity import tile
     from fxprune.sparsity.tile_plan import GRANULARITY
 
-    x, y = ([_hint(s) for s in shape] for shape in (match.geometry.x, match.geometry.y))
+    x, y = ([hint(s) for s in shape] for shape in (match.geometry.x, match.geometry.y))
     b, (n, k) = x[0] if batch is None else size(batch), match.matrix_shape
     if match.kind == "depthwise":
         window: dict[str, Any] = {"height": y[2], "width": math.prod(y[3:]), "stride": match.geometry.stride[0]}
@@ -235,10 +235,7 @@ def predict(match: Match, mask: LayerMask | None, isa: str, rates: Rates | None 
     """
     from fxprune.context import Timing
 
-    threads = torch.get_num_threads()
-    ours = device(isa if isa in DEVICES else "scalar", threads, rates)
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    torchs = device(capability if capability in DEVICES else "scalar", threads, rates)
+    ours, torchs = devices(isa, rates)
     sparse = price(ours, *work(ours, match, mask)[0])
     dense = [price(torchs, *item) for item in work(torchs, match, mask)[1:]]
     return Timing(float(sparse), float(min(dense)), float(dense[0]), measured=False)
@@ -320,6 +317,15 @@ def _memory(dev: Device, sp: Any, moved: Any) -> Terms:
     }
 
 
-def _hint(value: Any) -> int:
-    hint = getattr(getattr(value, "node", None), "hint", None)
-    return int(value if hint is None else hint)
+def hint(value: Any) -> int:
+    """Return a size, or the hint of a symbolic one without adding a guard."""
+    known = getattr(getattr(value, "node", None), "hint", None)
+    return int(value if known is None else known)
+
+
+def devices(isa: str, rates: Rates | None = None) -> tuple[Device, Device]:
+    """Return the rows our kernels (compiled for ``isa``) and torch's run as, with the threads of this process."""
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    names = [name if name in DEVICES else "scalar" for name in (isa, capability)]
+    ours, torchs = (device(name, torch.get_num_threads(), rates) for name in names)
+    return ours, torchs

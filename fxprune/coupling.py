@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fxprune.graph import argument, aten, is_call, mutates, shape
+from fxprune.graph import argument, aten, is_call, mutates, name_of, shape
 from fxprune.weights import Weights
 
 _CONV = (aten.conv2d.default, aten.conv2d.padding)
@@ -161,7 +161,7 @@ class Coupling:
         if gemm is not None and self.operand(node) not in (gemm.weight, gemm.bias):
             self._visit_gemm(gemm)
         elif held and not self._follow(node, held):
-            self._refuse(node, f"{_name(node)} reads its channels")
+            self._refuse(node, f"{name_of(node)} reads its channels")
 
     @staticmethod
     def operand(node: Node) -> Any:
@@ -180,7 +180,7 @@ class Coupling:
             if fits and value is not None and value.shape[gemm.columns] == slot.inner * self._root(slot.space).size:
                 self._root(slot.space).consumers.append(gemm)
             else:
-                self._refuse(gemm.node, f"{_name(gemm.node)} reads its channels along another dimension")
+                self._refuse(gemm.node, f"{name_of(gemm.node)} reads its channels along another dimension")
         if value is None or rank is None or rank < 2 or (gemm.node.target in _CONV and rank != 4):
             return
         space = Space(value.shape[gemm.rows])
@@ -211,7 +211,7 @@ class Coupling:
         if is_call(node, aten.batch_norm.default):
             return self._norm(node, slot)
         if node.target in _KEEPS_ZERO | _LOSES_ZERO:
-            pooled = "pool" in _name(node)
+            pooled = "pool" in name_of(node)
             if pooled and (slot.dim != 1 or slot.inner != 1 or len(shape(node) or ()) != 4):
                 return False
             return self._put(node, slot, "keep" if node.target in _KEEPS_ZERO else "lose")
@@ -335,8 +335,3 @@ _LAYOUT: dict[Any, Callable[[Node, Slot], Slot | None]] = {
     aten.permute.default: _permute,
     aten.transpose.int: _transpose,
 }
-
-
-def _name(node: Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.partition("::")[2] if schema is not None else getattr(node.target, "__name__", str(node.target))

@@ -10,13 +10,13 @@ from fxprune.errors import ConfigError, nearest
 Rates = Mapping[str, Mapping[str, float]]
 
 # By operator and term, in microseconds: per call ("call", "batched"), per megabyte ("weights", "near", "far", "beyond"),
-# per thousand of the rest. Fitted on two server cores at 2.8 GHz with AVX-512; what counts vectors holds for narrower
-# vectors as well, because there are more of them.
+# per thousand of the rest. Fitted on two server cores with AVX-512, the rows of k x k convolutions on a machine some 10 %
+# faster than the others; what counts vectors holds for narrower vectors as well, because there are more of them.
 RATES: Rates = {
     "conv1x1_nchw": {"beyond": 54.5, "call": 45.8, "loads": 9.74, "products": 0.216, "stores": 8.06},
     "conv1x1_nhwc": {"beyond": 48, "call": 38.3, "loads": 5.58, "products": 0.211, "weights": 59.3},
-    "conv_nchw": {"beyond": 54.5, "call": 45.8, "loads": 9.74, "products": 0.216, "stores": 8.06, "strided": 0.216},
-    "conv_nhwc": {"beyond": 48, "call": 38.3, "loads": 5.58, "products": 0.211, "strided": 0.211, "weights": 59.3},
+    "conv_nchw": {"call": 13, "loads": 1.8, "near": 63, "products": 0.143, "strided": 0.172, "weights": 57},
+    "conv_nhwc": {"call": 12, "near": 5.7, "products": 0.133, "stores": 6, "strided": 0.141, "weights": 52},
     "conv_pixel": {"batched": 69.9, "call": 6.17, "near": 5.82, "products": 1.52},
     "depthwise_nchw": {
         "beyond": 76.2,
@@ -46,17 +46,7 @@ RATES: Rates = {
         "vectors": 0.644,
     },
     "linear": {"batched": 29.5, "call": 3.83, "far": 17.9, "near": 5.75, "products": 0.172, "weights": 4.38},
-    "tile_conv": {
-        "beyond": 112,
-        "call": 8.04,
-        "copied": 40,
-        "edges": 1.19,
-        "far": 9.34,
-        "loads": 1.83,
-        "near": 3.28,
-        "products": 0.141,
-        "stores": 1.14,
-    },
+    "tile_conv": {"beyond": 2.6, "call": 23, "copied": 40.6, "edges": 1.41, "loads": 1.53, "products": 0.0977},
     "tile_gemm_pixels": {
         "beyond": 112,
         "call": 8.04,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -30,11 +31,17 @@ _IN_PLACE_OPERATORS = {
 }
 
 
+TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
+
+
+def example(node: Node) -> Any:
+    """Return the fake value of a node (Dynamo keeps it as ``example_value``, export as ``val``)."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
 def fake(node: Any) -> Tensor | None:
-    """Return the fake tensor of a node (Dynamo keeps it as ``example_value``, export as ``val``)."""
-    if not isinstance(node, Node):
-        return None
-    value = node.meta.get("example_value", node.meta.get("val"))
+    """Return the fake tensor of a node; ``None`` when it is something else."""
+    value = example(node) if isinstance(node, Node) else None
     return value if isinstance(value, Tensor) else None
 
 
@@ -46,7 +53,11 @@ def shape(node: Any) -> tuple[Any, ...] | None:
 
 def same_shape(a: Any, b: Any) -> bool:
     """True when both shapes are known to agree without adding a guard."""
-    left, right = shape(a), shape(b)
+    return equal_sizes(shape(a), shape(b))
+
+
+def equal_sizes(left: Sequence[Any] | None, right: Sequence[Any] | None) -> bool:
+    """True when two lists of sizes are known to agree without adding a guard."""
     if left is None or right is None or len(left) != len(right):
         return False
     return all(statically_known_true(x == y) for x, y in zip(left, right, strict=True))
@@ -60,6 +71,15 @@ def same_dtype(*nodes: Any) -> bool:
 
 def is_call(node: Any, *targets: Any) -> TypeGuard[Node]:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def name_of(node: Node) -> str:
+    """Return the bare name of what a node calls: "conv2d" of ``aten.conv2d.default``, of ``F.conv2d`` and of a method."""
+    if node.op == "call_method":
+        return str(node.target)
+    schema = getattr(node.target, "_schema", None)
+    name = schema.name if schema is not None else getattr(node.target, "__name__", str(node.target))
+    return str(name).rpartition("::")[2]
 
 
 def argument(node: Node, name: str) -> Any:
@@ -92,7 +112,7 @@ def mutates(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is not None:
         return bool(schema.is_mutable)
-    name = getattr(node.target, "__name__", "")
+    name = name_of(node)
     in_place = name.endswith("_") or name in _IN_PLACE_OPERATORS
     return in_place or bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
 
@@ -113,7 +133,7 @@ def call(anchor: Node, target: Any, *args: Any) -> Node:
     with graph.inserting_before(anchor):
         node = graph.call_function(target, args)
     node.meta = {k: v for k, v in anchor.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")}
-    values = torch.fx.map_arg(args, lambda n: n.meta.get("example_value", n.meta.get("val")))
+    values = torch.fx.map_arg(args, example)
     mode = next((m for value in tree_leaves(values) if (m := getattr(value, "fake_mode", None))), None)
     if mode is not None:
         with mode, torch.no_grad():

@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import Node
 
 from fxprune.context import Context
+from fxprune.graph import name_of
 from fxprune.match import Match
 
 Row = tuple[str, str, str, str]  # layer, kind, shape, reason
@@ -36,7 +37,7 @@ def _other_reader(weight: Node, matched: set[Node]) -> str | None:
         if node in matched or node in seen:
             continue
         seen.add(node)
-        name = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
+        name = name_of(node)
         if name in ("transpose", "permute", "t"):
             stack.extend(node.users)
         else:
@@ -51,6 +52,12 @@ def why_left(match: Match, ctx: Context, readers: dict[int, str]) -> str | None:
         return "its weight is not a parameter"
     reader = readers.get(id(value))
     return None if reader is None else f"its weight is also read by {reader}"
+
+
+def may_prune(ctx: Context) -> list[Match]:
+    """Return the matches of one graph that may be pruned."""
+    readers = other_readers([ctx])
+    return [match for match in ctx.matches if why_left(match, ctx, readers) is None]
 
 
 def left_rows(contexts: Sequence[Context], pruned: set[str]) -> list[Row]:

@@ -26,6 +26,11 @@ class Geometry:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
+    @property
+    def windows(self) -> list[list[int]]:
+        """Kernel size, stride, padding and dilation as the operators take them."""
+        return [list(self.kernel), list(self.stride), list(self.padding), list(self.dilation)]
+
     def __str__(self) -> str:
         text = "x".join(str(s) for s in self.x) + "->" + "x".join(str(s) for s in self.y[1:])
         if self.kernel != (1, 1):

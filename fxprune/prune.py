@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.backend import groups_of, hwprune, stock
+from fxprune.backend import groups_of, hwprune
 from fxprune.calibration import Calibration, LossFn
 from fxprune.capture import ISOLATED, NO_LIMITS, arguments, evaluating
 from fxprune.channel_plan import Channels, choose_channels
@@ -22,6 +22,7 @@ from fxprune.config import Config
 from fxprune.context import Context
 from fxprune.errors import ConfigError, MissingCalibration, NothingToPrune
 from fxprune.importance import calibrate
+from fxprune.lowering.codegen import stock
 from fxprune.lowering.kernels import KernelTables
 from fxprune.lowering.measure import Measure
 from fxprune.match import Match
@@ -107,11 +108,13 @@ def prune(
     config = calibrate(config, model, matches, data)
     unit = KernelTables().unit
 
-    def decide(scale: float = 1.0) -> Decided:
-        decided = masks(contexts, matches, scaled(config, scale))
+    def refitted(decided: Decided) -> Decided:
         if not compensate or data is None:
             return decided
         return dataclasses.replace(decided, refits=refit_layers(model, decided.choices, data, compensate == "sequential"))
+
+    def decide(scale: float = 1.0) -> Decided:
+        return refitted(masks(contexts, matches, scaled(config, scale)))
 
     def evaluate(decided: Decided | None) -> float:
         trial = copy.deepcopy(model)
@@ -123,10 +126,7 @@ def prune(
     found, speed = None, None
     if config.has_target:
         speed = _meet(model, example_inputs, matches, config)
-        decided = Decided(choose_levels(matches, config, unit, speed.levels))
-        if compensate and data is not None:
-            refits = refit_layers(model, decided.choices, data, compensate == "sequential")
-            decided = dataclasses.replace(decided, refits=refits)
+        decided = refitted(Decided(choose_levels(matches, config, unit, speed.levels)))
     elif max_drop is not None:
         decided, found = largest_scale(decide, evaluate, max_drop)
     else:

@@ -99,10 +99,8 @@ def _non_negative(matrix: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
 
 def _samples() -> Iterator[tuple[str, dict[str, Any], float]]:
     """Yield operator, amounts and microseconds."""
-    threads, unit = torch.get_num_threads(), KernelTables().unit
-    ours = cost.device(library.isa() if library.isa() in cost.DEVICES else "scalar", threads)
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    torchs = cost.device(capability if capability in cost.DEVICES else "scalar", threads)
+    unit = KernelTables().unit
+    ours, torchs = cost.devices(library.isa())
     generator = torch.Generator().manual_seed(0)
     for match in _matches(generator):
         x = torch.randn(match.geometry.x, generator=generator)

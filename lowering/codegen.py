@@ -17,6 +17,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 from ..config import Config
+from ..graph import name_of
 from . import library
 
 
@@ -69,7 +70,7 @@ def _unrolls(gm: GraphModule) -> bool:
 
     Only an LSTM in inference stays one call there. Without ``allow_rnn`` these layers run eagerly as well.
     """
-    names = {getattr(n.target, "__name__", "").partition(".")[0] for n in gm.graph.nodes if n.op == "call_function"}
+    names = {name_of(n) for n in gm.graph.nodes if n.op == "call_function"}
     return bool(names & {"gru", "rnn_tanh", "rnn_relu"}) or ("lstm" in names and torch.is_grad_enabled())
 
 

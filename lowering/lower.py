@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from ..errors import NotLowered
-from ..graph import fake
+from ..graph import fake, name_of
 from .kernels import KernelTables
 
 
@@ -18,7 +18,7 @@ def lower(gm: GraphModule, tables: KernelTables) -> dict[str, int]:
     counts: dict[str, int] = {}
     for node in gm.graph.nodes:
         if node.op == "call_function" and getattr(node.target, "namespace", "") == "fxprune":
-            name = node.target._schema.name.partition("::")[2]
+            name = name_of(node)
             provider = _choose(name, node, tables)
             node.meta["fxprune_impl"] = provider
             key = f"{name}={provider}"

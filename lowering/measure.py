@@ -68,12 +68,12 @@ class Measure:
         unit: tuple[int, ...] = (0, 0) if tiling is None else (tiling.granularity, len(tiling.columns))
         if mask is not None and mask.rest is not None:
             unit = (*unit, round(mask.rest.mask.float().mean().item() * 100))
-        shape = [_concrete(s) for s in match.geometry.x]
+        shape = [cost.hint(s) for s in match.geometry.x]
         window = (g.kernel, g.stride, g.padding, g.dilation, g.groups)
         return repr((match.kind, shape, match.matrix_shape, *window, unit, round(kept * 20)))
 
     def _time(self, match: Match, mask: LayerMask | None, inputs: Weight | None) -> tuple[list[float], bool]:
-        sizes, unit = [_concrete(s) for s in match.geometry.x], self._units(match.kind)
+        sizes, unit = [cost.hint(s) for s in match.geometry.x], self._units(match.kind)
         with torch.inference_mode():
             if inputs is not None:
                 runs = recurrent_calls(inputs, (match, mask), unit, *sizes[:2])
@@ -87,7 +87,7 @@ class Measure:
         """Return what the cost model says, with this machine's rates where it was calibrated."""
         if inputs is not None:
             pair = [self.predict(*as_linear(weight)) for weight in (inputs, (match, mask))]
-            return predicted(pair, _concrete(match.geometry.x[0]))
+            return predicted(pair, cost.hint(match.geometry.x[0]))
         if not library.available():
             return cost.predict(match, mask, "scalar")
         if self._rates is None:
@@ -99,26 +99,21 @@ def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> 
     """Return a call of our operator on ``x`` with the weight of ``match`` under ``mask``."""
     g = match.geometry
     matrix = match.matrix(match.value.detach()).contiguous()
-    windows = [list(g.kernel), list(g.stride), list(g.padding), list(g.dilation)]
     if match.kind == "depthwise":
         kept = torch.ones_like(matrix, dtype=torch.bool) if mask is None else mask.mask
         weight, taps = matrix * kept, dcp.tap_words(kept)
-        return lambda: torch.ops.fxprune.depthwise_taps(x, weight, taps, None, *windows, "none")
+        return lambda: torch.ops.fxprune.depthwise_taps(x, weight, taps, None, *g.windows, "none")
     layer = mask or tile.keep_all(match.matrix_shape, match.tile_width(unit.granularity))
     n, dim, step = match.matrix_shape[0], 1 if match.kind == "pointwise" else -1, g.stride
     if match.kind == "conv":
-        packed = tile.Tile().pack(matrix, layer.mask, layer.tiling).tensors
-        weights = [packed[name] for name in ("values", "index", "tile_ptr", "columns")]
-        shape = (n, layer.tiling.granularity, *windows, g.groups, "none")
+        weights = tile.operands(matrix, layer.mask, layer.tiling)
+        shape = (n, layer.tiling.granularity, *g.windows, g.groups, "none")
         return lambda: torch.ops.fxprune.tile_conv(x, *weights, None, None, *shape)
     x = x.flatten(1) if one_pixel(match) else x
     parts = [(layer.mask, layer.tiling)]
     if layer.rest is not None:
         parts = [(layer.rest.mask, layer.rest.tiling), (layer.mask & ~layer.rest.mask, layer.tiling)]
-    calls = []
-    for kept, tiling in parts:
-        packed = tile.Tile().pack(matrix, kept, tiling).tensors
-        calls.append(([packed[name] for name in ("values", "index", "tile_ptr", "columns")], tiling.granularity))
+    calls = [(tile.operands(matrix, kept, tiling), tiling.granularity) for kept, tiling in parts]
 
     def run() -> Tensor:
         rows, y = x[:, :, :: step[0], :: step[1]] if step != (1, 1) else x, None
@@ -245,9 +240,3 @@ def _cpu_name() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or "cpu"
-
-
-def _concrete(size: Any) -> int:
-    """Return a size, or the hint of a symbolic one without adding a guard."""
-    hint = getattr(getattr(size, "node", None), "hint", None)
-    return int(size if hint is None else hint)

@@ -41,8 +41,7 @@ def recurrent_calls(inputs: Weight, hidden: Weight, unit: Unit, steps: int, batc
 def _packed(weight: Weight, unit: Unit) -> tuple[list[Any], int]:
     match, mask = weight
     layer = mask or tile.keep_all(match.matrix_shape, unit.granularity)
-    packed = tile.Tile().pack(match.value.detach(), layer.mask, layer.tiling).tensors
-    return [packed[n] for n in ("values", "index", "tile_ptr", "columns")], layer.tiling.granularity
+    return tile.operands(match.value.detach(), layer.mask, layer.tiling), layer.tiling.granularity
 
 
 def as_linear(weight: Weight) -> Weight:

@@ -25,6 +25,7 @@ from .normalize import normalize
 from .normalize_gemm import normalize_gemm
 from .plan import plan
 from .refuse_gemm import refuse_gemm
+from .relax_views import relax_views
 from .rewrite_conv import rewrite_conv
 from .rewrite_depthwise import rewrite_depthwise
 from .rewrite_gemm import rewrite_gemm
@@ -50,6 +51,7 @@ FORWARD: tuple[Pass, ...] = (
     normalize,  # first: everything below speaks ATen
     fold_weights,  # before everything that asks whether a weight is constant
     normalize_gemm,  # right after: what else multiplies by a constant matrix
+    relax_views,  # after in-place activations became functional; before plan, which asks what addresses memory
     fold_batchnorm,  # before matching, so that a match sees the weight the kernel will run
     shrink,  # after folding, so that a filter and its BatchNorm are one; before matching, so that masks are of what is left
     match_depthwise,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..context import Context
-from ..graph import aten, fake, is_call, mutates
+from ..graph import TRANSPOSES, aten, fake, is_call, mutates, name_of
 
 _PURE = {"mul", "div", "add", "sub", "to", "float", "type_as", "where", "masked_fill", "_weight_norm", "detach"}
 _PURE |= {"contiguous", "clone", "abs", "norm", "rsqrt", "norm_except_dim", "_weight_norm_interface"}
@@ -42,7 +42,7 @@ def fold_weights(gm: GraphModule, ctx: Context) -> int:
             continue
         user: Node = node
         operand: Any = node.args[_OPERAND[node.target]]
-        while is_call(operand, aten.t.default, aten.permute.default, aten.transpose.int):
+        while is_call(operand, *TRANSPOSES):
             user, operand = operand, operand.args[0]
         if operand not in folded:
             steps = _expression(operand, ctx)
@@ -66,7 +66,7 @@ def _expression(operand: Any, ctx: Context) -> list[Node]:
         seen.add(node)
         if ctx.weights.value(node) is not None:
             return not any(mutates(user) for user in node.users)
-        if node.op not in ("call_function", "call_method") or _name(node) not in _PURE or mutates(node):
+        if node.op not in ("call_function", "call_method") or name_of(node) not in _PURE or mutates(node):
             return False
         ok = bool(node.all_input_nodes) and all(visit(source) for source in node.all_input_nodes)
         steps.append(node)
@@ -74,14 +74,6 @@ def _expression(operand: Any, ctx: Context) -> list[Node]:
 
     constant = isinstance(operand, Node) and fake(operand) is not None and visit(operand)
     return steps if constant else []
-
-
-def _name(node: Node) -> str:
-    if node.op == "call_method":
-        return str(node.target)
-    schema = getattr(node.target, "_schema", None)
-    name = schema.name if schema is not None else getattr(node.target, "__name__", "")
-    return str(name).rpartition("::")[2]
 
 
 def _fold(operand: Node, steps: list[Node], ctx: Context) -> Node:

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..context import Context, Refusal
-from ..graph import argument, aten, is_call, pair, shape
+from ..graph import argument, aten, is_call, name_of, pair, shape
 from ..match import Geometry, Match
 from ..weights import qualified_name
 
@@ -106,8 +106,7 @@ def _refuse(node: Node, ctx: Context) -> None:
     """Record a convolution that no pass matched."""
     if node.op != "call_function":
         return
-    schema = getattr(node.target, "_schema", None)
-    name = schema.name.partition("::")[2] if schema is not None else getattr(node.target, "__name__", "")
+    name = name_of(node)
     operands = [*node.args, *node.kwargs.values()]
     if name in _NEVER:
         weight = operands[1] if len(operands) > 1 else None

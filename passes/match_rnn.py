@@ -15,7 +15,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from ..context import Context, Refusal
-from ..graph import argument, aten, is_call, mutates, shape
+from ..graph import argument, aten, is_call, mutates, name_of, shape
 from ..match import Geometry, Match, Recurrent
 from ..weights import qualified_name
 
@@ -27,7 +27,7 @@ _CELLS = {"lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
 def match_rnn(gm: GraphModule, ctx: Context) -> int:
     """Append a match per weight of each LSTM or GRU call; returns 0, the graph is unchanged."""
     for node in gm.graph.nodes:
-        if node.op == "call_function" and getattr(node.target, "__name__", "").partition(".")[0] in _CELLS:
+        if node.op == "call_function" and name_of(node) in _CELLS:
             _refuse_cell(node, ctx)
         if not is_call(node, *_INPUT, *_PLAIN):
             continue

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..context import Context
-from ..graph import aten, call, is_call, mutation_between, replace, shape
+from ..graph import TRANSPOSES, aten, call, equal_sizes, is_call, mutation_between, replace, shape
 
 EINSUM = (torch.functional.einsum, aten.einsum.default)
 BATCHED = (torch.bmm, "bmm", aten.bmm.default, aten.matmul.default)
@@ -34,7 +33,6 @@ _REPEATS = (
     aten.repeat.default,
     aten.unsqueeze.default,
 )
-_TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
 
 
 def normalize_gemm(gm: GraphModule, ctx: Context) -> int:
@@ -73,7 +71,7 @@ def _einsum(node: Node, ctx: Context) -> Node | None:
         if ctx.weights.value(operands[w]) is None or sizes is None or len(sizes) != 2:
             continue
         contracted = _contracted(terms[x], terms[w], output)
-        if contracted is None or not _equal((shape(operands[x]) or ())[-1:], sizes[contracted : contracted + 1]):
+        if contracted is None or not equal_sizes((shape(operands[x]) or ())[-1:], sizes[contracted : contracted + 1]):
             continue
         return call(node, (aten.matmul.default, aten.linear.default)[contracted], operands[x], operands[w])
     return None
@@ -97,7 +95,7 @@ def _product(node: Node, x: Any, operand: Any, ctx: Context) -> Node | None:
     have, want = shape(x), shape(node)
     if weight is operand or not _constant(weight, ctx) or mutation_between(operand, node):
         return None
-    if have is None or want is None or not _equal(have[:-1], want[:-1]):
+    if have is None or want is None or not equal_sizes(have[:-1], want[:-1]):
         return None
     return call(node, aten.matmul.default, x, weight)
 
@@ -108,7 +106,7 @@ def _added(node: Node, ctx: Context) -> Node | None:
     weight = _repeated(operand)
     if not _constant(weight, ctx) or not all(isinstance(v, (int, float)) for v in (beta, alpha)):
         return None
-    if weight is operand and alpha == beta == 1 and _equal(shape(c), (shape(node) or ())[-1:]):
+    if weight is operand and alpha == beta == 1 and equal_sizes(shape(c), (shape(node) or ())[-1:]):
         return None if is_call(node, aten.addmm.default) else call(node, aten.addmm.default, c, x, operand)
     product = call(node, aten.matmul.default, x, operand) if weight is operand else _product(node, x, operand, ctx)
     if product is None:
@@ -129,18 +127,12 @@ def _repeated(operand: Any) -> Any:
             break
         node = node.args[0]
     have = shape(node)
-    fits = have is not None and sizes is not None and len(have) == 2 and _equal(have, sizes[-2:])
+    fits = have is not None and sizes is not None and len(have) == 2 and equal_sizes(have, sizes[-2:])
     return node if fits else operand
 
 
 def _constant(node: Any, ctx: Context) -> bool:
     """True for a matrix of the model, as stored or transposed."""
-    while is_call(node, *_TRANSPOSES):
+    while is_call(node, *TRANSPOSES):
         node = node.args[0]
     return ctx.weights.value(node) is not None and len(shape(node) or ()) == 2
-
-
-def _equal(left: Any, right: Any) -> bool:
-    if left is None or right is None or len(left) != len(right):
-        return False
-    return all(statically_known_true(a == b) for a, b in zip(left, right, strict=True))

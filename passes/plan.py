@@ -16,8 +16,8 @@ from torch.fx import GraphModule, Node
 
 from ..context import Context, Decision, Kernels, Measure, Timing
 from ..errors import ConfigError
-from ..graph import fake
-from ..left import other_readers, why_left
+from ..graph import fake, name_of
+from ..left import may_prune, other_readers, why_left
 from ..match import Match
 from ..plan import PrunedWeight, lookup
 from ..planner import choose_masks, pattern_of
@@ -93,9 +93,7 @@ def _masks_from_options(ctx: Context) -> dict[str, tuple[str, LayerMask]]:
         if any(pattern_of(match, ctx.config) == "channel" for match in ctx.matches):
             expected = 'fxprune.prune(model, ..., pattern="channel") before compiling: it also zeroes BatchNorm and biases'
             raise ConfigError(name="pattern", given=ctx.config.pattern, expected=expected)
-        readers = other_readers([ctx])
-        matches = [m for m in ctx.matches if why_left(m, ctx, readers) is None]
-        chosen = choose_masks(matches, ctx.config, ctx.kernels.unit)
+        chosen = choose_masks(may_prune(ctx), ctx.config, ctx.kernels.unit)
     return {name: (choice.pattern, choice.layer) for name, choice in chosen.items()}
 
 
@@ -213,12 +211,11 @@ def _layout_refusal(match: Match) -> str | None:
     result = fake(match.node)
     if result is None or result.is_contiguous() or not any(map(_addresses_memory, match.node.graph.nodes)):
         return None
-    return "its result is channels-last and the graph addresses memory through view or as_strided"
+    return "its result is channels-last and the graph addresses memory (as_strided, or a view beside in-place writes)"
 
 
 def _addresses_memory(node: Node) -> bool:
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return str(name).partition(".")[0] in ("view", "view_as", "as_strided")
+    return node.op in ("call_function", "call_method") and name_of(node) in ("view", "view_as", "as_strided")
 
 
 def _live(match: Match, ctx: Context) -> bool:

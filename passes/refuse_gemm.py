@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..context import Context, Refusal
-from ..graph import aten, is_call, shape
+from ..graph import TRANSPOSES, aten, is_call, name_of, shape
 from ..weights import qualified_name
 from .normalize_gemm import ADDED, BATCHED, EINSUM, einsum_operands
 
@@ -60,17 +60,13 @@ def _reason(node: Node, operand: Node, position: int, ctx: Context) -> str:
     if node.target in EINSUM:
         return f"einsum {node.args[0]!r} is no product with one matrix"
     if value is None and not _is_view(operand):
-        return f"its weight is computed in the graph by {_name(operand)}"
+        return f"its weight is computed in the graph by {name_of(operand)}"
     if len(shape(operand) or ()) != 2:
         return f"its weight has {len(shape(operand) or ())} dimensions; a matrix is expected"
     if position == 0:
         return "the weight is the left factor of the product; x @ w and linear are matched"
-    return f"{_name(node)} with these operands is not matched"
+    return f"{name_of(node)} with these operands is not matched"
 
 
 def _is_view(node: Node) -> bool:
-    return is_call(node, aten.t.default, aten.permute.default, aten.transpose.int)
-
-
-def _name(node: Node) -> str:
-    return getattr(node.target, "__name__", str(node.target)).partition(".")[0]
+    return is_call(node, *TRANSPOSES)

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from ..context import Context, Decision
 from ..graph import call, replace
 from ..sparsity import tile
-from .rewrite_depthwise import as_image, from_image, windows
+from .rewrite_depthwise import as_image, from_image
 from .rewrite_gemm import packed
 
 
@@ -32,6 +32,6 @@ def _rewrite(decision: Decision, ctx: Context) -> None:
     layer = decision.mask or tile.keep_all(match.matrix_shape, width)
     weight = packed(match, layer, ctx, match.node.name)
     x, (n, _) = as_image(match), match.matrix_shape
-    operands = (n, layer.tiling.granularity, *windows(match), match.geometry.groups, "none")
+    operands = (n, layer.tiling.granularity, *match.geometry.windows, match.geometry.groups, "none")
     new = call(match.node, torch.ops.fxprune.tile_conv.default, x, *weight, match.bias, None, *operands)
     replace(match.node, from_image(match, new))

@@ -43,14 +43,8 @@ def _rewrite(decision: Decision, ctx: Context) -> None:
         (taps,) = ctx.weights.derive((f"{match.node.name}_mask",), (), lambda: (words,))
         weight = call(match.node, aten.reshape.default, match.weight, list(match.matrix_shape))
     target = torch.ops.fxprune.depthwise_taps.default
-    new = call(match.node, target, as_image(match), weight, taps, match.bias, *windows(match), "none")
+    new = call(match.node, target, as_image(match), weight, taps, match.bias, *match.geometry.windows, "none")
     replace(match.node, from_image(match, new))
-
-
-def windows(match: Match) -> list[list[int]]:
-    """Return kernel size, stride, padding and dilation as the operators take them."""
-    g = match.geometry
-    return [list(g.kernel), list(g.stride), list(g.padding), list(g.dilation)]
 
 
 def as_image(match: Match) -> Node:

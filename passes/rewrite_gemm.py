@@ -58,19 +58,16 @@ def packed(match: Match, layer: LayerMask, ctx: Context, prefix: str, whole: Ten
 
     whole: the mask that the weight obeys, of which ``layer`` is a part; ``None``: that of ``layer``.
     """
-    pattern = tile.Tile()
-    names = ("values", "index", "tile_ptr", "columns")
 
     def build(weight: Tensor) -> tuple[Tensor, ...]:
-        tensors = pattern.pack(match.matrix(weight), layer.mask, layer.tiling).tensors
-        return tuple(tensors[name] for name in names)
+        return tuple(tile.operands(match.matrix(weight), layer.mask, layer.tiling))
 
+    labels = [f"{prefix}_{name}" for name in tile.OPERANDS]
     if ctx.inference:
-        labels = [f"{prefix}_{name}" for name in names]
         return ctx.weights.derive(labels, (match.weight,), exact(build, match, layer.mask if whole is None else whole, ctx))
     with torch.no_grad():
         fixed = build(match.value.detach())
-    structure = ctx.weights.derive([f"{prefix}_{name}" for name in names[1:]], (), lambda: fixed[1:])
+    structure = ctx.weights.derive(labels[1:], (), lambda: fixed[1:])
     n, k = match.matrix_shape
     if match.transposed:
         matrix = call(match.node, aten.t.default, match.weight)

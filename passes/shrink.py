@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from ..context import Context, Shrunk
 from ..coupling import Constant, Coupling, Gemm, Space
 from ..errors import VerificationError
-from ..graph import argument, fake
+from ..graph import argument, example, fake
 from ..weights import StructureChanged, qualified_name
 
 _STEP = 8  # channels the dense and sparse kernels handle at once: a few dead ones stay to fill it
@@ -240,7 +240,7 @@ def _propagate(node: Node, narrower: bool) -> None:
     mode = getattr(before, "fake_mode", None)
     if before is None or mode is None:
         return
-    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("example_value", n.meta.get("val")))
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), example)
     with mode, torch.no_grad():
         if node.op == "call_method":
             after = getattr(args[0], str(node.target))(*args[1:], **kwargs)

@@ -21,7 +21,7 @@ from fxprune.plan import lookup
 from fxprune.prunable import contexts_of, prunable
 from tests.oracle import integer_model, integers
 from tests.strategies import seeds
-from tests.toys import image, mobile, rows
+from tests.toys import OneOrBoth, image, mobile, rows
 
 
 def gram_of(inputs: Tensor) -> Gram:
@@ -291,16 +291,8 @@ def test_a_shared_bias_is_left_alone() -> None:
 
 
 def test_a_layer_that_the_data_never_reach_says_so() -> None:
-    class Unused(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
-
-        def forward(self, x: Tensor, both: bool = True) -> Tensor:
-            return self.a(x) + self.b(x) if both else self.a(x)
-
     batch = {"x": integers(6, 8), "both": False}
-    result = fxprune.prune(Unused(), integers(6, 8), sparsity=0.5, calibration=[batch], compensate=True)
+    result = fxprune.prune(OneOrBoth(), integers(6, 8), sparsity=0.5, calibration=[batch], compensate=True)
     table = {row["layer"]: row for row in result.report.to_dict()["rows"]}
     assert (table["b"]["output error"], table["b"]["refitted"]) == ("-", "not recorded") and "%" in table["a"]["refitted"]
 

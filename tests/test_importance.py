@@ -20,7 +20,7 @@ from fxprune.importance import calibrate, element_scores, taylor, wanda
 from fxprune.match import Match
 from fxprune.prunable import contexts_of, prunable
 from tests.oracle import integers
-from tests.toys import image, mlp, mobile, rows
+from tests.toys import OneOrBoth, image, mlp, mobile, rows
 
 
 def found(model: nn.Module, x: Any) -> dict[str, Match]:
@@ -273,15 +273,7 @@ def test_bad_input_is_named_and_changes_nothing(name: str) -> None:
 
 
 def test_layers_that_the_data_never_reach_are_named() -> None:
-    class Unused(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
-
-        def forward(self, x: Tensor, both: bool = True) -> Tensor:
-            return self.a(x) + self.b(x) if both else self.a(x)
-
-    model, x = Unused(), integers(4, 8)
+    model, x = OneOrBoth(), integers(4, 8)
     batch = {"x": x, "both": False}
     with pytest.raises(CalibrationError, match=r"called with 'b.weight', which importance='wanda' ranks"):
         fxprune.prune(model, x, sparsity=0.5, importance="wanda", calibration=[batch])

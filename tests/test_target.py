@@ -25,8 +25,8 @@ from fxprune.match import Match
 from fxprune.plan import lookup
 from fxprune.staircase import Staircase, Step, staircases
 from fxprune.target import levels_of
-from tests.oracle import assert_exact
-from tests.toys import image, mlp, mobile, rows, run
+from tests.oracle import assert_exact, integer_model, integers
+from tests.toys import Tied, image, mlp, mobile, rows, run
 
 
 def stair(name: str, dense: float, kind: str = "linear", start: float | None = None, floor: float = 0.1) -> Staircase:
@@ -339,6 +339,17 @@ def test_a_target_inside_the_compile(quick: dict[str, Any]) -> None:
     with torch.no_grad():
         model.fc.weight.mul_(2.0)
     run(fast, image())  # other values, the same levels: nothing is searched again
+
+
+def test_a_target_inside_the_compile_leaves_what_prune_leaves(quick: dict[str, Any]) -> None:
+    model, tokens = integer_model(Tied()), integers(2, 5, low=0, high=47).long()
+    before = model.head.weight.detach().clone()
+    fast = torch.compile(model, backend="hwprune", options={"target_speedup": 2.0, **quick})
+    backend.LAST_REPORTS.clear()
+    run(fast, tokens)
+    masked = {d.match.parameter for d in backend.LAST_REPORTS[-1].decisions if d.mask is not None}
+    assert masked == {"middle.weight"}
+    assert torch.equal(model.embedding.weight, before)
 
 
 def test_a_real_target_is_consistent() -> None:

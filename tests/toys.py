@@ -28,6 +28,29 @@ class Mobile(nn.Module):
         return self.fc(y.mean((2, 3)))
 
 
+class OneOrBoth(nn.Module):
+    """Two linear layers, of which the second runs only when asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, both: bool = True) -> Tensor:
+        return self.a(x) + self.b(x) if both else self.a(x)
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the head's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.middle, self.head = nn.Embedding(48, 32), nn.Linear(32, 32), nn.Linear(32, 48, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.middle(self.embedding(tokens)))
+
+
 def mobile(seed: int = 0) -> Mobile:
     return integer_model(Mobile(), seed)  # type: ignore[return-value]
 

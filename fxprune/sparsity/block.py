@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from fxprune.sparsity.elements import budgets, keep_elements
 from fxprune.sparsity.pattern import Ask, Counts, LayerMask, Packed, Tiling, keep_largest, require, require_layout
-from fxprune.sparsity.tile_plan import expand_rows, full_tiling, mismatch
+from fxprune.sparsity.tile_plan import expand_rows, full_tiling, mismatch, require_packable
 
 
 class Block:
@@ -76,12 +76,7 @@ class Block:
 
     def pack(self, weight: Tensor, mask: Tensor, tiling: Tiling) -> Packed:
         """Pack ``weight`` (N, K) f32 as BSR. Raises :class:`TileMismatch` when a block is kept in part."""
-        for tensor in (weight, mask):
-            if tuple(tensor.shape) != tuple(tiling.shape):
-                raise mismatch(tensor.shape, self.rows, f"the tiling is of shape {tiling.shape}", "Build the tiling anew.")
-        if weight.dtype != torch.float32:
-            reason = f"its dtype is {weight.dtype} and the packed format holds float32"
-            raise mismatch(weight.shape, self.rows, reason, "Convert it with .float().")
+        require_packable(weight, mask, tiling)
         inside = self._blocks(torch.ones(mask.shape)).sum((2, 3))
         members = self._blocks(mask.float()).sum((2, 3))
         if not bool(((members == 0) | (members == inside)).all()):

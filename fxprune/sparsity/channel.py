@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxprune.sparsity.pattern import Counts, LayerMask, Packed, Tiling
 from fxprune.sparsity.tile import Tile
-from fxprune.sparsity.tile_plan import full_tiling, mismatch, real, scale_of
+from fxprune.sparsity.tile_plan import full_tiling, real, require_shape, scale_of
 
 
 class Channel(Tile):
@@ -31,9 +31,7 @@ class Channel(Tile):
 
     def score(self, importance: Tensor, tiling: Tiling) -> list[Tensor]:
         """Return per tile the L2 norm of each output feature, (g_t,)."""
-        if tuple(importance.shape) != tuple(tiling.shape):
-            reason = f"the tiling is of shape {tiling.shape}"
-            raise mismatch(importance.shape, tiling.granularity, reason, "Build the tiling anew.")
+        require_shape(importance, tiling)
         norms = filter_scores(importance, importance, "l2").sqrt()
         return [norms[tiling.members(tile)] for tile in range(tiling.tiles)]
 

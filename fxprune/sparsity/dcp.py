@@ -26,6 +26,7 @@ from fxprune.sparsity.pattern import (
     require_layout,
 )
 from fxprune.sparsity.recalibrate import TOLERANCE, Kept, Recalibration, recalibrate_counts
+from fxprune.sparsity.tile_plan import require_dtype, require_shape
 
 GROUP = 32  # channels per DR group: the GPU tile of the paper, Sec. 4.1
 _NEAR = 0.005  # of the weights: how far the achieved sparsity of a model may be from what was asked
@@ -99,11 +100,7 @@ class Dcp:
 
     def pack(self, weight: Tensor, mask: Tensor, tiling: Tiling) -> Packed:
         """Return ``weight`` f32 (C, KH*KW) with pruned = 0, and ``taps`` int64 (C, ceil(KH*KW/64)) bit words."""
-        if weight.dtype != torch.float32:
-            reason = f"its dtype is {weight.dtype} and the packed format holds float32"
-            raise TileMismatch(
-                shape=tuple(weight.shape), granularity=tiling.granularity, reason=reason, remedy="Convert it with .float()."
-            )
+        require_dtype(weight, tiling)
         kept = _taps(mask, tiling).bool()
         dense = _taps(weight.detach(), tiling)
         tensors = {"weight": torch.where(kept, dense, dense.new_zeros(())), "taps": tap_words(kept)}
@@ -229,10 +226,7 @@ def _ratio(name: str, sparsity: Mapping[str, float]) -> float:
 def _taps(tensor: Tensor, tiling: Tiling) -> Tensor:
     """View a (C, KH*KW) or (C, 1, KH, KW) tensor as ``tiling.shape``."""
     if tensor.shape[0] != tiling.shape[0] or tensor.numel() != math.prod(tiling.shape):
-        reason = f"the tiling is of shape {tiling.shape}"
-        raise TileMismatch(
-            shape=tuple(tensor.shape), granularity=tiling.granularity, reason=reason, remedy="Build the tiling anew."
-        )
+        require_shape(tensor, tiling)
     return tensor.reshape(tiling.shape)
 
 

@@ -26,21 +26,20 @@ from fxprune.sparsity.pattern import (
     require,
     require_layout,
 )
-from fxprune.sparsity.tile_plan import expand_rows, full_tiling, mismatch
+from fxprune.sparsity.tile_plan import mismatch, require_packable
+from fxprune.sparsity.unstructured import Unstructured
 
 MOST = 32  # weights of a group
 _TOLERANCE = 0.01
 
 
-class NofM:
-    """n kept of m; a tile is one output feature, whose count is given by K."""
-
-    kinds: tuple[str, ...] = ("pointwise", "conv", "linear")
+class NofM(Unstructured):
+    """n kept of m; the count of each output feature is given by K."""
 
     def __init__(self, n: int = 2, m: int = 4) -> None:
         self.n, self.m = n, m
         self.name = f"{n}:{m}"
-        self.fixed: float | None = 1.0 - n / m
+        self.fixed = 1.0 - n / m
 
     @classmethod
     def parse(cls, name: str) -> NofM | None:
@@ -59,19 +58,6 @@ class NofM:
                 raise ConfigError(name=f"sparsity[{name!r}]", given=ratio, expected=expected)
         return {name: elements(keep_groups(scores, self.n, self.m)) for name, scores in ask.importances.items()}
 
-    def tiles(self, shape: Sequence[int], granularity: int | None = None) -> Tiling:
-        """Cut (N, K) in single output features; ``granularity`` has no other legal meaning here."""
-        tiling = full_tiling(shape, granularity)
-        return Tiling(tiling.shape, tiling.columns, 1)
-
-    def score(self, importance: Tensor, tiling: Tiling) -> list[Tensor]:
-        """Return per output feature the scores of its elements, (K,)."""
-        return list(importance.detach()[tiling.columns])
-
-    def unit_size(self, tiling: Tiling, tile: int) -> int:
-        """Return 1: a unit is one weight."""
-        return 1
-
     def legal_counts(self, tiling: Tiling, tile: int, step: int = 1) -> Counts:
         """Return the one count there is."""
         kept = self._kept(tiling.shape[1])
@@ -86,18 +72,9 @@ class NofM:
                 raise ValueError(f"tile {tile}: got count {count}, expected {self._kept(len(score))}")
         return [keep_groups(score, self.n, self.m) for score in scores]
 
-    def mask(self, tiling: Tiling, selection: Sequence[Tensor]) -> Tensor:
-        """Return bool (N, K)."""
-        return expand_rows(tiling, selection)
-
     def pack(self, weight: Tensor, mask: Tensor, tiling: Tiling) -> Packed:
         """Pack ``weight`` (N, K) f32. Raises :class:`TileMismatch` when ``mask`` does not keep n of each m."""
-        for tensor in (weight, mask):
-            if tuple(tensor.shape) != tuple(tiling.shape):
-                raise mismatch(tensor.shape, 1, f"the tiling is of shape {tiling.shape}", "Build the tiling anew.")
-        if weight.dtype != torch.float32:
-            reason = f"its dtype is {weight.dtype} and the packed format holds float32"
-            raise mismatch(weight.shape, 1, reason, "Convert it with .float().")
+        require_packable(weight, mask, tiling)
         n, k = tiling.shape
         mask = mask.bool()
         if not torch.equal(keep_groups(mask.float(), self.n, self.m), mask):

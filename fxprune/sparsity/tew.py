@@ -16,10 +16,9 @@ from torch import Tensor
 from fxprune.errors import ConfigError
 from fxprune.sparsity.elements import budgets, elements, keep_elements
 from fxprune.sparsity.pattern import Ask, LayerMask, Packed, Tiling, rename, require
-from fxprune.sparsity.tile import Tile
+from fxprune.sparsity.tile import OPERANDS, Tile
 from fxprune.sparsity.unstructured import Unstructured
 
-_NAMES = ("values", "index", "tile_ptr", "columns")
 _HEADER = ("out_features", "in_features", "granularity")
 
 
@@ -63,8 +62,8 @@ class Tew:
         base = Tile().pack(weight, tiles if rows else mask, tiling)
         rest = elements(mask & ~tiles)
         overlay = Unstructured().pack(weight, rest.mask, rest.tiling)
-        tensors = {f"tile_{name}": base.tensors[name] for name in _NAMES}
-        tensors.update({f"rest_{name}": overlay.tensors[name] for name in _NAMES})
+        tensors = {f"tile_{name}": base.tensors[name] for name in OPERANDS}
+        tensors.update({f"rest_{name}": overlay.tensors[name] for name in OPERANDS})
         return Packed(self.name, base.header, tensors)
 
     def unpack(self, packed: Packed) -> Tensor:
@@ -78,7 +77,7 @@ class Tew:
         """Raise :class:`PackedFormatError` when either part breaks its format, or both hold one element."""
         require(packed.pattern == self.name, "pattern", packed.pattern, self.name)
         require(set(packed.header) == set(_HEADER), "header", sorted(packed.header), sorted(_HEADER))
-        names = {f"{part}_{name}" for part in ("tile", "rest") for name in _NAMES}
+        names = {f"{part}_{name}" for part in ("tile", "rest") for name in OPERANDS}
         require(set(packed.tensors) == names, "tensors", sorted(packed.tensors), sorted(names))
         base, rest = self._parts(packed)
         Tile().check(base)
@@ -87,7 +86,7 @@ class Tew:
         require(both == 0, "rest_index", f"{both} elements that the tiles hold too", "elements beside the tiles")
 
     def _parts(self, packed: Packed) -> tuple[Packed, Packed]:
-        parts = [{name: packed.tensors[f"{part}_{name}"] for name in _NAMES} for part in ("tile", "rest")]
+        parts = [{name: packed.tensors[f"{part}_{name}"] for name in OPERANDS} for part in ("tile", "rest")]
         header = {**packed.header, "granularity": 1}
         return Packed(Tile.name, dict(packed.header), parts[0]), Packed(Tile.name, header, parts[1])
 

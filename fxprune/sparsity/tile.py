@@ -35,6 +35,8 @@ from fxprune.sparsity.tile_plan import (
     mismatch,
     plan_layers,
     real,
+    require_packable,
+    require_shape,
     row_scores,
     scale_of,
     tile_view,
@@ -42,7 +44,8 @@ from fxprune.sparsity.tile_plan import (
     width_in_groups,
 )
 
-__all__ = ["Tile", "infer", "is_tile_wise", "keep_all", "plan_layers"]
+__all__ = ["OPERANDS", "Tile", "infer", "is_tile_wise", "keep_all", "operands", "plan_layers"]
+OPERANDS = ("values", "index", "tile_ptr", "columns")
 _LIMIT = 2**31 - 1  # offsets and indices are int32
 
 
@@ -86,7 +89,7 @@ class Tile:
 
     def score(self, importance: Tensor, tiling: Tiling) -> list[Tensor]:
         """Return per tile the RMS over its kept output features of each K row, (K,)."""
-        _check_shape(importance, tiling)
+        require_shape(importance, tiling)
         importance = real(importance)
         return list(row_scores(importance, tiling, scale_of("weight", importance)))
 
@@ -108,12 +111,8 @@ class Tile:
 
     def pack(self, weight: Tensor, mask: Tensor, tiling: Tiling) -> Packed:
         """Pack ``weight`` (N, K) f32. Raises :class:`TileMismatch` when ``mask`` is not tile-wise in ``tiling``."""
-        _check_shape(weight, tiling)
-        _check_shape(mask, tiling)
+        require_packable(weight, mask, tiling)
         n, k = tiling.shape
-        if weight.dtype != torch.float32:
-            reason = f"its dtype is {weight.dtype} and the packed format holds float32"
-            raise mismatch(weight.shape, tiling.granularity, reason, "Convert it with .float().")
         if tiling.tiles * k > _LIMIT:
             raise mismatch(weight.shape, tiling.granularity, "its indices do not fit in 32 bits", "Leave it dense.")
         rows = _kept_rows(mask.bool(), tiling)
@@ -197,6 +196,12 @@ def keep_all(shape: Sequence[int], granularity: int) -> LayerMask:
     return LayerMask(tiling, mask, (tiling.shape[1],) * tiling.tiles)
 
 
+def operands(matrix: Tensor, mask: Tensor, tiling: Tiling) -> list[Tensor]:
+    """Return (values, index, tile_ptr, columns) of ``matrix`` (N, K) under ``mask``, as the operators take them."""
+    tensors = Tile().pack(matrix, mask, tiling).tensors
+    return [tensors[name] for name in OPERANDS]
+
+
 def is_tile_wise(mask: Tensor, tiling: Tiling) -> bool:
     """True when each tile keeps whole rows and nothing is kept outside its output features."""
     try:
@@ -226,9 +231,3 @@ def _check_sorted(what: str, values: Tensor, limit: int) -> None:
     low, high = int(values.min()), int(values.max())
     require(low >= 0 and high < limit, what, f"{low}..{high}", f"0..{limit - 1}")
     require(bool((values.diff() > 0).all()), what, "entries out of order or repeated", "strictly increasing entries")
-
-
-def _check_shape(tensor: Tensor, tiling: Tiling) -> None:
-    if tuple(tensor.shape) != tuple(tiling.shape):
-        reason = f"the tiling is of shape {tiling.shape}"
-        raise mismatch(tensor.shape, tiling.granularity, reason, "Build the tiling anew.")

@@ -286,6 +286,27 @@ def scale_of(name: str, importance: Tensor) -> float:
     return 2.0 ** max(min(math.frexp(max(-low, high))[1], 120), -120)
 
 
+def require_shape(tensor: Tensor, tiling: Tiling) -> None:
+    """Raise :class:`TileMismatch` unless ``tensor`` is of the shape that ``tiling`` cuts."""
+    if tuple(tensor.shape) != tuple(tiling.shape):
+        reason = f"the tiling is of shape {tiling.shape}"
+        raise mismatch(tensor.shape, tiling.granularity, reason, "Build the tiling anew.")
+
+
+def require_packable(weight: Tensor, mask: Tensor, tiling: Tiling) -> None:
+    """Raise :class:`TileMismatch` unless both are of the tiling's shape and the weight is of the packed format's dtype."""
+    require_shape(weight, tiling)
+    require_shape(mask, tiling)
+    require_dtype(weight, tiling)
+
+
+def require_dtype(weight: Tensor, tiling: Tiling) -> None:
+    """Raise :class:`TileMismatch` unless the weight is of the packed format's dtype."""
+    if weight.dtype != torch.float32:
+        reason = f"its dtype is {weight.dtype} and the packed format holds float32"
+        raise mismatch(weight.shape, tiling.granularity, reason, "Convert it with .float().")
+
+
 def mismatch(shape: Sequence[int], granularity: int, reason: str, remedy: str = "The default is 64.") -> TileMismatch:
     """Return the error for a weight that cannot be tiled as asked."""
     return TileMismatch(shape=tuple(shape), granularity=granularity, reason=reason, remedy=remedy)

@@ -21,7 +21,7 @@ from fxprune.errors import ConfigError
 from fxprune.sparsity.elements import keep_groups
 from fxprune.sparsity.pattern import Ask, LayerMask, Packed, Tiling, require, require_layout
 from fxprune.sparsity.tile import Tile
-from fxprune.sparsity.tile_plan import mismatch
+from fxprune.sparsity.tile_plan import mismatch, require_packable
 
 _TILE = ("index", "tile_ptr", "columns")
 _HEADER = ("out_features", "in_features", "granularity")
@@ -65,10 +65,7 @@ class Tvw:
     def pack(self, weight: Tensor, mask: Tensor, tiling: Tiling) -> Packed:
         """Pack ``weight`` (N, K) f32. Raises :class:`TileMismatch` when a tile's rows do not keep n of m."""
         mask = mask.bool()
-        if tuple(mask.shape) != tuple(tiling.shape):
-            raise mismatch(
-                mask.shape, tiling.granularity, f"the tiling is of shape {tiling.shape}", "Build the tiling anew."
-            )
+        require_packable(weight, mask, tiling)
         rows = [mask[tiling.members(t)].any(0) for t in range(tiling.tiles)] if tiling.rows is None else list(tiling.rows)
         packed = Tile().pack(weight, Tile().mask(tiling, rows), tiling)
         if bool((mask & ~Tile().mask(tiling, rows)).any()):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.plan import lookup
 from tests.oracle import FORCED, assert_exact, compiled, integer_model, integers
-from tests.toys import image, mlp, mobile, pruned, rows, run
+from tests.toys import Tied, image, mlp, mobile, pruned, rows, run
 
 
 def test_grad_modes_take_turns() -> None:
@@ -160,18 +160,6 @@ def test_state_dict_round_trip() -> None:
     again = compiled(fresh)
     assert_exact(run(again.call, image()), run(model, image()))
     assert {d.pattern.partition(" ")[0] for d in again.contexts[0].decisions if d.mask is not None} == {"found"}
-
-
-class Tied(nn.Module):
-    """An embedding whose weight is the head's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.middle, self.head = nn.Embedding(48, 32), nn.Linear(32, 32), nn.Linear(32, 48, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.middle(self.embedding(tokens)))
 
 
 def test_a_weight_tied_to_an_embedding_is_not_pruned() -> None:

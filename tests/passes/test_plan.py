@@ -157,7 +157,7 @@ def split() -> nn.Module:
 
 
 ADDRESSED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "view": lambda y: y.permute(0, 2, 3, 1).view(2, -1) * 1,
+    "a view beside a write": lambda y: y.permute(0, 2, 3, 1).view(2, -1) + torch.ones(1).add_(1),
     "as_strided": lambda y: y.as_strided((2, 16, 6, 6), (576, 1, 96, 16)) + 0,
     "torch.as_strided": lambda y: torch.as_strided(y, (2, 16, 6, 6), (576, 1, 96, 16)) + 0,
 }

@@ -13,21 +13,11 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.plan import lookup
-from tests.oracle import assert_exact, assert_model, check, compiled, integer_model, integers, rewritten, zero_some
+from tests.oracle import assert_exact, assert_model, check, compiled, integer_model, integers, rewritten, zero_some, zeroed
 from tests.strategies import lay_out, layouts, seeds, sizes
 
 BOUNDED = settings(deadline=None, derandomize=True, database=None, max_examples=20)
 X, ROW = integers(2, 8, 9, 9, seed=3), integers(2, 8, 21, seed=4)
-
-
-def pruned(layer: nn.Module, seed: int = 0) -> nn.Module:
-    """Zero half of the K rows everywhere, and more of them in runs of features."""
-    layer = integer_model(layer, seed)
-    matrix = layer.weight.data.reshape(layer.weight.shape[0], -1)
-    matrix[:, 1::2] = 0
-    zero_some(layer, seed, 0.3)
-    matrix[:, 0] = 2
-    return layer
 
 
 @BOUNDED
@@ -40,7 +30,7 @@ def test_every_window(
 ) -> None:
     layer = nn.Conv2d(groups * 2 * channels, groups * n, kernel, stride, padding, groups=groups, bias=bias)  # type: ignore[arg-type]
     x = lay_out(integers(2, groups * 2 * channels, 8, 7, seed=seed), layout)
-    run = rewritten(pruned(layer, seed), x)
+    run = rewritten(zeroed(layer, seed), x)
     repro = f"{layer} seed {seed} {layout}"
     assert_exact(run.output, run.expected, repro, trusted=False)
     assert run.ops == {"tile_conv": 1}, repro
@@ -72,7 +62,7 @@ SEQUENCES: dict[str, tuple[Callable[[], nn.Conv1d], Callable[..., Tensor], str]]
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_sequences(name: str) -> None:
     make, body, operator = SEQUENCES[name]
-    model = Sequence(pruned(make()), body)  # type: ignore[arg-type]
+    model = Sequence(zeroed(make()), body)  # type: ignore[arg-type]
     model.conv.bias.data.fill_(6)  # behind a ReLU most results must not be zeros
     run = check(model, ROW)
     assert run.ops[operator] == 1 and run.ops["conv1d"] == 0
@@ -169,7 +159,7 @@ def test_gradients_equal_the_masked_model(make: Callable[[], nn.Module]) -> None
 
 
 def test_a_changing_batch_is_one_graph() -> None:
-    model = pruned(nn.Conv2d(8, 12, 3, padding=1))
+    model = zeroed(nn.Conv2d(8, 12, 3, padding=1))
     fast = compiled(model, dynamic=True)
     with torch.no_grad():
         for batch in (2, 5, 3):

@@ -12,26 +12,16 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.errors import NothingToPrune
 from fxprune.plan import lookup
-from tests.oracle import assert_exact, assert_model, check, compiled, integer_model, integers, rewritten, zero_some
+from tests.oracle import assert_exact, assert_model, check, compiled, integer_model, integers, rewritten, zeroed
 from tests.strategies import lay_out, layouts, seeds, sizes
 
 BOUNDED = settings(deadline=None, derandomize=True, database=None, max_examples=20)
 
 
-def pruned(layer: nn.Module, seed: int = 0) -> nn.Module:
-    """Zero whole K rows of runs of features, and every K row but the first in the last run."""
-    layer = integer_model(layer, seed)
-    matrix = layer.weight.data.reshape(layer.weight.shape[0], -1)
-    matrix[:, 1::2] = 0
-    zero_some(layer, seed, 0.3)
-    matrix[:, 0] = 2
-    return layer
-
-
 @BOUNDED
 @given(sizes(64), sizes(8), st.sampled_from(((), (1,), (5,), (2, 3), (1, 1))), st.booleans(), layouts, seeds)
 def test_every_linear(n: int, k: int, rows: tuple[int, ...], bias: bool, layout: str, seed: int) -> None:
-    model = pruned(nn.Linear(k, n, bias=bias), seed)
+    model = zeroed(nn.Linear(k, n, bias=bias), seed)
     x = lay_out(integers(*rows, k, seed=seed), layout if rows else "contiguous")
     run = rewritten(model, x)
     repro = f"Linear({k}, {n}, {bias}) seed {seed} on {rows} {layout}"
@@ -42,7 +32,7 @@ def test_every_linear(n: int, k: int, rows: tuple[int, ...], bias: bool, layout:
 @BOUNDED
 @given(sizes(8), sizes(8), sizes(8), st.sampled_from((1, 2, (1, 2), 3)), st.booleans(), layouts, seeds)
 def test_every_pointwise(n: int, k: int, size: int, stride: object, bias: bool, layout: str, seed: int) -> None:
-    model = pruned(nn.Conv2d(k, n, 1, stride, bias=bias), seed)  # type: ignore[arg-type]
+    model = zeroed(nn.Conv2d(k, n, 1, stride, bias=bias), seed)  # type: ignore[arg-type]
     x = lay_out(integers(2, k, size, size + 1, seed=seed), layout)
     run = rewritten(model, x)
     repro = f"Conv2d({k}, {n}, 1, {stride}, {bias}) seed {seed} on {size}x{size + 1} {layout}"
@@ -52,12 +42,12 @@ def test_every_pointwise(n: int, k: int, size: int, stride: object, bias: bool, 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_one_pixel_runs_as_a_linear(batch: int) -> None:
-    run = check(pruned(nn.Conv2d(12, 10, 1)), integers(batch, 12, 1, 1))
+    run = check(zeroed(nn.Conv2d(12, 10, 1)), integers(batch, 12, 1, 1))
     assert run.ops["tile_gemm"] == 1 and run.kinds == {"linear": 1} and run.output[0].shape == (batch, 10, 1, 1)
 
 
 def test_one_pixel_under_a_dynamic_batch() -> None:
-    model = pruned(nn.Conv2d(12, 10, 1))
+    model = zeroed(nn.Conv2d(12, 10, 1))
     fast = compiled(model, dynamic=True)
     with torch.no_grad():
         for batch in (2, 5, 3):

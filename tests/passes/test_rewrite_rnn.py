@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fxprune import backend
 from fxprune.capture import capture, detect
 from fxprune.config import Config
-from tests.oracle import FORCED, Run, assert_same, detected, tensors, widened, zero_some
+from tests.oracle import FORCED, Run, assert_same, detected, rewritten, tensors, widened, zero_some
 
 RNNS = (nn.LSTM, nn.GRU)
 
@@ -44,17 +44,12 @@ def around(kind: type[nn.RNNBase], *sizes: int, use: str = "all", share: float =
 
 def check(model: nn.Module, *inputs: Any, **options: Any) -> Run:
     """Rewrite and compare; the graph itself makes float32 states, so the fp64 run is the model's."""
-    (graph,) = capture(model, inputs)
     with torch.no_grad():
-        clone, context, changed = backend.rewrite(graph.gm, graph.inputs, Config(**{**FORCED, **options}))
-        packs = context.weights.appended()
-        clone.recompile()
-        clone.graph.lint()
-        expected, output = tensors(model(*inputs)), clone(*graph.inputs, *packs)
-        exact = tensors(copy.deepcopy(model).double()(*widened(list(inputs))))
-    assert [(t.shape, t.stride()) for t in tensors(output)] == [(t.shape, t.stride()) for t in expected]
-    assert_same(output, expected, exact, str(model), trusted=False)
-    return Run(output, expected, exact, context, clone, changed)
+        expected, exact = tensors(model(*inputs)), tensors(copy.deepcopy(model).double()(*widened(list(inputs))))
+    run = rewritten(model, *inputs, exact=exact, **options)
+    assert [(t.shape, t.stride()) for t in tensors(run.output)] == [(t.shape, t.stride()) for t in expected]
+    assert_same(run.output, expected, exact, str(model), trusted=False)
+    return run
 
 
 def reasons(model: nn.Module, *inputs: Any) -> list[tuple[str, str]]:
