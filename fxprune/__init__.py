@@ -20,18 +20,27 @@ from fxprune.benchmark import benchmark  # noqa: E402
 from fxprune.compiled import refresh  # noqa: E402
 from fxprune.config import Config  # noqa: E402
 from fxprune.explain import explain  # noqa: E402
+from fxprune.gradients import gradient_clock  # noqa: E402
 from fxprune.lowering.calibrate import calibrate  # noqa: E402
 from fxprune.prune import PruneResult, prune  # noqa: E402
+from fxprune.pruner import Pruner  # noqa: E402
+from fxprune.schedules import CubicSchedule, IterativeSchedule, LinearSchedule, OneShotSchedule  # noqa: E402
 from fxprune.sensitivity import sensitivity  # noqa: E402
 from fxprune.verify import verify  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
     "Config",
+    "CubicSchedule",
+    "IterativeSchedule",
+    "LinearSchedule",
+    "OneShotSchedule",
     "PruneResult",
+    "Pruner",
     "benchmark",
     "calibrate",
     "explain",
+    "gradient_clock",
     "hwprune",
     "prune",
     "refresh",

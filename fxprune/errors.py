@@ -134,6 +134,21 @@ class DropTooLarge(FxPruneError, ValueError):
     )
 
 
+class WrongOptimizer(FxPruneError, RuntimeError):
+    """The optimizer that steps holds none of the parameters a Pruner prunes."""
+
+    template = (
+        "the optimizer that stepped holds none of the {count} parameters to prune (such as {name!r}); they may have been "
+        "replaced after it was made. Create the optimizer after the model was moved, converted or sharded."
+    )
+
+
+class StateMismatch(FxPruneError, ValueError):
+    """A Pruner's saved state does not fit the model or the request."""
+
+    template = "the saved state of a Pruner cannot be loaded: {what}: got {given}, expected {expected}."
+
+
 class NotLowered(FxPruneError, RuntimeError):
     """A semantic operator has no implementation that supports it."""
 

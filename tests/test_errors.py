@@ -67,6 +67,12 @@ def ever_worse() -> object:
     return fxprune.prune(mlp(), rows(), sparsity=0.5, eval_fn=lambda _: -next(values), max_drop=0.5)
 
 
+def stale_optimizer() -> object:
+    pruner = fxprune.Pruner(mlp(), rows(), sparsity=0.5)
+    torch.optim.SGD(mlp().parameters(), lr=0.1).step()
+    return pruner.step()
+
+
 def train_one_layer() -> object:
     model = nn.Sequential(nn.Linear(4, 8))
     return torch.compile(model, backend=hwprune, options={**FORCED, "grad_sparsity": "2:4"})(torch.ones(2, 4))
@@ -127,6 +133,16 @@ CASES: dict[str, tuple[Callable[[], object], str, type[Exception]]] = {
     "DropTooLarge": (
         ever_worse,
         r"no sparsity keeps eval_fn within max_drop=0\.5: dense 0, and -\d+ at 0\.8% of the sparsity asked for.* Raise",
+        ValueError,
+    ),
+    "WrongOptimizer": (
+        stale_optimizer,
+        r"the optimizer that stepped holds none of the 2 parameters to prune \(such as '0\.weight'\).* after the model was",
+        RuntimeError,
+    ),
+    "StateMismatch": (
+        lambda: fxprune.Pruner(mlp(), rows(), sparsity=0.5).load_state_dict({"version": 7}),
+        r"the saved state of a Pruner cannot be loaded: version: got 7, expected 1\.",
         ValueError,
     ),
     "NotLowered": (
