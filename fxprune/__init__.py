@@ -15,7 +15,7 @@ from fxprune.lowering.registration import register as _register_operators  # noq
 
 _register_operators()  # before the modules that name torch.ops.fxprune
 
-from fxprune.backend import hwprune, register  # noqa: E402
+from fxprune.backend import gradient_report, hwprune, register  # noqa: E402
 from fxprune.benchmark import benchmark  # noqa: E402
 from fxprune.compiled import refresh  # noqa: E402
 from fxprune.config import Config  # noqa: E402
@@ -41,6 +41,7 @@ __all__ = [
     "calibrate",
     "explain",
     "gradient_clock",
+    "gradient_report",
     "hwprune",
     "prune",
     "refresh",

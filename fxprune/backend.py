@@ -24,17 +24,19 @@ from fxprune.compiled import Built, CompiledGraph
 from fxprune.config import Config
 from fxprune.context import BatchSide, Context, Decision, Shrunk, Sizes
 from fxprune.errors import ConfigError, FxPruneError, RequireSparse, VerificationError
-from fxprune.gradients import gradient_clock, ratio_at, ratios
+from fxprune.gradients import gradient_clock, gradient_table, ratio_at, ratios
 from fxprune.left import may_prune
 from fxprune.lowering import calibrate, codegen, library, measure
 from fxprune.lowering.kernels import KernelTables
 from fxprune.lowering.lower import lower
 from fxprune.lowering.measure import Measure
+from fxprune.lowering.measure_gradient import MeasureGradient
 from fxprune.lowering.region import form_regions
 from fxprune.match import Match
 from fxprune.passes import FORWARD, Sdgp
 from fxprune.passes.plan import regions, unsupported
 from fxprune.plan import lookup
+from fxprune.report import Table
 from fxprune.staircase import Staircase, grouped, staircases
 from fxprune.symbols import Symbols
 from fxprune.target import search
@@ -202,6 +204,7 @@ def rewrite(
     ctx = Context(config, Weights(clone, example_inputs), not training, tables, timer, timer.predict, sizes or {})
     if training:
         ctx.gradient_ratio = ratio_at(config.grad_sparsity, gradient_clock.step)
+        ctx.measure_gradient = MeasureGradient(config)
     if levels is not None:
         ctx.extra["levels"] = levels
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") or _enters_autocast(gm):
@@ -219,6 +222,8 @@ def rewrite(
     ctx.seconds["measure"] = timer.seconds
     ctx.counts.update(lower(clone, tables))
     _require(ctx)
+    if ctx.gradients:
+        log.info("%s", gradient_table(ctx.gradients, ctx.gradient_ratio))
     gained = bool(ctx.shrunk) or ctx.gradient_key is not None or any(d.chosen for d in ctx.decisions)
     if ctx.gradient_key is None:
         ctx.gradient_ratio = None
@@ -311,6 +316,16 @@ def _report(ctx: Context, seconds: float) -> None:
         log.debug("%s", describe(decision))
     LAST_REPORTS.append(ctx)
     del LAST_REPORTS[:-16]
+
+
+def gradient_report(graphs: int = 1) -> Table:
+    """Return what ``grad_sparsity`` did to each layer of the graphs compiled last for training, and the times measured.
+
+    graphs: how many, 16 at most; a model with graph breaks, or under DDP, has several.
+    """
+    found = [ctx for ctx in LAST_REPORTS if ctx.gradients][-graphs:]
+    layers = [layer for ctx in found for layer in ctx.gradients]
+    return gradient_table(layers, found[-1].config.grad_sparsity if found else "off")
 
 
 def cut_channels(shrunk: Sequence[Shrunk]) -> str:

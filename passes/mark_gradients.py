@@ -11,10 +11,12 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
 from ..context import Context
@@ -54,10 +56,14 @@ def mark_gradients(gm: GraphModule, ctx: Context) -> int:
         name = _name(node, ctx)
         number = names[name] = names.get(name, 0) + 1
         label = name if number == 1 else f"{name} (use {number})"
-        reason = _refusal(node, name, needs, ctx)
-        ctx.gradients.append(GradientLayer(label, _number(name, number), reason))
+        layer = GradientLayer(label, _number(name, number), _refusal(node, name, needs, ctx))
+        ctx.gradients.append(_timed(layer, node, ctx))
     chosen = [(n, layer) for n, layer in zip(layers, ctx.gradients, strict=True) if layer.reason is None]
+    if not chosen and ctx.gradient_ratio.auto:
+        return 0
     if not chosen:
+        if any(isinstance(value, FakeTensor) for _, value in ctx.weights.given()):
+            return 0  # a part of a model that DDP splits: others may hold layers
         warnings.warn(NoGradientPruned(ctx.gradient_ratio, "; ".join(map(str, ctx.gradients[:3]))), stacklevel=2)
         return 0
     seed = ctx.config.seed
@@ -135,6 +141,22 @@ def _refusal(node: Node, name: str, needs: Callable[[Any], bool], ctx: Context) 
     elif value.shape[-1] == 1:
         return "it has one output feature"
     return None
+
+
+def _timed(layer: GradientLayer, node: Node, ctx: Context) -> GradientLayer:
+    """Add what was measured; with "auto", pruning that is not measured to be faster is refused."""
+    ratio = ctx.gradient_ratio
+    if layer.reason is not None or ratio is None or ctx.measure_gradient is None:
+        return layer
+    dim = 1 if _is_convolution(node) else -1
+    times = ctx.measure_gradient(node, _operands(node)[0], dim, _groups(node), ratio)
+    if times is None:
+        return replace(layer, reason="its time was not measured") if ratio.auto else layer
+    pruned, dense = times
+    reason = None
+    if ratio.auto and dense < ctx.config.min_speedup * pruned:
+        reason = f"pruned it is {dense / pruned:.2f} times as fast"
+    return replace(layer, reason=reason, pruned_us=pruned, dense_us=dense)
 
 
 def _rank(node: Node) -> int:

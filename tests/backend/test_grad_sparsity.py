@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fxprune.lowering.measure_gradient import MeasureGradient
 from torch import Tensor, nn
 
 import fxprune
@@ -231,3 +232,42 @@ def test_a_checkpointed_block_keeps_its_own_gradient() -> None:
         given = gradients(model, compiled(model), x)
     assert sum(seen.pruned) == 2
     assert torch.equal(given["c.weight"], gradients(model, model, x)["c.weight"])
+
+
+def test_auto_prunes_only_what_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"0": (1.0, 3.0), "2": (2.0, 1.0), "5": (1.0, 1.01)}
+    names = iter(times)
+    monkeypatch.setattr(MeasureGradient, "__call__", lambda self, *layer: times[next(names)])
+    model, x = small(), image().requires_grad_()
+    with watched() as seen:
+        gradients(model, compiled(model, "auto:1:4", min_speedup=1.02), x)
+    assert seen.pruned == [1]
+    report = fxprune.gradient_report()
+    rows = {row["layer"]: row for row in report.to_dict()["rows"]}
+    assert [rows[n]["data gradient reads"] for n in times] == ["pruned", "dense", "dense"]
+    assert rows["0"]["gain"] == "3.00" and rows["2"]["reason"] == "pruned it is 0.50 times as fast"
+    assert "1.66 times as fast as dense" in str(report)  # (3 + 1 + 1.01) / (1 + 1 + 1.01)
+
+
+def test_auto_without_a_gain_is_dense() -> None:
+    """Also without a clock, which autotune="off" is."""
+    model, x = small(), image()
+    with warnings.catch_warnings(), watched() as seen:
+        warnings.simplefilter("error")
+        given = gradients(model, compiled(model, "auto"), x)
+    assert not seen.pruned
+    assert torch.equal(given["0.weight"], gradients(model, model, x)["0.weight"])
+    assert "its time was not measured" in str(fxprune.gradient_report())
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_fixed_ratio_reports_its_cost(dynamic: bool | None) -> None:
+    options = {**FORCED, "autotune": "fast", "grad_sparsity": "2:4"}
+    model, x = small(), image().requires_grad_()
+    call = torch.compile(model, backend=fxprune.hwprune, dynamic=dynamic, options=options)
+    with watched() as seen:
+        gradients(model, call, x)
+    assert seen.pruned == [3]
+    rows = fxprune.gradient_report().to_dict()["rows"]
+    assert [row["layer"] for row in rows] == ["0", "2", "5"]
+    assert all(float(row["pruned us"]) > 0 and float(row["dense us"]) > 0 for row in rows)
