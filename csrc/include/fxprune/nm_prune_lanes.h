@@ -140,11 +140,7 @@ struct NmKernel {
       const Storage* from = static_cast<const Storage*>(a.x) + plane;
       Storage* to = static_cast<Storage*>(a.out) + plane;
       Float before[M ? M : kMostOfGroup] = {}, after[M ? M : kMostOfGroup] = {};
-      for (int64_t p = s.first_position; p < s.last_position; p += kWidth) {
-        // The last vector starts early, unless that would add to sums twice.
-        const int64_t early = s.last_position - kWidth;
-        if (!rescale && p > early && early >= s.first_position) p = early;
-        const int64_t count = s.last_position - p;
+      const auto prune = [&](int64_t p, int64_t count) {
         Float x[M ? M : kMostOfGroup];
         for (int i = 0; i < m; ++i) {
           x[i] = read(from + i * a.positions + p, count);
@@ -155,6 +151,13 @@ struct NmKernel {
           if (rescale) after[i] += absolute(x[i]);
           write(to + i * a.positions + p, count, x[i]);
         }
+      };
+      int64_t p = s.first_position;
+      for (; p + kWidth <= s.last_position; p += kWidth) prune(p, kWidth);
+      if (p < s.last_position) {
+        // The last vector starts early, unless that would add to sums twice.
+        const bool early = !rescale && s.last_position - s.first_position >= kWidth;
+        early ? prune(s.last_position - kWidth, kWidth) : prune(p, s.last_position - p);
       }
       for (int i = 0; rescale && i < m; ++i) {
         scale(to + i * a.positions, a.positions, channel_ratio(before[i], after[i]));
