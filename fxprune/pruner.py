@@ -82,11 +82,11 @@ class Pruner:
         self._asked, self._window, self._growth = sparsity, window, growth
         self._model = model
         self._contexts = contexts_of(model, example_inputs, self._config)
-        found = prunable(model, self._contexts, filter_fn)
-        wanted = targets(found, self._config)
-        self._matches = [m for m in found if m.parameter in wanted]
+        self._found = prunable(model, self._contexts, filter_fn)
+        wanted = targets(self._found, self._config)
+        self._matches = [m for m in self._found if m.parameter in wanted]
         if not self._matches:
-            masks(self._contexts, found, self._config)  # which says why there is nothing to prune
+            masks(self._contexts, self._found, self._config)  # which says why there is nothing to prune
         self._places = Places(model)
         self._step = 0
         self._scores: dict[str, Tensor] = {}
@@ -281,9 +281,10 @@ class Pruner:
                 raise ConfigError(name="importance", given="taylor", expected=expected)
             scores = {name: _reduced(score) for name, score in self._scores.items()}
             config = replace(config, importance=Measured(scores))
-        matches = [self._live(match) for match in self._matches]
+        matches = [self._live(match) for match in self._found]
         if self._pruned:
-            scores = {m.parameter: self._ranked(m, config) for m in matches}
+            asked = {m.parameter for m in self._matches}
+            scores = {m.parameter: self._ranked(m, config) for m in matches if m.parameter in asked}
             config = replace(config, importance=Measured(scores))
         decided = masks(self._contexts, matches, config)
         for wish in wished(decided):

@@ -424,6 +424,16 @@ def test_bad_arguments_leave_the_model_alone(arguments: dict[str, Any], error: t
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("importance", ["magnitude", "taylor"])
+def test_layers_may_be_named(importance: str) -> None:
+    model = mlp()
+    wanted = {"linear": 0.5, "0": 0.75, "4": 0.0}
+    pruner = Pruner(model, rows(), sparsity=wanted, schedule=LinearSchedule(0, 4, 2), importance=importance)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.01), pruner, range(5))
+    assert set(held(model, pruner)) == {"0.weight", "2.weight"}
+    assert pruner.sparsity["0"] == pytest.approx(0.75, abs=0.02) and pruner.sparsity["linear"] < 0.7
+
+
 def test_taylor_without_gradients_says_so() -> None:
     model = mlp()
     pruner = Pruner(model, rows(), sparsity=0.5, schedule=OneShotSchedule(1), importance="taylor")
