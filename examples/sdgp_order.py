@@ -179,10 +179,10 @@ def main(argv: list[str] | None = None) -> int:
             results.append({"net": net, "setting": label, "accuracy": accuracy, "losses": [run[1] for run in runs]})
             mean = f"{statistics.mean(accuracy):6.2f} ± {interval(accuracy):.2f} %"
             print(f"{net:10} {label:24} {mean}  {time.perf_counter() - start:.1f} s", flush=True)
+            if args.json:
+                report = {"epochs": args.epochs, "seeds": args.seeds, "torch": torch.__version__, "results": results}
+                Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
     print(table(results))
-    if args.json:
-        report = {"epochs": args.epochs, "seeds": args.seeds, "torch": torch.__version__, "results": results}
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
     if args.plot:
         plot(results, args.plot)
     return 0
