@@ -20,7 +20,7 @@ READY := .venv/.ready
 endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check bench conformance asan fuzz docs clean help
+.PHONY: demo test check bench conformance asan fuzz cuda-check gpu docs clean help
 
 help:
 	@echo "make demo    prune, compile, verify and time three models beside stock torch.compile"
@@ -30,6 +30,8 @@ help:
 	@echo "make conformance  every timm family in four ways, compared with tests/conformance/families.csv"
 	@echo "make asan    kernels under the address and undefined-behaviour sanitizers"
 	@echo "make fuzz    property tests with FXPRUNE_FUZZ=$(FXPRUNE_FUZZ) examples each"
+	@echo "make cuda-check   CUDA kernels without a GPU: simulator under sanitizers, what the compiler makes of them"
+	@echo "make gpu     on a GPU: CUDA tests, sanitizers and benchmarks, within nine minutes"
 	@echo "make docs    docs/options.md and docs/errors.md from the sources"
 	@echo "make clean   remove what was built"
 
@@ -54,6 +56,15 @@ asan: $(READY)
 
 fuzz: $(READY)
 	FXPRUNE_FUZZ=$(FXPRUNE_FUZZ) $(PY) -m pytest tests -m fuzz
+
+cuda-check: $(READY)
+	PYTHON="$(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY))" bash tests/cuda/sanitize.sh
+	FXPRUNE_FUZZ=$(FXPRUNE_FUZZ) $(PY) -m pytest tests/cuda -m fuzz
+	$(PY) -m pytest tests/cuda -m "not fuzz"
+	$(PY) tools/cuda_resources.py
+
+gpu: $(READY)
+	$(PY) tools/gpu.py $(ARGS)
 
 docs: $(READY)
 	$(PY) tools/docs.py

@@ -1,9 +1,10 @@
-"""Builds fxprune/_C_cpu.so: a plain shared library on torch's stable ABI, without libpython.
+"""Builds fxprune/_C_cpu.so, and _C_cuda.so where it is wanted: plain shared libraries on torch's stable ABI.
 
 Only torch's headers are needed, and torch is located without importing it, so that ``pip install .`` never downloads
 one. Without a compiler or without the headers the package is built Python-only and runs on its references.
-Environment: CXX, FXPRUNE_TORCH_DIR (a torch package directory), FXPRUNE_SANITIZE=1 (address and undefined-behaviour
-sanitizers, plus an operator that trips them).
+The CUDA library is built when this machine has a GPU and nvcc, or when FXPRUNE_CUDA=1; it loads beside a torch without
+CUDA as well. Environment: CXX, NVCC, FXPRUNE_CUDA (0 or 1), FXPRUNE_TORCH_DIR (a torch package directory),
+FXPRUNE_SANITIZE=1 (address and undefined-behaviour sanitizers, plus an operator that trips them).
 """
 
 from __future__ import annotations
@@ -41,6 +42,29 @@ if SANITIZE:
 else:
     FLAGS += ["-O3", "-g0"]
 
+INCLUDES = [f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / 'csrc'}"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
+# Code for Ampere and Hopper, and PTX of the former for every later GPU.
+NVCC_TARGETS = [
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+]
+
+
+def nvcc() -> list[str]:
+    return shlex.split(os.environ.get("NVCC", "nvcc"))
+
+
+def wants_cuda() -> bool:
+    """True when FXPRUNE_CUDA asks for it, or by itself where there are a GPU and nvcc."""
+    asked = os.environ.get("FXPRUNE_CUDA", "")
+    if asked not in ("", "0", "1"):
+        raise SystemExit(f"FXPRUNE_CUDA must be 0 or 1, got {asked!r}")
+    if asked:
+        return asked == "1"
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    return has_gpu and shutil.which(nvcc()[0]) is not None and not SANITIZE
+
 
 def torch_directory() -> Path | None:
     """Return the torch package whose headers to build against, or None."""
@@ -68,33 +92,53 @@ class BuildExt(build_ext):
             return self.python_only(f"no C++ compiler ({compiler[0]!r}); set CXX to one")
         if torch_dir is None:
             return self.python_only("no torch headers; install torch >= 2.11 or set FXPRUNE_TORCH_DIR")
-        flags = [*FLAGS, f"-isystem{torch_dir / 'include'}", f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / 'csrc'}"]
-        key = hashlib.sha256(" ".join([*compiler, *flags]).encode()).hexdigest()[:12]
+        flags = [*FLAGS, f"-isystem{torch_dir / 'include'}", *INCLUDES]
+        commands = {".cpp": [*compiler, *flags], ".cu": [*nvcc(), *NVCC_FLAGS, *NVCC_TARGETS, *INCLUDES]}
+        cuda = any(source.endswith(".cu") for source in ext.sources)
+        if cuda and shutil.which(nvcc()[0]) is None:
+            raise SystemExit(f"FXPRUNE_CUDA=1 needs nvcc, and there is no {nvcc()[0]!r}; set NVCC to it")
+        key = hashlib.sha256(repr(commands if cuda else commands[".cpp"]).encode()).hexdigest()[:12]
         objects = ROOT / "build" / f"obj-{key}"
         objects.mkdir(parents=True, exist_ok=True)
+
+        def compiled(source: str) -> Path:
+            return self.compile(commands[Path(source).suffix], Path(source), objects)
+
         with ThreadPoolExecutor(max_workers=2) as pool:
-            built = list(pool.map(lambda source: self.compile(compiler, flags, Path(source), objects), ext.sources))
+            built = list(pool.map(compiled, ext.sources))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = target.with_suffix(".tmp")
         link = ["-shared", f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-o", str(scratch)]
-        link += ["-fsanitize=address,undefined"] if SANITIZE else ["-Wl,-s"]
-        self.run_compiler([*compiler, *map(str, built), *link])
+        if cuda:
+            self.run_compiler([*nvcc(), *map(str, built), *link, "-cudart", "static", "-Xlinker", "-s"])
+        else:
+            link += ["-fsanitize=address,undefined"] if SANITIZE else ["-Wl,-s"]
+            self.run_compiler([*compiler, *map(str, built), *link])
         scratch.replace(target)  # a process that has the old library mapped keeps it intact
         return None
 
-    def compile(self, compiler: list[str], flags: list[str], source: Path, objects: Path) -> Path:
-        target = objects / f"{source.stem}.o"
+    def compile(self, command: list[str], source: Path, objects: Path) -> Path:
+        target = objects / f"{source.name}.o"
         if not is_current(target):
             started = time.time()
-            self.run_compiler([*compiler, *flags, "-MMD", "-c", str(ROOT / source), "-o", str(target)])
+            listing = ["-MMD", "-MF", str(target.with_suffix(".d"))]
+            log = target.with_suffix(".log") if source.suffix == ".cu" else None  # what every kernel needs of the GPU
+            self.run_compiler([*command, *listing, "-c", str(ROOT / source), "-o", str(target)], log)
             os.utime(target, (started, started))  # an input edited while the compiler ran is newer than this
         return target
 
-    def run_compiler(self, command: list[str]) -> None:
+    def run_compiler(self, command: list[str], log: Path | None = None) -> None:
+        """Run a compiler; ``log`` takes what it says on success."""
         if self.verbose:
             print(shlex.join(command), flush=True)
-        subprocess.run(command, check=True)
+        if log is None:
+            subprocess.run(command, check=True)
+            return
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        log.write_text(done.stderr)
 
     def python_only(self, reason: str) -> None:
         print(f"warning: fxprune is built without its C++ kernels: {reason}.", file=sys.stderr)
@@ -135,8 +179,13 @@ SOURCES = [
 # The slowest files first, so that two jobs end together.
 SOURCES.sort(key=lambda path: "avx" not in path)
 
+CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.c*") if p.suffix in (".cpp", ".cu"))
+
 if __name__ == "__main__":
+    extensions = [Extension("fxprune._C_cpu", sources=SOURCES)]
+    if wants_cuda():
+        extensions.append(Extension("fxprune._C_cuda", sources=CUDA_SOURCES))
     setup(
-        ext_modules=[Extension("fxprune._C_cpu", sources=SOURCES)],
+        ext_modules=extensions,
         cmdclass={"build_ext": BuildExt, "bdist_wheel": PlatformWheel},
     )

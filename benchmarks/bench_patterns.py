@@ -36,6 +36,7 @@ class Method:
     pattern: str
     depthwise: dict[str, Any] | None = None
     fixed: float | None = None
+    least: float = 0.0  # sparsity the pattern cannot go below
     options: dict[str, Any] = field(default_factory=dict)
 
     def arguments(self, share: float) -> dict[str, Any]:
@@ -58,7 +59,7 @@ METHODS = (
     Method("DEPrune-BH", "channel", DCP_BH),
     Method("TW", "tile"),
     Method("TEW", "tew"),
-    Method("TVW", "tvw"),
+    Method("TVW", "tvw", least=0.5),
     Method("2:4", "2:4", fixed=0.5),
     Method("block 8x8 (BW)", "block:8x8"),
     Method("unstructured (EW)", "unstructured"),
@@ -132,7 +133,7 @@ def search(method: Method, net: Any, wanted: float) -> tuple[float, float]:
     """Return the smallest share of zeros that is as fast as asked and its speed-up; the largest tried when none is."""
     if method.fixed is not None:
         return method.fixed, speedup(method, net, method.fixed)
-    low, high = 0.0, 0.9
+    low, high = method.least, 0.9
     best = (high, 0.0)
     for step in range(STEPS):
         share = 0.9 if step == 0 else (low + high) / 2

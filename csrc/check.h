@@ -170,6 +170,7 @@ struct TileStructure {
                     out_features, "), the output features");
     STD_TORCH_CHECK(k.increasing(a->columns, kept), "columns must increase strictly");
     a->tile_ptr = ptr;
+    a->tile_end = ptr + 1;
     a->kept = kept;
     a->granularity = granularity;
     a->tiles = tiles;

@@ -24,6 +24,7 @@
 #include "check.h"
 #include "parallel.h"
 #include "run.h"
+#include "run_split.h"
 
 namespace fxprune {
 namespace {
@@ -266,20 +267,28 @@ class Region {
     }
   }
 
-  // Offsets by first fit: a value's room is free again after its last use.
+  // Offsets by first fit: a value's room is free again after its last use. Results of depthwise
+  // steps have a zone of their own, which is cut by feature alike from step to step: a core writes
+  // where it wrote before, and need not take the lines from another one.
   void plan() {
+    for (const bool depthwise : {false, true}) plan_zone(depthwise);
+  }
+
+  void plan_zone(bool depthwise) {
     struct Room {
       int64_t offset, size, until;
     };
+    const int64_t start = arena_;
     std::vector<Room> taken;  // by offset
     for (size_t s = 0; s < steps_.size(); ++s) {
       Value& v = values_[steps_[s].out];
+      if ((steps_[s].code == Step::kDepthwise) != depthwise) continue;
       if (v.base != nullptr || steps_[s].feeds_next) continue;
       const int64_t now = static_cast<int64_t>(s), size = (floats(v.shape) + 15) / 16 * 16;
       taken.erase(
           std::remove_if(taken.begin(), taken.end(), [&](const Room& r) { return r.until < now; }),
           taken.end());
-      int64_t offset = 0;
+      int64_t offset = start;
       auto at = taken.begin();
       for (; at != taken.end() && at->offset - offset < size; ++at) offset = at->offset + at->size;
       taken.insert(at, {offset, size, std::max(v.last_use, now)});
@@ -332,7 +341,12 @@ class Region {
       a.x = x, a.out = out;
       if (step.residual >= 0) a.residual = at(step.residual, image, arena);
       if (step.gate >= 0) a.gate = at(step.gate, image, arena);
-      if (a.m > 0 && a.n > 0) run_tile_gemm(a, step.feature_major, step.values, pool);
+      if (a.m == 0 || a.n == 0) return;
+      if (splits_k(a, step.feature_major, pool)) {
+        run_tile_gemm_split(a, step.values, pool);
+      } else {
+        run_tile_gemm(a, step.feature_major, step.values, pool);
+      }
     }
   }
 

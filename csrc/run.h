@@ -41,6 +41,13 @@ inline Tap* tap_list(const DepthwiseTaps& a) {
   return list.data();
 }
 
+// Bands of pixels that one image's plane of `length` vectors is cut in, one a thread, so that what
+// a core writes is what it reads in the next operator. Planes too small for it are cut by feature.
+inline int64_t pixel_bands(int64_t length, int64_t pool) {
+  constexpr int64_t kLeast = 48;  // vectors of a band
+  return length >= kLeast * pool ? pool : 1;
+}
+
 inline void run_depthwise(const DepthwiseTaps& a, int64_t pool) {
   const Kernels& k = kernels();
   const int64_t planes = a.batch * a.channels;
@@ -60,8 +67,7 @@ inline void run_depthwise(const DepthwiseTaps& a, int64_t pool) {
   });
 }
 
-// Feature-major: pixels are cut first. Where an image has too few of them, tiles are cut as well,
-// and then a unit takes every pixel of its image, so that its weights are read once.
+// Feature-major: pixels are cut first. Where an image has too few of them, tiles are cut as well.
 inline TileGrid feature_major_grid(const TileGemm& a, const Kernels& k, int64_t pool) {
   const int64_t vecs = (a.m + k.width - 1) / k.width;
   TileGrid g{a.batch, vecs, vecs, 1, 1};
@@ -72,8 +78,11 @@ inline TileGrid feature_major_grid(const TileGemm& a, const Kernels& k, int64_t 
     g.step = std::min(vecs, each * k.tile_vecs);
     g.length_parts = (vecs + g.step - 1) / g.step;
   } else {
+    g.length_parts = a.batch < pool ? pixel_bands(vecs, pool) : 1;
+    g.step = (vecs + g.length_parts - 1) / g.length_parts;
+    const int64_t images = a.batch * g.length_parts;
     g.tile_parts =
-        std::clamp<int64_t>((4 * pool + a.batch - 1) / a.batch, 1, std::max<int64_t>(a.tiles, 1));
+        std::clamp<int64_t>((4 * pool + images - 1) / images, 1, std::max<int64_t>(a.tiles, 1));
   }
   return g;
 }
@@ -138,24 +147,31 @@ inline bool can_expand_depthwise(const TileGemm& g) {
 
 // A feature-major GEMM and the depthwise convolution of its result, tile by tile: the expanded
 // planes of a few tiles stay in this core's L2 and never reach the arena. One image; every output
-// feature kept; neither residual nor gate.
+// feature kept; neither residual nor gate. A band computes the expanded rows around it, too.
 inline void run_expand_depthwise(const TileGemm& g, const DepthwiseTaps& d, int64_t pool) {
   const Kernels& k = kernels();
-  const int64_t vecs = (g.m + k.width - 1) / k.width, rows = band_length(d, k.width);
+  const int64_t rows = band_length(d, k.width);
+  const int64_t plane = (d.out_h * d.out_w + k.width - 1) / k.width;
+  const int64_t bands = d.vectorised() ? std::min(pixel_bands(plane, pool), rows) : 1;
   const int64_t fit =
       std::max<int64_t>(1, kExpandedTile / std::max<int64_t>(g.granularity * g.m, 1));
-  const int64_t each = std::min(fit, std::max<int64_t>(1, g.tiles / (4 * pool)));
-  for_each_unit((g.tiles + each - 1) / each, pool, [&](int64_t unit) {
-    const int64_t begin = unit * each, end = std::min(begin + each, g.tiles);
+  const int64_t each = std::min(fit, std::max<int64_t>(1, g.tiles * bands / (4 * pool)));
+  const int64_t chunks = (g.tiles + each - 1) / each, step = (rows + bands - 1) / bands;
+  for_each_unit(bands * chunks, pool, [&](int64_t unit) {
+    const int64_t band = unit / chunks * step, band_end = std::min(band + step, rows);
+    if (band >= band_end) return;
+    const int64_t begin = unit % chunks * each, end = std::min(begin + each, g.tiles);
     const int64_t first = g.first_column(begin), last = g.first_column(end);
+    const PixelRange read = band_input(d, k.width, band, band_end);
     // Both kernels address planes by feature, so the planes' base is moved back by those in front.
     float* planes = scratch((last - first) * g.m) - first * g.m;
     TileGemm expand = g;
     expand.out = planes;
-    k.tile_gemm_feature_major(expand, {0, 0, vecs, begin, end}, nullptr);
+    const int64_t vecs = (read.end + k.width - 1) / k.width;
+    k.tile_gemm_feature_major(expand, {0, read.begin / k.width, vecs, begin, end}, nullptr);
     DepthwiseTaps taps = d;
     taps.x = planes;
-    k.depthwise_taps(taps, {first, last, 0, rows}, tap_list(d));
+    k.depthwise_taps(taps, {first, last, band, band_end}, tap_list(d));
   });
 }
 

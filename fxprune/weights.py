@@ -71,7 +71,7 @@ class Weights:
         """
         tensors = tuple(self._real[n] for n in inputs)
         with torch.inference_mode(False), torch.no_grad():
-            buffers = tuple(t.detach().clone().contiguous() for t in build(*tensors))
+            buffers = tuple(t.detach().clone().contiguous() for t in self._built(build, tensors))
         last = [n for n in self._gm.graph.nodes if n.op == "placeholder"][-1]
         nodes = []
         for name, buffer in zip(names, buffers, strict=True):
@@ -84,6 +84,11 @@ class Weights:
             nodes.append(last)
         self.derived.append(Derived(tuple(nodes), tensors, build, buffers))
         return tuple(nodes)
+
+    def _built(self, build: Build, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run ``build`` on the CPU, where masks and index lists live, and put the results on the weights' device."""
+        device = next((t.device for t in (*tensors, *self._real.values())), torch.device("cpu"))
+        return tuple(t.to(device) for t in build(*(t.cpu() for t in tensors)))
 
     def appended(self) -> list[Tensor]:
         """Drop derived inputs nobody uses and return the tensors of the rest, in placeholder order."""
@@ -113,10 +118,10 @@ class Weights:
         """
         with torch.inference_mode(False), torch.no_grad():
             for entry in self.derived:
-                for buffer, new in zip(entry.buffers, entry.build(*entry.inputs), strict=True):
+                for buffer, new in zip(entry.buffers, self._built(entry.build, entry.inputs), strict=True):
                     if new.shape != buffer.shape or new.dtype != buffer.dtype:
                         raise StructureChanged
-                    if buffer.is_floating_point():
+                    if buffer.is_floating_point() or buffer.dtype == torch.uint8:  # values, or an image of them
                         buffer.copy_(new)
                     elif not torch.equal(buffer, new):
                         raise StructureChanged

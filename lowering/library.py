@@ -1,8 +1,10 @@
-"""Loads the C++ kernels; the only module that does.
+"""Loads the C++ and CUDA kernels; the only module that does.
 
 With the library, its own schemas and kernels are registered under ``fxprune::``. Without it the same schemas are
-defined from Python, so that references can be attached to them, and one warning says so. Environment, for debugging:
-``FXPRUNE_LIBRARY`` names the shared object to load, ``FXPRUNE_ISA`` caps the instruction set it uses.
+defined from Python, so that references can be attached to them, and one warning says so. The CUDA kernels are a library
+of their own, loaded beside the first one where torch has CUDA. Environment, for debugging: ``FXPRUNE_LIBRARY`` and
+``FXPRUNE_CUDA_LIBRARY`` name the shared objects to load, ``FXPRUNE_ISA`` caps the instruction set of the CPU's,
+``FXPRUNE_CUDA_ISA=sm_80`` that of the GPU's.
 """
 
 from __future__ import annotations
@@ -41,26 +43,41 @@ SCHEMAS = (
 
 _lock = threading.Lock()
 _loaded: bool | None = None  # None until the first load()
+_cuda_missing: str | None = "the library has not been loaded"  # why there are no CUDA kernels; None when there are
 _definitions: torch.library.Library | None = None  # schemas live as long as this object
 
 
 def path() -> Path | None:
     """Return the shared object load() would use, or None when there is none."""
-    if named := os.environ.get("FXPRUNE_LIBRARY"):
+    return _find("FXPRUNE_LIBRARY", "_C_cpu.so")
+
+
+def cuda_path() -> Path | None:
+    """Return the shared object of the CUDA kernels, or None when there is none."""
+    return _find("FXPRUNE_CUDA_LIBRARY", "_C_cuda.so")
+
+
+def _find(variable: str, name: str) -> Path | None:
+    if named := os.environ.get(variable):
         return Path(named)
     # An editable install may keep the library beside another copy of the package than the one imported.
     spec = importlib.util.find_spec("fxprune")
     places = list(spec.submodule_search_locations or []) if spec is not None else []
-    return next((p for p in (Path(place) / "_C_cpu.so" for place in places) if p.is_file()), None)
+    return next((p for p in (Path(place) / name for place in places) if p.is_file()), None)
 
 
 def load() -> bool:
     """Register the operators, from the library when there is one, else from SCHEMAS. Return whether it is there."""
-    global _loaded, _definitions
+    global _loaded, _definitions, _cuda_missing
     with _lock:
         if _loaded is None:
-            reason = _load_library()
+            reason = _load_library(path(), "fxprune/_C_cpu.so", "FXPRUNE_LIBRARY")
             _loaded = reason is None
+            if torch.version.cuda is None:
+                _cuda_missing = "this torch has no CUDA"
+            else:
+                # without the first library its schemas are missing, and nothing can attach to them
+                _cuda_missing = reason or _load_library(cuda_path(), "fxprune/_C_cuda.so", "FXPRUNE_CUDA_LIBRARY")
             if reason is not None:
                 _definitions = torch.library.Library("fxprune", "DEF")
                 for schema in SCHEMAS:
@@ -80,6 +97,12 @@ def available() -> bool:
     return load()
 
 
+def cuda_missing() -> str | None:
+    """Return why there are no CUDA kernels, None when they are registered."""
+    load()
+    return _cuda_missing
+
+
 def isa() -> str:
     """Return the instruction set the kernels use: "avx512", "avx2" or "scalar"; "none" without the library."""
     return str(torch.ops.fxprune.isa()) if load() else "none"
@@ -87,20 +110,23 @@ def isa() -> str:
 
 @lru_cache(maxsize=1)
 def source_hash() -> str:
-    """Return a hash of the library's bytes, the kernels' version in every cache key; "none" without the library."""
+    """Return a hash of the libraries' bytes, the kernels' version in every cache key; "none" without the library."""
     found = path()
     if not load() or found is None:
         return "none"
-    return hashlib.sha256(found.read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256(found.read_bytes())
+    cuda = cuda_path()
+    if cuda is not None and cuda_missing() is None:
+        digest.update(cuda.read_bytes())
+    return digest.hexdigest()[:16]
 
 
-def _load_library() -> str | None:
-    """Load the shared object; return None, or the reason why it could not be loaded."""
-    found = path()
+def _load_library(found: Path | None, name: str, variable: str) -> str | None:
+    """Load a shared object; return None, or the reason why it could not be loaded."""
     if found is None:
-        return "fxprune/_C_cpu.so has not been built"
+        return f"{name} has not been built"
     if not found.is_file():
-        return f"FXPRUNE_LIBRARY={found} does not exist"
+        return f"{variable}={found} does not exist"
     try:
         torch.ops.load_library(found)
     except (OSError, RuntimeError) as error:

@@ -11,7 +11,8 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from .. import cost
 from ..config import Config
 from ..context import Timing, Unit
 from ..match import Match
-from ..sparsity import dcp, tile
+from ..sparsity import dcp, tile, tile_image
 from ..sparsity.pattern import LayerMask
 from . import library
 from .measure_rnn import Weight, as_linear, predicted, recurrent_calls
 
 _ROUNDS = {"fast": 5, "full": 25}
 _BURST_SECONDS = 3e-4
+_GPU_BURST = 10
 
 
 class Measure:
@@ -70,7 +72,9 @@ class Measure:
             unit = (*unit, round(mask.rest.mask.float().mean().item() * 100))
         shape = [cost.hint(s) for s in match.geometry.x]
         window = (g.kernel, g.stride, g.padding, g.dilation, g.groups)
-        return repr((match.kind, shape, match.matrix_shape, *window, unit, round(kept * 20)))
+        where = "" if match.value.device.type == "cpu" else torch.cuda.get_device_name(match.value.device)
+        on = (where, str(match.value.dtype)) if where else ()
+        return repr((match.kind, shape, match.matrix_shape, *window, unit, round(kept * 20), *on))
 
     def _time(self, match: Match, mask: LayerMask | None, inputs: Weight | None) -> tuple[list[float], bool]:
         sizes, unit = [cost.hint(s) for s in match.geometry.x], self._units(match.kind)
@@ -78,7 +82,7 @@ class Measure:
             if inputs is not None:
                 runs = recurrent_calls(inputs, (match, mask), unit, *sizes[:2])
             else:
-                x = torch.randn(sizes)
+                x = torch.randn(sizes, device=match.value.device, dtype=match.value.dtype)
                 runs = [sparse_call(match, mask, unit, x), *dense_calls(match, x)]
             micros, settled = interleave(runs, _ROUNDS[self._config.autotune])
         return [micros[0], min(micros[1:]), micros[1]], settled
@@ -88,6 +92,9 @@ class Measure:
         if inputs is not None:
             pair = [self.predict(*as_linear(weight)) for weight in (inputs, (match, mask))]
             return predicted(pair, cost.hint(match.geometry.x[0]))
+        if match.value.is_cuda:  # the cost model knows CPUs: without a measurement a GPU's layer stays dense
+            timing = cost.predict(match, mask, "avx512")
+            return replace(timing, sparse=max(timing.sparse, timing.dense))
         if not library.available():
             return cost.predict(match, mask, "scalar")
         if self._rates is None:
@@ -101,7 +108,7 @@ def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> 
     matrix = match.matrix(match.value.detach()).contiguous()
     if match.kind == "depthwise":
         kept = torch.ones_like(matrix, dtype=torch.bool) if mask is None else mask.mask
-        weight, taps = matrix * kept, dcp.tap_words(kept)
+        weight, taps = (t.to(x.device) for t in (matrix * kept, dcp.tap_words(kept)))
         return lambda: torch.ops.fxprune.depthwise_taps(x, weight, taps, None, *g.windows, "none")
     layer = mask or tile.keep_all(match.matrix_shape, match.tile_width(unit.granularity))
     n, dim, step = match.matrix_shape[0], 1 if match.kind == "pointwise" else -1, g.stride
@@ -123,6 +130,14 @@ def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> 
         return y
 
     return run
+
+
+def _operands(packed: Mapping[str, Tensor], x: Tensor, granularity: int | None = None) -> list[Tensor]:
+    """Return a packed weight as the operators take it; ``granularity``: of one that tile_gemm reads."""
+    values, index, tile_ptr, columns = (packed[name] for name in ("values", "index", "tile_ptr", "columns"))
+    if granularity is not None and tile_image.wanted(x):
+        values = tile_image.build(values, tile_ptr, granularity, len(columns))
+    return [t.to(x.device) for t in (values, index, tile_ptr, columns)]
 
 
 def dense_calls(match: Match, x: Tensor) -> list[Callable[[], Tensor]]:
@@ -162,9 +177,21 @@ def interleave(runs: list[Callable[[], Any]], rounds: int) -> tuple[list[float],
 
 
 def _micros(run: Callable[[], Any]) -> float:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return _gpu_micros(run)
     start = time.perf_counter()
     run()
     return (time.perf_counter() - start) * 1e6
+
+
+def _gpu_micros(run: Callable[[], Any]) -> float:
+    """Time a burst: a call returns before its work is done, and waiting for each would take longer than a kernel."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(_GPU_BURST):
+        run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e6 / _GPU_BURST
 
 
 def _settled(samples: list[float]) -> bool:

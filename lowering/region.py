@@ -76,7 +76,7 @@ def _eligible(node: Node, members: list[Node]) -> bool:
     if node.op != "call_function":
         return False
     value = fake(node)
-    if value is None or value.dtype != torch.float32:
+    if value is None or value.dtype != torch.float32 or value.device.type != "cpu":
         return False
     if node.target is _DEPTHWISE:
         return True

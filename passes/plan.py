@@ -104,7 +104,7 @@ def _mask(match: Match, ctx: Context, wanted: dict[str, tuple[str, LayerMask]]) 
         return pattern, _form(match, layer.mask, layer, False, ctx)
     parameter = ctx.weights.value(ctx.weights.origin(match.weight))
     planned = None if parameter is None else lookup(parameter)
-    matrix = match.matrix(match.value.detach())
+    matrix = match.matrix(match.value.detach()).cpu()  # masks live on the CPU
     if planned is not None:
         layer = _cut(planned, match, ctx)
         if ctx.kept.get(match.weight) and layer.mask.float().mean().item() > 1.0 - _MIN_SPARSITY:
@@ -264,7 +264,7 @@ def _decision(match: Match, mask: LayerMask | None, chosen: bool, timing: Timing
 
 def _decide_region(region: list[Match], found: Mapping[Match, Found], ctx: Context) -> None:
     refusals = {m.node: _refusal(m, found[m][1], ctx) for m in region}
-    if all(found[m][1] is None for m in region):
+    if all(found[m][1] is None and not ctx.kept.get(m.weight) for m in region):
         for match in region:
             pattern = found[match][0]
             why = _whole(match, pattern, ctx)

@@ -66,7 +66,7 @@ def packed(match: Match, layer: LayerMask, ctx: Context, prefix: str, whole: Ten
     if ctx.inference:
         return ctx.weights.derive(labels, (match.weight,), exact(build, match, layer.mask if whole is None else whole, ctx))
     with torch.no_grad():
-        fixed = build(match.value.detach())
+        fixed = build(match.value.detach().cpu())
     structure = ctx.weights.derive(labels[1:], (), lambda: fixed[1:])
     n, k = match.matrix_shape
     if match.transposed:

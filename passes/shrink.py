@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.nn.functional import pad
 
 from ..context import Context, Shrunk
 from ..coupling import Constant, Coupling, Gemm, Space
@@ -23,6 +24,7 @@ from ..errors import VerificationError
 from ..graph import argument, example, fake
 from ..weights import StructureChanged, qualified_name
 
+_CHANNEL = 16  # what a channel costs beside its weights, in weights: loads, stores, depthwise taps
 _STEP = 8  # channels the dense and sparse kernels handle at once: a few dead ones stay to fill it
 
 
@@ -77,10 +79,22 @@ class _Liveness:
                 self._alive[space] = alive
         result = {}
         for space in self._spaces:
-            stay = _rounded(self._alive[space])
+            choices = [_rounded(self._alive[space]), _aligned(self._alive[space])]
+            stay = min(choices, key=lambda channels: self._work(space, channels))
             if len(stay) < space.size:
                 result[space] = stay
         return result
+
+    def _work(self, space: Space, channels: Tensor) -> int:
+        """Return the weights that tiles of consecutive output features cover in all layers of a space cut to ``channels``.
+
+        A channel that leaves from the middle of a tile moves all later ones into tiles whose rows they do not share.
+        """
+        work = _CHANNEL * len(channels) + sum(_covered(self._live(gemm)[channels]) for gemm in space.producers)
+        for gemm in space.consumers:
+            live = self._live(gemm)
+            work += _covered(live.reshape(len(live), space.size, -1)[:, channels].flatten(1))
+        return work
 
     def _needed(self, space: Space) -> Tensor:
         zero = self._zeros(space)
@@ -172,6 +186,19 @@ def _rounded(alive: Tensor) -> Tensor:
     count = min(-(-max(live, 1) // _STEP) * _STEP, len(alive))
     spare = (~alive).nonzero().flatten()[: count - live]
     return torch.cat([alive.nonzero().flatten(), spare]).sort().values
+
+
+def _aligned(alive: Tensor) -> Tensor:
+    """Return the channels that stay when they leave in whole runs of the step, counted from the first."""
+    runs = pad(alive, (0, -len(alive) % _STEP)).reshape(-1, _STEP).any(1)
+    runs[0] |= not runs.any()
+    return runs.repeat_interleave(_STEP)[: len(alive)].nonzero().flatten()
+
+
+def _covered(support: Tensor) -> int:
+    """Return how many weights of (N, K) lie in tiles of the step's output features and K rows that are not all zero."""
+    tiles = pad(support, (0, 0, 0, -len(support) % _STEP)).reshape(-1, _STEP, support.shape[1])
+    return int(tiles.any(1).sum()) * _STEP
 
 
 def _cut_gemm(gemm: Gemm, empty: tuple[Tensor, Tensor], coupling: Coupling, kept: dict[Space, Tensor], ctx: Context) -> None:

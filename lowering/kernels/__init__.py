@@ -5,10 +5,10 @@ from __future__ import annotations
 from ...context import Unit
 from ...graph import fake
 from ...match import Match
-from . import cpu, reference
+from . import cpu, cuda, reference
 from .impl import Impl
 
-TABLES: tuple[tuple[Impl, ...], ...] = (cpu.IMPLS, reference.IMPLS)  # in order of preference
+TABLES: tuple[tuple[Impl, ...], ...] = (cpu.IMPLS, cuda.IMPLS, reference.IMPLS)  # in order of preference
 
 
 class KernelTables:

@@ -36,8 +36,9 @@ def supports(x: Any, weight: Any = None) -> str | None:
     return None
 
 
-def _operator(name: str) -> Callable[..., Any]:
+def operator(name: str) -> Callable[..., Any]:
+    """Return the call of an operator, which dispatches on the device of its tensors."""
     return lambda *args: getattr(torch.ops.fxprune, name)(*args)
 
 
-IMPLS = tuple(Impl(op.name, "cpu", _operator(op.name), supports) for op in OPS)
+IMPLS = tuple(Impl(op.name, "cpu", operator(op.name), supports) for op in OPS)

@@ -46,6 +46,24 @@ def test_a_block_is_one_region(gated: bool, residual: bool, batch: int, threads:
     assert found.codes() == [GEMM, DEPTHWISE, *([MEAN, GEMM, GEMM] if gated else []), GEMM]
 
 
+@pytest.mark.parametrize("pool", (1, 2, 3))
+@pytest.mark.parametrize(
+    ("size", "stride", "window"), [(7, 1, 3), (14, 1, 5), (29, 1, 3), (40, 1, 5), (41, 2, 3), (45, 1, 7), (80, 2, 5)]
+)
+def test_one_image_is_cut_by_feature_or_in_bands(size: int, stride: int, window: int, pool: int) -> None:
+    """Small planes are cut by feature and the projection's K with them, large ones in bands with the rows around them."""
+    middle = nn.Conv2d(96, 96, window, stride, window // 2, groups=96)
+    chain = nn.Sequential(pointwise(16, 96), nn.ReLU6(), middle, nn.ReLU6(), pointwise(96, 16), nn.GELU())
+    before = torch.get_num_threads()
+    torch.set_num_threads(pool)
+    try:
+        with poisoned():
+            found = formed(sparse(chain), image(1, size=size))
+    finally:
+        torch.set_num_threads(before)
+    assert found.count == 1 and found.codes() == [GEMM, DEPTHWISE, GEMM]
+
+
 def test_a_value_lives_until_its_last_reader() -> None:
     """Every value has one shape, so room given away too early, or a wrong number, changes numbers only."""
     assert formed(sparse(Inverted(gated=False, widen=1)), image()).count == 1

@@ -343,3 +343,39 @@ def test_inductor_runs_the_smaller_graph(options: dict[str, Any]) -> None:
     with torch.no_grad():
         assert_model(fast.call(X), model, (X,))
     assert [cut_of(c) for c in fast.contexts] == [[(24, 16)]]
+
+
+def tiled(dead: slice) -> nn.Sequential:
+    """1x1, depthwise, 1x1 with a quarter of the K rows per tile of 8; the depthwise filters of ``dead`` have no taps."""
+    layers = (nn.Conv2d(32, 64, 1), nn.Conv2d(64, 64, 3, padding=1, groups=64), nn.Conv2d(64, 16, 1))
+    model = integer_model(nn.Sequential(*layers))
+    with torch.no_grad():
+        for tile in range(8):
+            rows = torch.arange(32) % 4 != tile % 4
+            model[0].weight[8 * tile : 8 * tile + 8, rows] = 0
+        for layer in model[:2]:
+            layer.bias.zero_()
+        model[1].weight[dead] = 0
+    return model
+
+
+@pytest.mark.parametrize(
+    ("dead", "left"),
+    [
+        (slice(5, 61, 8), 64),  # one of each tile: the others would share tiles of other rows
+        (slice(16, 24), 56),  # a whole tile
+    ],
+)
+def test_channels_leave_tiles_as_they_are(dead: slice, left: int) -> None:
+    run = check(tiled(dead), integers(2, 32, 6, 6))
+    assert [s.after for s in run.context.shrunk] == ([left] if left < 64 else [])
+    (expand,) = [d for d in run.context.decisions if d.match.name == "0"]
+    assert expand.mask is not None and expand.mask.tiling.granularity == 8 and expand.sparsity == 0.75
+
+
+def test_channels_of_a_dense_weight_leave_one_by_one() -> None:
+    model = tiled(slice(5, 61, 7))
+    with torch.no_grad():
+        model[0].weight.fill_(1)
+    run = check(model, integers(2, 32, 6, 6))
+    assert [s.after for s in run.context.shrunk] == [56]

@@ -62,6 +62,22 @@ inline int64_t band_length(const DepthwiseTaps& a, int64_t vector_width) {
   return a.flat(vector_width) ? (a.out_h * a.out_w + vector_width - 1) / vector_width : a.out_h;
 }
 
+// Pixels [begin, end) of an input plane, whole rows of it, that the band [begin, end) of outputs
+// reads.
+struct PixelRange {
+  int64_t begin, end;
+};
+
+inline PixelRange band_input(const DepthwiseTaps& a, int64_t vector_width, int64_t begin,
+                             int64_t end) {
+  const int64_t line = a.flat(vector_width) ? vector_width : a.out_w;
+  const int64_t last = std::min(end * line, a.out_h * a.out_w) - 1;  // output pixel
+  const int64_t top = begin * line / a.out_w * a.stride_h - a.pad_h;
+  const int64_t bottom = last / a.out_w * a.stride_h - a.pad_h + (a.kernel_h - 1) * a.dilation_h;
+  const int64_t from = std::clamp<int64_t>(top, 0, a.height);
+  return {from * a.width, std::clamp<int64_t>(bottom + 1, from, a.height) * a.width};
+}
+
 // Length of the mask table, for vectors of `vector_width`: flat planes have one mask per tap and
 // vector, rows one per column of the window and vector. A mask holds one bit per input lane that a
 // vector's load touches.

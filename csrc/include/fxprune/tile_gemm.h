@@ -19,6 +19,7 @@ struct TileGemm {
   const float* values;      // see above
   const int32_t* index;     // every entry in [0, k)
   const int32_t* tile_ptr;  // tiles + 1, monotone from 0
+  const int32_t* tile_end;  // tile_ptr + 1; where K is split, ends of a part of each tile's rows
   const int32_t* columns;   // kept output features, strictly increasing, in [0, n)
   const float* bias;        // (n) or null
   const float* residual;    // shape of out, or null
@@ -37,6 +38,15 @@ struct TileGemm {
   int64_t features_to(int64_t tile) const {
     return tile >= tiles ? n : tile == 0 ? 0 : columns[first_column(tile)];
   }
+};
+
+// `parts` vectors of sums, part p at sums + p * stride. residual: null or as long as out.
+struct PartialSums {
+  const float* sums;
+  int64_t parts, stride;
+  const float* residual;
+  float* out;
+  Activation activation;
 };
 
 // One unit of work: vectors [begin, end) of the pixels of one image (feature-major) or rows [begin,

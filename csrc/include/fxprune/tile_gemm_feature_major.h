@@ -250,7 +250,7 @@ struct FeatureMajor {
     for (int64_t t = span.tile_begin; t < span.tile_end; ++t) {
       const int64_t start = a.tile_ptr[t], width = a.width(t);
       s.index = a.index + start;
-      s.k = a.tile_ptr[t + 1] - start;
+      s.k = a.tile_end[t] - start;
       s.ldw = width;
       for (int64_t r = 0; r < width; r += kRows) {
         s.w = values + (start - origin) * a.granularity + r;
@@ -276,12 +276,14 @@ struct FeatureMajor {
   // Weights of the span's tiles times the image's gate.
   static void scale(const TileGemm& a, const TileSpan& span, float* to) {
     const float* gate = a.gate + span.image * a.k;
-    const float* from = a.values + a.tile_ptr[span.tile_begin] * a.granularity;
+    to -= a.tile_ptr[span.tile_begin] * a.granularity;
     for (int64_t t = span.tile_begin; t < span.tile_end; ++t) {
-      const int64_t width = a.width(t);
-      for (int64_t i = a.tile_ptr[t]; i < a.tile_ptr[t + 1]; ++i, from += width, to += width) {
+      const int64_t width = a.width(t), start = a.tile_ptr[t] * a.granularity;
+      const float* from = a.values + start;
+      float* scaled = to + start;
+      for (int64_t i = a.tile_ptr[t]; i < a.tile_end[t]; ++i, from += width, scaled += width) {
         const float factor = gate[a.index[i]];
-        for (int64_t j = 0; j < width; ++j) to[j] = from[j] * factor;
+        for (int64_t j = 0; j < width; ++j) scaled[j] = from[j] * factor;
       }
     }
   }

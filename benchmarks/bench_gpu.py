@@ -1,0 +1,292 @@
+"""Times the CUDA operators and compiled models against the best of their rivals, beside what was predicted.
+
+    python benchmarks/bench_gpu.py [--seconds 200] [--only ceilings,depthwise,gemm,models] [--out FILE]
+
+Results go to benchmarks/results/<gpu>/<date>-<commit>.json: ceilings first (copy, matmul, an empty kernel), then the
+operators with their share of those ceilings, then models. Predictions are floors from the roofline (docs/cuda.md), written
+before anything was timed. Ends with status 2 where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fxprune.lowering import library
+from gpu_timing import Rivals, micros
+from torch import Tensor
+
+from fxprune.sparsity import tile_image
+
+ROOT = Path(__file__).resolve().parent.parent
+SECTIONS = ("ceilings", "depthwise", "gemm", "models")
+Row = dict[str, Any]
+# Speed-ups over dense predicted from the roofline, by (layer, kept share): whole-model floors at batch 32 at 80 % of the
+# tensor cores' rate for GEMMs, instruction counts for depthwise.
+PREDICTED_GEMM = {0.5: 1.46, 0.3: 2.06}
+PREDICTED_DEPTHWISE = {(7, 0.3): 2.0, (7, 0.5): 1.6, (5, 0.3): 1.17, (5, 0.5): 1.17, (3, 0.3): 1.0, (3, 0.5): 1.0}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=200.0, help="sections that do not fit any more are left out")
+    parser.add_argument("--only", default=",".join(SECTIONS))
+    parser.add_argument("--out", help="the file to write; by default in benchmarks/results/")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench_gpu: nothing was timed: torch finds no GPU")
+        return 2
+    if (reason := library.cuda_missing()) is not None:
+        print(f"bench_gpu: nothing was timed: {reason}")
+        return 2
+    end = time.monotonic() + options.seconds
+    report: dict[str, Any] = {**machine(), "left_out": []}
+    ceilings = measure_ceilings()
+    report["ceilings"] = ceilings
+    print(json.dumps(ceilings))
+    sections: dict[str, Callable[[], Iterator[Row]]] = {
+        "depthwise": lambda: depthwise_rows(ceilings),
+        "gemm": lambda: gemm_rows(ceilings),
+        "models": model_rows,
+    }
+    with torch.no_grad():
+        for name, rows in sections.items():
+            if name not in options.only.split(","):
+                continue
+            report[name] = []
+            for row in rows():
+                report[name].append(row)
+                print(json.dumps(row), flush=True)
+                write(report, options.out)
+                if time.monotonic() > end:
+                    report["left_out"].append(f"the rest of {name}: no time left")
+                    break
+    print(f"bench_gpu: wrote {write(report, options.out)}")
+    return 0
+
+
+def machine() -> dict[str, Any]:
+    """Return the card, its clocks, and the versions of everything."""
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
+    try:
+        smi = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        smi = ""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "processors": properties.multi_processor_count,
+        "driver, clocks, power": smi,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def write(report: dict[str, Any], out: str | None) -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", report["gpu"].lower()).strip("-")
+    path = Path(out) if out else ROOT / "benchmarks/results" / slug / f"{report['date']}-{report['commit']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    return path
+
+
+def measure_ceilings() -> dict[str, float]:
+    """Return copy in TB/s (read and written), matmul in TFLOP/s, and the microseconds of an empty kernel in a graph."""
+    big = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    other, tiny = torch.empty_like(big), torch.zeros(1, device="cuda")
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    calls = {"copy": lambda: other.copy_(big), "matmul": lambda: a @ b, "launch": lambda: tiny.add_(1)}
+    times = {name.partition(" ")[0]: us for name, us in micros(calls).items()}
+    copy, matmul = 2 * big.numel() / times["copy"] * 1e-6, 2 * 8192**3 / times["matmul"] * 1e-6
+    return {"copy_tb_s": round(copy, 3), "matmul_tflop_s": round(matmul, 1), "launch_us": round(times["launch"], 2)}
+
+
+def row(name: str, rivals: Rivals, predicted: float | None, **more: Any) -> Row:
+    """Time all calls of a case; the first one is ours."""
+    times = micros(rivals.calls)
+    ours = next((us for name, us in times.items() if name.startswith("ours")), None)
+    dense = {name: us for name, us in times.items() if not name.startswith("ours")}
+    best = min(dense, key=lambda name: dense[name]) if dense else None
+    speedup = dense[best] / ours if best and ours else None
+    rounded = {name: round(us, 2) for name, us in times.items()}
+    return {
+        "case": name, "us": rounded, "best_rival": best, "speedup": None if speedup is None else round(speedup, 3),
+        "predicted": predicted, **{k: v(ours) if ours else None for k, v in more.items()}, "left_out": rivals.left_out,
+    }  # fmt: skip
+
+
+def depthwise_rows(ceilings: dict[str, float]) -> Iterator[Row]:
+    layers = (  # batch, channels, side, kernel, stride
+        (32, 96, 56, 7, 1), (32, 384, 14, 7, 1), (32, 144, 56, 3, 1), (32, 384, 14, 3, 1), (32, 96, 112, 3, 2),
+        (32, 240, 28, 5, 1), (32, 672, 14, 5, 1), (1, 96, 56, 7, 1), (1, 144, 56, 3, 1),
+    )  # fmt: skip
+    for dtype in (torch.bfloat16, torch.float16):
+        for b, c, side, k, stride in layers:
+            for keep in (1.0, 0.5, 0.3):
+                yield depthwise_row(b, c, side, k, stride, keep, dtype, ceilings)
+
+
+def depthwise_row(
+    b: int, c: int, side: int, k: int, stride: int, keep: float, dtype: torch.dtype, ceilings: dict[str, float]
+) -> Row:
+    gen = torch.Generator().manual_seed(0)
+    taps = max(1, round(k * k * keep))
+    mask = torch.zeros(c, k * k, dtype=torch.bool)
+    words = torch.zeros(c, 1, dtype=torch.int64)
+    for channel in range(c):
+        mask[channel, torch.randperm(k * k, generator=gen)[:taps]] = True
+    for tap in range(k * k):
+        words[:, 0] |= mask[:, tap].long() << tap
+    weight = (torch.randn(c, k * k, generator=gen) * mask).to("cuda", dtype)
+    x, words = torch.randn(b, c, side, side, device="cuda").to(dtype), words.cuda()
+    bias, dense, pad = torch.zeros(c, device="cuda", dtype=dtype), weight.view(c, 1, k, k), k // 2
+    last, dense_last = (t.contiguous(memory_format=torch.channels_last) for t in (x, dense))
+    window = [[k, k], [stride] * 2, [pad] * 2, [1, 1]]
+    rivals = Rivals()
+    rivals.add("ours", lambda: lambda: torch.ops.fxprune.depthwise_taps(x, weight, words, bias, *window, "none"))
+    for layout, given, kernel in (("nchw", x, dense), ("nhwc", last, dense_last)):
+        call = conv_call(given, kernel, bias, stride, pad, c)
+        for choice in ("cudnn", "native", None):
+            rivals.add(f"{layout} {choice or 'default'}", lambda call=call, choice=choice: with_kernel(call, choice))
+    out = (side + 2 * pad - k) // stride + 1
+    moved = (x.numel() + b * c * out * out) * x.element_size()
+    name = f"depthwise b{b} {c}@{side} k{k}s{stride} keep {keep:.0%} {str(dtype)[6:]}"
+    return row(
+        name,
+        rivals,
+        PREDICTED_DEPTHWISE.get((k, keep)),
+        copy_share=lambda us: share(moved / us * 1e-6, ceilings["copy_tb_s"]),
+    )
+
+
+def conv_call(x: Tensor, weight: Tensor, bias: Tensor, stride: int, pad: int, groups: int) -> Callable[[], Tensor]:
+    return lambda: F.conv2d(x, weight, bias, stride, pad, 1, groups)
+
+
+def with_kernel(call: Callable[[], Tensor], kernel: str | None) -> Callable[[], Tensor]:
+    """Return the call under one of PyTorch's depthwise kernels; torch before 2.13 has no such choice."""
+    if kernel is None:
+        return call
+    torch.backends.cudnn.flags(depthwise_kernel=kernel)  # an error here leaves the rival out
+
+    def run() -> Tensor:
+        with torch.backends.cudnn.flags(enabled=True, depthwise_kernel=kernel):
+            return call()
+
+    return run
+
+
+def share(rate: float, ceiling: float) -> float:
+    return round(rate / ceiling, 3)
+
+
+def gemm_rows(ceilings: dict[str, float]) -> Iterator[Row]:
+    for dtype in (torch.bfloat16, torch.float16):
+        for m, k, n in ((4096, 768, 768), (4096, 768, 3072), (4096, 3072, 768), (128, 768, 3072), (6272, 384, 1536)):
+            for keep in (0.5, 0.3):
+                for g in (128, 256):
+                    yield gemm_row(m, k, n, keep, g, dtype, ceilings)
+
+
+def gemm_row(m: int, k: int, n: int, keep: float, g: int, dtype: torch.dtype, ceilings: dict[str, float]) -> Row:
+    gen = torch.Generator().manual_seed(0)
+    kept, tiles = round(k * keep), -(-n // g)
+    index = torch.cat([torch.randperm(k, generator=gen)[:kept].sort().values for _ in range(tiles)]).int().cuda()
+    ptr = (torch.arange(tiles + 1) * kept).int().cuda()
+    columns = torch.arange(n).int().cuda()
+    values = torch.randn(kept * n).to(dtype)
+    image = tile_image.build(values, ptr.cpu(), g, n).cuda()  # as inference packs it
+    x = torch.randn(1, k, m, device="cuda").to(dtype)  # feature-major
+    rows = x[0].t().contiguous()
+    weight = torch.randn(n, k, device="cuda").to(dtype)
+    packed = (image, index, ptr, columns, None, None, None, n, g)
+    rivals = Rivals()
+    rivals.add("ours", lambda: lambda: torch.ops.fxprune.tile_gemm(x, *packed, 1, "none"))
+    rivals.add("linear", lambda: lambda: F.linear(rows, weight))
+    rivals.add("matmul feature-major", lambda: lambda: weight @ x[0])
+    rivals.add("cuSPARSELt 2:4", lambda: semi_structured(weight, rows))
+    rivals.add("QuACK", lambda: quack(rows, weight))
+    row_major = Rivals()
+    row_major.add("ours", lambda: lambda: torch.ops.fxprune.tile_gemm(rows, *packed, -1, "none"))
+    flops = 2.0 * m * values.numel()
+    found = row(
+        f"gemm m{m} {k}->{n} keep {keep:.0%} g{g} {str(dtype)[6:]}", rivals, PREDICTED_GEMM[keep],
+        matmul_share=lambda us: share(flops / us * 1e-6, ceilings["matmul_tflop_s"]),
+    )  # fmt: skip
+    return {**found, "row_major_us": {k: round(v, 2) for k, v in micros(row_major.calls).items()}}
+
+
+def semi_structured(weight: Tensor, rows: Tensor) -> Callable[[], Tensor]:
+    """Return the 2:4 product of PyTorch, where the card and the build have it."""
+    mask = torch.tensor([1, 1, 0, 0], device="cuda", dtype=weight.dtype).repeat(weight.shape[1] // 4)
+    sparse = torch.sparse.to_sparse_semi_structured(weight * mask)
+    return lambda: F.linear(rows, sparse)
+
+
+def quack(rows: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    from quack.gemm_interface import gemm
+
+    transposed = weight.t()
+    return lambda: gemm(rows, transposed)
+
+
+def model_rows() -> Iterator[Row]:
+    for name in ("mobilenetv2_100", "efficientnet_b0", "convnext_tiny", "bert_base"):
+        for dtype in (torch.bfloat16,):
+            for batch in (32, 1, 256):
+                for sparsity in (0.5, 0.0, 0.7):
+                    yield model_row(name, batch, sparsity, dtype)
+
+
+def model_row(name: str, batch: int, sparsity: float, dtype: torch.dtype) -> Row:
+    from zoo import build
+
+    import fxprune
+
+    rivals = Rivals()
+    model, inputs_of = build(name)
+    if sparsity:
+        model = fxprune.prune(model, inputs_of(1), sparsity=sparsity).model
+    inputs = inputs_of(batch)
+    model = model.cuda().to(dtype).eval()
+    given = tuple(t.cuda().to(dtype) if t.is_floating_point() else t.cuda() for t in inputs)
+    channels_last = all(t.dim() == 4 for t in given)
+    rivals.add("ours", lambda: compiled(model, given, backend="hwprune", options={"mode": "max-autotune-no-cudagraphs"}))
+    rivals.add("eager", lambda: lambda: model(*given))
+    rivals.add("inductor", lambda: compiled(model, given, mode="max-autotune-no-cudagraphs"))
+    if channels_last:
+        last = tuple(t.contiguous(memory_format=torch.channels_last) for t in given)
+        rivals.add("inductor nhwc", lambda: compiled(model, last, mode="max-autotune-no-cudagraphs"))
+    return row(f"{name} b{batch} sparsity {sparsity:.0%} {str(dtype)[6:]}", rivals, None)
+
+
+def compiled(model: torch.nn.Module, given: tuple[Tensor, ...], **how: Any) -> Callable[[], Any]:
+    """Return a compiled call; graphs are captured around it here, for all rivals alike."""
+    torch._dynamo.reset()
+    run = torch.compile(model, **how)
+    run(*given)
+    return lambda: run(*given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

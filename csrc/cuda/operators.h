@@ -1,0 +1,22 @@
+// The GPU operators as the binding sees them: no torch header, no CUDA header. Each enqueues on the
+// stream of the current device and returns; each throws std::runtime_error when CUDA refuses.
+#pragma once
+
+#include "fxprune/cuda/depthwise_taps.cuh"
+#include "fxprune/cuda/tile_gemm.cuh"
+#include "fxprune/cuda/tile_pack.cuh"
+
+namespace fxprune::gpu {
+
+enum class Element : int { kFloat, kHalf, kBfloat };
+
+void depthwise_taps_cuda(const DepthwiseArgs& a, Element element, void* stream);
+void tile_image_cuda(const TileImageArgs& a, void* stream);
+void transpose_cuda(const TransposeArgs& a, int element_bytes, void* stream);
+// rows: kept K rows of all tiles.
+void tile_pack_cuda(const TilePackArgs& a, int64_t rows, int element_bytes, bool unpack,
+                    void* stream);
+// hopper: whether the sm_90a kernels may run.
+void tile_gemm_cuda(const TileGemmArgs& a, Element element, bool hopper, void* stream);
+
+}  // namespace fxprune::gpu

@@ -1,0 +1,282 @@
+// The CUDA side of the fxprune library: checks, and the hand-over to the kernels. Built against
+// torch's stable ABI and without a dependency on CUDA's libraries, so that it loads beside any
+// torch. The schemas are those of csrc/ops.cpp.
+//
+// Index lists are not checked here: that would read them back. They are checked when they are
+// packed (Pattern.check), and the planner packs on the host.
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+
+#include "cuda/arguments.h"
+
+namespace fxprune {
+namespace {
+
+using IntList = std::vector<int64_t>;
+using gpu::Element;
+
+void check_pair(const IntList& v, const char* name, int64_t least) {
+  STD_TORCH_CHECK(v.size() == 2, name, " must have 2 entries, got ", v.size());
+  for (int64_t entry : v) {
+    STD_TORCH_CHECK(entry >= least && entry <= 1 << 20, name, " must lie in [", least,
+                    ", 1048576], got ", entry);
+  }
+}
+
+Tensor depthwise_taps(const Tensor& x_in, const Tensor& weight_in, const Tensor& taps_in,
+                      const OptionalTensor& bias_in, const IntList& kernel_size,
+                      const IntList& stride, const IntList& padding, const IntList& dilation,
+                      const Text& activation) {
+  check_pair(kernel_size, "kernel_size", 1);
+  check_pair(stride, "stride", 1);
+  check_pair(padding, "padding", 0);
+  check_pair(dilation, "dilation", 1);
+  check_cuda_tensor(x_in, "x");
+  const Element element = check_element(x_in);
+  STD_TORCH_CHECK(x_in.dim() == 4, "x must have shape (B, C, H, W), got ", shape_of(x_in));
+  DepthwiseTaps g{};
+  g.batch = x_in.size(0), g.channels = x_in.size(1);
+  g.height = x_in.size(2), g.width = x_in.size(3);
+  g.kernel_h = kernel_size[0], g.kernel_w = kernel_size[1];
+  g.stride_h = stride[0], g.stride_w = stride[1];
+  g.pad_h = padding[0], g.pad_w = padding[1];
+  g.dilation_h = dilation[0], g.dilation_w = dilation[1];
+  check_window(&g);
+  const int64_t words = (g.kernel() + 63) / 64;
+  check_shape(weight_in, "weight", {g.channels, g.kernel()});
+  check_shape(taps_in, "taps", {g.channels, words});
+  const Activation chosen = check_activation(activation);
+  const OptionalTensor bias = like_input(bias_in, "bias", x_in, {g.channels});
+  const Tensor x = like_input(x_in, "x", x_in), weight = like_input(weight_in, "weight", x_in),
+               taps = list_input(taps_in, "taps", x_in, element_types().int64, "int64");
+  Tensor out = empty_like(x, {g.batch, g.channels, g.out_h, g.out_w}, type_of(x));
+  if (out.numel() == 0) return out;
+
+  gpu::DepthwiseArgs a{};
+  a.x = x.const_data_ptr();
+  a.weight = weight.const_data_ptr();
+  a.taps = static_cast<const uint64_t*>(taps.const_data_ptr());
+  a.bias = address(bias);
+  a.out = out.mutable_data_ptr();
+  a.batch = g.batch, a.channels = g.channels;
+  a.height = small_size(g.height, "height"), a.width = small_size(g.width, "width");
+  a.out_h = small_size(g.out_h, "height"), a.out_w = small_size(g.out_w, "width");
+  a.tap_words = small_size(words, "kernel_size");
+  small_size(g.kernel(), "kernel_size");
+  int* const windows[] = {&a.kernel_h, &a.kernel_w, &a.stride_h,   &a.stride_w,
+                          &a.pad_h,    &a.pad_w,    &a.dilation_h, &a.dilation_w};
+  const int64_t values[] = {g.kernel_h, g.kernel_w, g.stride_h,   g.stride_w,
+                            g.pad_h,    g.pad_w,    g.dilation_h, g.dilation_w};
+  for (int i = 0; i < 8; ++i) *windows[i] = static_cast<int>(values[i]);
+  a.activation = chosen;
+  const OnDeviceOf guard(x);
+  gpu::depthwise_taps_cuda(a, element, current_stream(x));
+  return out;
+}
+
+// The structure of a tile-packed weight: what shapes tell.
+struct Structure {
+  Tensor index, tile_ptr, columns;
+  int64_t rows, kept, granularity, tiles;
+
+  Structure(const Tensor& index_in, const Tensor& tile_ptr_in, const Tensor& columns_in,
+            int64_t granularity_in, const Tensor& x)
+      : index(list(index_in, "index", x)),
+        tile_ptr(list(tile_ptr_in, "tile_ptr", x)),
+        columns(list(columns_in, "columns", x)),
+        rows(index.size(0)),
+        kept(columns.size(0)) {
+    STD_TORCH_CHECK(granularity_in >= 1, "granularity must be at least 1, got ", granularity_in);
+    granularity = std::min(granularity_in, std::max<int64_t>(kept, 1));
+    tiles = (kept + granularity - 1) / granularity;
+    STD_TORCH_CHECK(tile_ptr.size(0) == tiles + 1, "tile_ptr must have ", tiles + 1,
+                    " entries for ", kept, " columns in tiles of ", granularity, ", got ",
+                    tile_ptr.size(0));
+  }
+
+  static Tensor list(const Tensor& t, const char* name, const Tensor& x) {
+    STD_TORCH_CHECK(t.dim() == 1, name, " must have one dimension, got shape ", shape_of(t));
+    return list_input(t, name, x, element_types().int32, "int32");
+  }
+  template <class T>
+  static const T* data(const Tensor& t) {
+    return static_cast<const T*>(t.const_data_ptr());
+  }
+  // The number of packed weights follows from the shapes but for the K rows of a narrower last
+  // tile.
+  void check_values(const Tensor& values) const {
+    const int64_t most = rows * granularity, narrower = tiles * granularity - kept;
+    const int64_t missing = values.dim() == 1 ? most - values.size(0) : -1;
+    const bool possible =
+        narrower == 0 ? missing == 0
+                      : missing >= 0 && missing % narrower == 0 && missing / narrower <= rows;
+    STD_TORCH_CHECK(possible, "values must have ", narrower == 0 ? "" : "at most ", most,
+                    " elements for ", rows, " kept rows in tiles of ", granularity, ", got shape ",
+                    shape_of(values));
+  }
+  // Sets the structure's part of an argument record.
+  template <class Args>
+  void fill(Args* a) const {
+    a->index = data<int32_t>(index);
+    a->tile_ptr = data<int32_t>(tile_ptr);
+    a->columns = data<int32_t>(columns);
+    a->kept = kept;
+    a->granularity = granularity;
+    a->tiles = tiles;
+  }
+};
+
+// Rows (m, k) -> (k, m) in memory of its own.
+Tensor transposed(const Tensor& x, int64_t rows, int64_t columns, Element element, void* stream) {
+  Tensor out = empty_like(x, {columns, rows}, type_of(x));
+  gpu::transpose_cuda({x.const_data_ptr(), out.mutable_data_ptr(), rows, columns},
+                      element == Element::kFloat ? 4 : 2, stream);
+  return out;
+}
+
+// For debugging: FXPRUNE_CUDA_ISA=sm_80 leaves the kernels for newer GPUs unused.
+bool newest_kernels() {
+  static const bool newest = [] {
+    const char* cap = std::getenv("FXPRUNE_CUDA_ISA");
+    return cap == nullptr || std::string(cap) != "sm_80";
+  }();
+  return newest;
+}
+
+Tensor tile_gemm(const Tensor& x_in, const Tensor& values_in, const Tensor& index,
+                 const Tensor& tile_ptr, const Tensor& columns, const OptionalTensor& bias_in,
+                 const OptionalTensor& residual_in, const OptionalTensor& gate_in,
+                 int64_t out_features, int64_t granularity, int64_t feature_dim,
+                 const Text& activation) {
+  STD_TORCH_CHECK(feature_dim == 1 || feature_dim == -1, "feature_dim must be 1 or -1, got ",
+                  feature_dim);
+  const bool feature_major = feature_dim == 1;
+  check_cuda_tensor(x_in, "x");
+  const Element element = check_element(x_in);
+  const int64_t rank = x_in.dim();
+  STD_TORCH_CHECK(rank >= (feature_major ? 3 : 1), "x must have shape ",
+                  feature_major ? "(B, K, *spatial) with at least one spatial dimension" : "(*, K)",
+                  ", got ", shape_of(x_in));
+  STD_TORCH_CHECK(out_features >= 0, "out_features must not be negative, got ", out_features);
+  STD_TORCH_CHECK(feature_major || !gate_in.has_value(), "gate needs feature_dim=1");
+  const Structure structure(index, tile_ptr, columns, granularity, x_in);
+  STD_TORCH_CHECK(structure.kept <= out_features, "columns must hold at most ", out_features,
+                  " output features, got ", structure.kept);
+  // values may be the image itself, made when the weight was packed.
+  const bool has_image =
+      element != Element::kFloat && type_of(values_in) == aoti_torch_dtype_uint8();
+  const gpu::TileImage layout{structure.tiles, structure.rows, structure.granularity};
+  if (has_image) {
+    check_shape(values_in, "values", {layout.bytes()});
+  } else {
+    structure.check_values(values_in);
+  }
+  const int64_t axis = feature_major ? 1 : rank - 1;
+  std::vector<int64_t> shape(rank);
+  for (int64_t i = 0; i < rank; ++i) shape[i] = i == axis ? out_features : x_in.size(i);
+
+  gpu::TileGemmArgs a{};
+  a.activation = check_activation(activation);
+  a.k = x_in.size(axis);
+  a.n = out_features;
+  a.rows = structure.rows;
+  a.batch = feature_major ? x_in.size(0) : 1;
+  a.m = 1;
+  for (int64_t i = feature_major ? 2 : 0; i < (feature_major ? rank : axis); ++i) {
+    a.m *= x_in.size(i);
+  }
+  const OptionalTensor bias = like_input(bias_in, "bias", x_in, {out_features});
+  OptionalTensor residual = like_input(residual_in, "residual", x_in, shape);
+  const OptionalTensor gate = like_input(gate_in, "gate", x_in, {x_in.size(0), a.k});
+  Tensor x = like_input(x_in, "x", x_in);
+  const Tensor values =
+      has_image ? list_input(values_in, "values", x_in, aoti_torch_dtype_uint8(), "uint8")
+                : like_input(values_in, "values", x_in);
+  Tensor out = empty_like(x, shape, type_of(x));
+  if (out.numel() == 0) return out;
+  structure.fill(&a);
+
+  const OnDeviceOf guard(x);
+  void* const stream = current_stream(x);
+  OptionalTensor image, result;
+  if (has_image) {
+    image = values;
+  } else if (element != Element::kFloat) {
+    image = empty_like(x, {layout.bytes()}, aoti_torch_dtype_uint8());
+    gpu::tile_image_cuda(
+        {layout, values.const_data_ptr(), a.tile_ptr, a.kept, image->mutable_data_ptr()}, stream);
+  }
+  if (!feature_major) {
+    x = transposed(x, a.m, a.k, element, stream);
+    if (residual.has_value()) residual = transposed(*residual, a.m, a.n, element, stream);
+    result = empty_like(x, {a.n, a.m}, type_of(x));
+  }
+  a.x = x.const_data_ptr();
+  a.values = values.const_data_ptr();
+  a.image = address(image);
+  a.bias = address(bias);
+  a.residual = address(residual);
+  a.gate = address(gate);
+  a.out = (feature_major ? out : *result).mutable_data_ptr();
+  gpu::tile_gemm_cuda(a, element, newest_kernels(), stream);
+  if (!feature_major) {
+    gpu::transpose_cuda({result->const_data_ptr(), out.mutable_data_ptr(), a.n, a.m},
+                        element == Element::kFloat ? 4 : 2, stream);
+  }
+  return out;
+}
+
+Tensor pack(const Tensor& from_in, const Structure& structure, int64_t k, Tensor out, bool unpack) {
+  const Tensor from = like_input(from_in, unpack ? "values" : "weight", from_in);
+  const Element element = check_element(from);
+  gpu::TilePackArgs a{};
+  structure.fill(&a);
+  a.k = k;
+  a.from = from.const_data_ptr();
+  a.to = out.mutable_data_ptr();
+  const OnDeviceOf guard(from);
+  if (out.numel() > 0 && from.numel() > 0) {
+    gpu::tile_pack_cuda(a, structure.rows, element == Element::kFloat ? 4 : 2, unpack,
+                        current_stream(from));
+  }
+  return out;
+}
+
+Tensor tile_pack(const Tensor& weight, const Tensor& index, const Tensor& tile_ptr,
+                 const Tensor& columns, int64_t granularity, int64_t nnz) {
+  check_cuda_tensor(weight, "weight");
+  STD_TORCH_CHECK(weight.dim() == 2, "weight must have shape (N, K), got ", shape_of(weight));
+  const Structure structure(index, tile_ptr, columns, granularity, weight);
+  STD_TORCH_CHECK(nnz >= 0 && nnz <= structure.rows * structure.granularity, "nnz must be at most ",
+                  structure.rows * structure.granularity, ", got ", nnz);
+  Tensor out = empty_like(weight, {nnz}, type_of(weight));
+  return pack(weight, structure, weight.size(1), out, false);
+}
+
+Tensor tile_unpack(const Tensor& values, const Tensor& index, const Tensor& tile_ptr,
+                   const Tensor& columns, int64_t granularity, int64_t out_features,
+                   int64_t in_features) {
+  check_cuda_tensor(values, "values");
+  const Structure structure(index, tile_ptr, columns, granularity, values);
+  STD_TORCH_CHECK(out_features >= structure.kept && in_features >= 0,
+                  "out_features must be at least the number of columns, got ", out_features);
+  structure.check_values(values);
+  Tensor out = empty_like(values, {out_features, in_features}, type_of(values));
+  torch::stable::zero_(out);
+  return pack(values, structure, in_features, out, true);
+}
+
+}  // namespace
+}  // namespace fxprune
+
+#ifdef FXPRUNE_SIMULATED
+STABLE_TORCH_LIBRARY_IMPL(fxprune_simulated, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(fxprune, CUDA, m) {
+#endif
+  m.impl("depthwise_taps", TORCH_BOX(&fxprune::depthwise_taps));
+  m.impl("tile_gemm", TORCH_BOX(&fxprune::tile_gemm));
+  m.impl("tile_pack", TORCH_BOX(&fxprune::tile_pack));
+  m.impl("tile_unpack", TORCH_BOX(&fxprune::tile_unpack));
+}

@@ -1,0 +1,48 @@
+#include "fxprune/cuda/tile_gemm.cuh"
+
+#include "cuda/launch.cuh"
+#include "cuda/operators.h"
+
+namespace fxprune::gpu {
+namespace {
+
+// The capabilities of the current device, asked for once each.
+Gpu current_gpu() {
+  int device = 0, major = 0, minor = 0, processors = 0;
+  check_cuda(cudaGetDevice(&device), "asking for the device");
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "asking");
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "asking");
+  return {major == 9 && minor == 0, processors};
+}
+
+}  // namespace
+
+void tile_image_cuda(const TileImageArgs& a, void* stream) {
+  CudaLauncher launcher{static_cast<cudaStream_t>(stream)};
+  tile_image(launcher, a);
+}
+
+void transpose_cuda(const TransposeArgs& a, int element_bytes, void* stream) {
+  CudaLauncher launcher{static_cast<cudaStream_t>(stream)};
+  if (element_bytes == 4) return transpose<uint32_t>(launcher, a);
+  transpose<uint16_t>(launcher, a);
+}
+
+void tile_pack_cuda(const TilePackArgs& a, int64_t rows, int element_bytes, bool unpack,
+                    void* stream) {
+  CudaLauncher launcher{static_cast<cudaStream_t>(stream)};
+  if (element_bytes == 4) return tile_pack<uint32_t>(launcher, a, rows, unpack);
+  tile_pack<uint16_t>(launcher, a, rows, unpack);
+}
+
+void tile_gemm_cuda(const TileGemmArgs& a, Element element, bool hopper, void* stream) {
+  CudaLauncher launcher{static_cast<cudaStream_t>(stream)};
+  Gpu gpu = current_gpu();
+  gpu.hopper = gpu.hopper && hopper;
+  if (element == Element::kFloat) return tile_gemm<float>(launcher, a, gpu);
+  if (element == Element::kHalf) return tile_gemm<Half>(launcher, a, gpu);
+  tile_gemm<Bfloat>(launcher, a, gpu);
+}
+
+}  // namespace fxprune::gpu

@@ -1,0 +1,184 @@
+// What the GPU kernels of the tile-wise GEMM share: arguments, work items, and the epilogue.
+//
+//   out[b, n, m] = act(sum over kept k of w[n, k] * gate[b, k] * x[b, k, m] + bias[n] + residual[b,
+//   n, m])
+//
+// Weights are the matrix instruction's first operand and tokens (pixels) its second, so that a row
+// of accumulators is an output feature and results come out feature-major without a transpose.
+#pragma once
+
+#include "fxprune/activation.h"
+#include "fxprune/cuda/activation.cuh"
+#include "fxprune/cuda/tile_image.cuh"
+
+namespace fxprune::gpu {
+
+struct TileGemmArgs {
+  const void* x;            // (batch, k, m)
+  const void* values;       // packed, as the operator gets it
+  const void* image;        // TileImage, 16-bit kernels only
+  const int32_t* index;     // kept K rows, tile after tile
+  const int32_t* tile_ptr;  // tiles + 1
+  const int32_t* columns;   // kept output features
+  const void* bias;         // (n) or null
+  const void* residual;     // (batch, n, m) or null
+  const void* gate;         // (batch, k) or null
+  void* out;                // (batch, n, m)
+  int64_t batch, m, k, n, kept, rows, granularity, tiles;
+  Activation activation;
+  bool vector;  // 16-byte accesses to rows of x, residual and out are aligned
+
+  FXPRUNE_BOTH TileImage layout() const { return {tiles, rows, granularity}; }
+};
+
+// One block of results: `features` of a tile from its column `first` on, tokens of one image.
+struct TileItem {
+  int64_t tile, first, image, token;
+  int64_t rows;  // K rows of the tile
+};
+
+// Item number i of tiles in the image's order, each in `parts` of `features` output features; the
+// tokens of one tile follow each other, so that its weights stay in L2.
+FXPRUNE_GPU TileItem tile_item(const TileGemmArgs& a, int64_t i, int features, int tokens) {
+  const int64_t token_blocks = (a.m + tokens - 1) / tokens;
+  const int64_t parts = a.layout().panels() * kPanel / features;
+  TileItem item;
+  item.token = i % token_blocks * tokens;
+  i /= token_blocks;
+  item.image = i % a.batch;
+  i /= a.batch;
+  item.first = i % parts * features;
+  item.tile = load_global<int32_t>(static_cast<const int32_t*>(a.image) + i / parts);
+  item.rows = load_global<int32_t>(a.tile_ptr + item.tile + 1) -
+              load_global<int32_t>(a.tile_ptr + item.tile);
+  return item;
+}
+
+FXPRUNE_BOTH int64_t tile_items(const TileGemmArgs& a, int features, int tokens) {
+  return (a.m + tokens - 1) / tokens * a.batch * (a.layout().panels() * kPanel / features) *
+         a.tiles;
+}
+
+// First block of the item's weights in the image.
+FXPRUNE_GPU const char* item_blocks(const TileGemmArgs& a, const TileItem& item) {
+  const int32_t* table = static_cast<const int32_t*>(a.image);
+  const int64_t before = load_global<int32_t>(table + a.tiles + item.tile);
+  return static_cast<const char*>(a.image) + a.layout().table_bytes() +
+         before * a.layout().block_bytes() + item.first / kPanel * kPanelBytes;
+}
+
+// Gives each lane of four neighbours (t = lane%4) eight columns in a row: of v[4][2], columns
+// (8j + 2t, 8j + 2t + 1) for j = 0..3, it makes out[8], columns 8t .. 8t+7. A 4x4 transpose of
+// pairs.
+FXPRUNE_GPU void gather_columns(const float (&v)[4][2], float (&out)[8]) {
+  const int t = thread() % 4;
+  float pair[4][2];
+  FXPRUNE_UNROLLED
+  for (int i = 0; i < 2; ++i) {
+    // Exchange between lanes t and t^1: the one keeps even blocks, the other odd ones.
+    FXPRUNE_UNROLLED
+    for (int j = 0; j < 4; j += 2) {
+      const bool odd = t & 1;
+      const float other = shuffle_xor(odd ? v[j][i] : v[j + 1][i], 1);
+      pair[j][i] = odd ? other : v[j][i];
+      pair[j + 1][i] = odd ? v[j + 1][i] : other;
+    }
+  }
+  // Now pair[j], pair[j+1] are the pairs of lanes t&~1, t|1 in block j + (t & 1).
+  FXPRUNE_UNROLLED
+  for (int i = 0; i < 2; ++i) {
+    FXPRUNE_UNROLLED
+    for (int j = 0; j < 2; ++j) {
+      const bool upper = t & 2;
+      const float other = shuffle_xor(upper ? pair[j][i] : pair[j + 2][i], 2);
+      out[2 * j + i] = upper ? other : pair[j][i];
+      out[2 * (j + 2) + i] = upper ? pair[j + 2][i] : other;
+    }
+  }
+}
+
+// Finishes eight tokens from `token` on of the output feature in column `column` of the tile.
+template <class T>
+FXPRUNE_GPU void finish_tokens(const TileGemmArgs& a, const TileItem& item, int64_t column,
+                               int64_t token, float (&v)[8]) {
+  const int64_t at = item.tile * a.granularity + column;
+  if (column >= a.granularity || at >= a.kept || token >= a.m) return;
+  const int64_t feature = load_global<int32_t>(a.columns + at);
+  const int64_t start = (item.image * a.n + feature) * a.m + token;
+  const int64_t count = a.m - token;
+  constexpr int kPack = Pack<T>::kCount;
+  if (a.bias != nullptr) {
+    const float bias = to_float(load_global<T>(static_cast<const T*>(a.bias) + feature));
+    FXPRUNE_UNROLLED
+    for (int i = 0; i < 8; ++i) v[i] += bias;
+  }
+  if (a.residual != nullptr) {
+    const T* residual = static_cast<const T*>(a.residual) + start;
+    if (a.vector) {
+      FXPRUNE_UNROLLED
+      for (int i = 0; i < 8; i += kPack) {
+        if (i >= count) continue;
+        float part[kPack];
+        Pack<T>::unpack(load_global<Quad>(residual + i), part);
+        FXPRUNE_UNROLLED
+        for (int j = 0; j < kPack; ++j) v[i + j] += part[j];
+      }
+    } else {
+      FXPRUNE_UNROLLED
+      for (int i = 0; i < 8; ++i) {
+        if (i < count) v[i] += to_float(load_global<T>(residual + i));
+      }
+    }
+  }
+  activate(a.activation, v);
+  T* out = static_cast<T*>(a.out) + start;
+  if (a.vector) {
+    FXPRUNE_UNROLLED
+    for (int i = 0; i < 8; i += kPack) {
+      if (i < count) store_global<Quad>(out + i, Pack<T>::pack(v + i));
+    }
+  } else {
+    FXPRUNE_UNROLLED
+    for (int i = 0; i < 8; ++i) {
+      if (i < count) store_global<T>(out + i, from_float<T>(v[i]));
+    }
+  }
+}
+
+// Output features that no tile holds: act(bias + residual). One thread an element of them.
+template <class T>
+struct TileRest {
+  using Args = TileGemmArgs;
+  static constexpr int kThreads = 256, kBlocks = 4;
+
+  static FXPRUNE_GPU void run(const Args& a) {
+    // Feature block(1) + i*blocks(1): kept ones are left alone. columns increase, so search them.
+    for (int64_t feature = block(1); feature < a.n; feature += blocks(1)) {
+      int64_t low = 0, high = a.kept;
+      while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (load_global<int32_t>(a.columns + middle) < feature) {
+          low = middle + 1;
+        } else {
+          high = middle;
+        }
+      }
+      if (low < a.kept && load_global<int32_t>(a.columns + low) == feature) continue;
+      const float bias = a.bias == nullptr
+                             ? 0.0f
+                             : to_float(load_global<T>(static_cast<const T*>(a.bias) + feature));
+      for (int64_t i = block(0) * kThreads + thread(); i < a.batch * a.m;
+           i += blocks(0) * kThreads) {
+        const int64_t at = (i / a.m * a.n + feature) * a.m + i % a.m;
+        float v[1] = {bias};
+        if (a.residual != nullptr) {
+          v[0] += to_float(load_global<T>(static_cast<const T*>(a.residual) + at));
+        }
+        activate(a.activation, v);
+        store_global<T>(static_cast<T*>(a.out) + at, from_float<T>(v[0]));
+      }
+    }
+  }
+};
+
+}  // namespace fxprune::gpu

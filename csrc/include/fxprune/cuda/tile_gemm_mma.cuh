@@ -1,0 +1,149 @@
+// Tile-wise GEMM on mma.sync: sm_80 and later, 16-bit elements, sums in float.
+//
+// A block of 8 warps computes Features (64 or 128) x 128 tokens; K goes by in stages of 32 rows,
+// kStages of them in flight. The weights of a stage are copied from the image as they lie there;
+// the rows of x are gathered by the tile's index list, into panels of the same layout. Where rows
+// cannot be copied in 16-byte pieces, or are scaled by a gate, they come through registers.
+#pragma once
+
+#include "fxprune/cuda/tile_gemm_args.cuh"
+
+namespace fxprune::gpu {
+
+template <class T, int Features>
+struct TileGemmMma {
+  using Args = TileGemmArgs;
+  static constexpr int kThreads = 256, kBlocks = Features == 128 ? 2 : 3;
+  static constexpr int kTokens = 128, kRows = 32, kStages = 4;
+  static constexpr int kHalfPanel = kRows * 128;  // bytes of a stage's panel
+  static constexpr int kWeightBytes = Features / kPanel * kHalfPanel;
+  static constexpr int kStageBytes = kWeightBytes + kTokens / kPanel * kHalfPanel;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+  // Warps: 4 along tokens, 2 along features; of each 32 tokens and half the features.
+  static constexpr int kBlocksM = Features / 32;  // 16-row blocks of a warp
+
+  struct Source {
+    const char* weights;   // the item's blocks
+    const int32_t* index;  // of the tile
+    const T* x;            // the image's rows, at the item's first token
+    const T* gate;         // of the image, or null
+    int64_t tokens;        // that exist from there on
+  };
+
+  static FXPRUNE_GPU void fill(const Args& a, const TileItem& item, const Source& s, int stage,
+                               char* to) {
+    const int64_t first_row = int64_t{stage} * kRows;
+    const char* weights = s.weights + first_row / kBlockRows * a.layout().block_bytes() +
+                          first_row % kBlockRows * 128;
+    FXPRUNE_UNROLLED
+    for (int i = 0; i < kWeightBytes / 16 / kThreads; ++i) {
+      const int chunk = thread() + i * kThreads;
+      const int panel = chunk / (kHalfPanel / 16), within = chunk % (kHalfPanel / 16);
+      copy_async<16>(to + chunk * 16, weights + int64_t{panel} * kPanelBytes + within * 16, true);
+    }
+    char* tokens = to + kWeightBytes;
+    FXPRUNE_UNROLLED
+    for (int i = 0; i < kRows * kTokens / 8 / kThreads; ++i) {
+      const int chunk = thread() + i * kThreads;
+      const int k = chunk / (kTokens / 8), column = chunk % (kTokens / 8) * 8;
+      const bool real = first_row + k < item.rows && column < s.tokens;
+      const int64_t row =
+          first_row + k < item.rows ? load_global<int32_t>(s.index + first_row + k) : 0;
+      const T* from = s.x + row * a.m + column;
+      char* at = tokens + column / kPanel * kHalfPanel + panel_offset(k, column % kPanel);
+      if (a.vector && s.gate == nullptr) {
+        copy_async<16>(at, real ? from : s.x, real);
+      } else {
+        const float scale =
+            real && s.gate != nullptr ? to_float(load_global<T>(s.gate + row)) : 1.0f;
+        uint16_t element[8];
+        FXPRUNE_UNROLLED
+        for (int j = 0; j < 8; ++j) {
+          element[j] = 0;
+          if (real && column + j < s.tokens) {
+            const T value = load_global<T>(from + j);
+            element[j] =
+                s.gate == nullptr ? value.bits : from_float<T>(to_float(value) * scale).bits;
+          }
+        }
+        Quad quad;
+        FXPRUNE_UNROLLED
+        for (int j = 0; j < 4; ++j) {
+          quad.word[j] = element[2 * j] | static_cast<uint32_t>(element[2 * j + 1]) << 16;
+        }
+        store_shared<Quad>(at, quad);
+      }
+    }
+  }
+
+  static FXPRUNE_GPU void multiply(const char* stage, float (&sums)[kBlocksM][4][4]) {
+    const int lane = thread() % 32, warp = thread() / 32;
+    const int feature = warp / 4 * (Features / 2), token = warp % 4 * 32;
+    FXPRUNE_UNROLLED
+    for (int k = 0; k < kRows; k += 16) {
+      uint32_t b[2][4];
+      FXPRUNE_UNROLLED
+      for (int j = 0; j < 2; ++j) {
+        const int row = k + lane / 8 % 2 * 8 + lane % 8, column = token + 16 * j + lane / 16 * 8;
+        load_matrices_transposed(b[j], stage + kWeightBytes + column / kPanel * kHalfPanel +
+                                           panel_offset(row, column % kPanel));
+      }
+      FXPRUNE_UNROLLED
+      for (int i = 0; i < kBlocksM; ++i) {
+        uint32_t w[4];
+        const int row = k + lane / 16 * 8 + lane % 8, column = feature + 16 * i + lane / 8 % 2 * 8;
+        load_matrices_transposed(
+            w, stage + column / kPanel * kHalfPanel + panel_offset(row, column % kPanel));
+        FXPRUNE_UNROLLED
+        for (int j = 0; j < 4; ++j) {
+          multiply_16x8x16<T>(sums[i][j], w, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+        }
+      }
+    }
+  }
+
+  static FXPRUNE_GPU void run(const Args& a) {
+    const TileItem item = tile_item(a, block(0), Features, kTokens);
+    Source s;
+    s.weights = item_blocks(a, item);
+    s.index = a.index + load_global<int32_t>(a.tile_ptr + item.tile);
+    s.x = static_cast<const T*>(a.x) + item.image * a.k * a.m + item.token;
+    s.gate = a.gate == nullptr ? nullptr : static_cast<const T*>(a.gate) + item.image * a.k;
+    s.tokens = a.m - item.token;
+    const int stages = static_cast<int>((item.rows + kRows - 1) / kRows);
+
+    float sums[kBlocksM][4][4];
+    FXPRUNE_UNROLLED
+    for (int i = 0; i < kBlocksM * 16; ++i) sums[i / 16][i / 4 % 4][i % 4] = 0.0f;
+    for (int i = 0; i < kStages - 1; ++i) {
+      if (i < stages) fill(a, item, s, i, shared_memory() + i * kStageBytes);
+      copy_commit();
+    }
+    for (int i = 0; i < stages; ++i) {
+      copy_wait<kStages - 2>();
+      barrier();  // the stage is there for all, and nobody reads the one before any more
+      const int next = i + kStages - 1;
+      if (next < stages) fill(a, item, s, next, shared_memory() + next % kStages * kStageBytes);
+      copy_commit();
+      multiply(shared_memory() + i % kStages * kStageBytes, sums);
+    }
+    copy_wait<0>();
+
+    const int lane = thread() % 32, warp = thread() / 32;
+    FXPRUNE_UNROLLED
+    for (int i = 0; i < kBlocksM; ++i) {
+      FXPRUNE_UNROLLED
+      for (int half = 0; half < 2; ++half) {
+        float v[4][2], tokens[8];
+        FXPRUNE_UNROLLED
+        for (int j = 0; j < 8; ++j) v[j / 2][j % 2] = sums[i][j / 2][2 * half + j % 2];
+        gather_columns(v, tokens);
+        const int64_t column =
+            item.first + warp / 4 * (Features / 2) + 16 * i + 8 * half + lane / 4;
+        finish_tokens<T>(a, item, column, item.token + warp % 4 * 32 + lane % 4 * 8, tokens);
+      }
+    }
+  }
+};
+
+}  // namespace fxprune::gpu

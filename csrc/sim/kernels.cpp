@@ -1,0 +1,136 @@
+// The GPU operators on the simulator, as C functions for the tests. Each returns null, or what went
+// wrong; the text lives until the next call.
+#include <string>
+
+#include "fxprune/cuda/depthwise_taps.cuh"
+#include "fxprune/cuda/tile_gemm.cuh"
+#include "fxprune/cuda/tile_pack.cuh"
+#include "sim/machine.h"
+
+namespace fxprune::gpu {
+namespace {
+
+struct Simulator {
+  template <class Kernel>
+  void launch(const int64_t (&grid)[3], int64_t shared_bytes, const typename Kernel::Args& a) {
+    sim::launch(grid, Kernel::kThreads, shared_bytes, [&a] { Kernel::run(a); });
+  }
+};
+
+// Calls work(T) for the element type of the given number: 0 float, 1 Half, 2 Bfloat.
+template <class Work>
+void with_type(int type, Work work) {
+  if (type == 0) return work(float());
+  if (type == 1) return work(Half());
+  work(Bfloat());
+}
+
+template <class Work>
+const char* guarded(Work work) {
+  static std::string message;
+  try {
+    work();
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
+}  // namespace
+}  // namespace fxprune::gpu
+
+using namespace fxprune;
+using namespace fxprune::gpu;
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+void fxprune_sim_reset(uint32_t seed, int plant) {
+  sim::reset(seed, static_cast<sim::Plant>(plant));
+}
+
+void fxprune_sim_declare(const void* data, int64_t bytes, bool writable) {
+  sim::declare(data, bytes, writable);
+}
+
+bool fxprune_sim_all_written(const void* data) {
+  return sim::all_written(data);
+}
+
+// geometry: batch, channels, height, width, out_h, out_w, tap_words, then kernel, stride, padding
+// and dilation, each (h, w), then the activation.
+const char* fxprune_sim_depthwise(int type, const void* x, const void* weight, const uint64_t* taps,
+                                  const void* bias, void* out, const int64_t* g) {
+  return guarded([&] {
+    DepthwiseArgs a{};
+    a.x = x, a.weight = weight, a.taps = taps, a.bias = bias, a.out = out;
+    a.batch = g[0], a.channels = g[1];
+    int* const fields[] = {&a.height,   &a.width,      &a.out_h,     &a.out_w,    &a.tap_words,
+                           &a.kernel_h, &a.kernel_w,   &a.stride_h,  &a.stride_w, &a.pad_h,
+                           &a.pad_w,    &a.dilation_h, &a.dilation_w};
+    for (int i = 0; i < 13; ++i) *fields[i] = static_cast<int>(g[2 + i]);
+    a.activation = static_cast<Activation>(g[15]);
+    Simulator simulator;
+    with_type(type, [&](auto t) { depthwise_taps<decltype(t)>(simulator, a); });
+  });
+}
+
+// shape: tiles, kept K rows of all tiles, granularity, kept output features.
+int64_t fxprune_sim_tile_image_bytes(const int64_t* shape) {
+  return TileImage{shape[0], shape[1], shape[2]}.bytes();
+}
+
+const char* fxprune_sim_tile_image(const void* values, const int32_t* tile_ptr, void* out,
+                                   const int64_t* shape) {
+  return guarded([&] {
+    Simulator simulator;
+    tile_image(simulator, {{shape[0], shape[1], shape[2]}, values, tile_ptr, shape[3], out});
+  });
+}
+
+// tensors: x, values, image, index, tile_ptr, columns, bias, residual, gate, out. sizes: batch, m,
+// k, n, kept, rows, granularity, tiles, activation, whether sm_90a kernels may run, processors.
+const char* fxprune_sim_tile_gemm(int type, void* const* tensors, const int64_t* sizes) {
+  return guarded([&] {
+    TileGemmArgs a{};
+    const void** const pointers[] = {&a.x, &a.values, &a.image};
+    for (int i = 0; i < 3; ++i) *pointers[i] = tensors[i];
+    const int32_t** const lists[] = {&a.index, &a.tile_ptr, &a.columns};
+    for (int i = 0; i < 3; ++i) *lists[i] = static_cast<const int32_t*>(tensors[3 + i]);
+    a.bias = tensors[6], a.residual = tensors[7], a.gate = tensors[8], a.out = tensors[9];
+    int64_t* const fields[] = {&a.batch, &a.m,    &a.k,           &a.n,
+                               &a.kept,  &a.rows, &a.granularity, &a.tiles};
+    for (int i = 0; i < 8; ++i) *fields[i] = sizes[i];
+    a.activation = static_cast<Activation>(sizes[8]);
+    const Gpu gpu{sizes[9] != 0, static_cast<int>(sizes[10])};
+    Simulator simulator;
+    with_type(type, [&](auto t) { tile_gemm<decltype(t)>(simulator, a, gpu); });
+  });
+}
+
+// sizes: k, kept, granularity, tiles, kept K rows of all tiles.
+const char* fxprune_sim_tile_pack(int element_bytes, bool unpack, const void* from, void* to,
+                                  const int32_t* index, const int32_t* tile_ptr,
+                                  const int32_t* columns, const int64_t* sizes) {
+  return guarded([&] {
+    Simulator simulator;
+    const TilePackArgs a{index,    tile_ptr, columns, sizes[0], sizes[1],
+                         sizes[2], sizes[3], from,    to};
+    if (element_bytes == 4) return tile_pack<uint32_t>(simulator, a, sizes[4], unpack);
+    tile_pack<uint16_t>(simulator, a, sizes[4], unpack);
+  });
+}
+
+const char* fxprune_sim_transpose(int element_bytes, const void* x, void* out, int64_t rows,
+                                  int64_t columns) {
+  return guarded([&] {
+    Simulator simulator;
+    const TransposeArgs a{x, out, rows, columns};
+    if (element_bytes == 4) return transpose<uint32_t>(simulator, a);
+    transpose<uint16_t>(simulator, a);
+  });
+}
+
+}  // extern "C"
+#pragma GCC visibility pop

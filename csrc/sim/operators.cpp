@@ -1,0 +1,49 @@
+// The operators of csrc/cuda/operators.h on the simulator, for csrc/cuda/ops.cpp built with
+// FXPRUNE_SIMULATED. Accesses to global memory are not checked here: the tensors are torch's.
+#include "cuda/operators.h"
+
+#include "sim/machine.h"
+
+namespace fxprune::gpu {
+namespace {
+
+struct Simulator {
+  template <class Kernel>
+  void launch(const int64_t (&grid)[3], int64_t shared_bytes, const typename Kernel::Args& a) {
+    sim::trust_global_memory();
+    sim::launch(grid, Kernel::kThreads, shared_bytes, [&a] { Kernel::run(a); });
+  }
+} simulator;
+
+template <class Work>
+void with_element(Element element, Work work) {
+  if (element == Element::kFloat) return work(float());
+  if (element == Element::kHalf) return work(Half());
+  work(Bfloat());
+}
+
+}  // namespace
+
+void depthwise_taps_cuda(const DepthwiseArgs& a, Element element, void*) {
+  with_element(element, [&](auto t) { depthwise_taps<decltype(t)>(simulator, a); });
+}
+
+void tile_image_cuda(const TileImageArgs& a, void*) {
+  tile_image(simulator, a);
+}
+
+void transpose_cuda(const TransposeArgs& a, int element_bytes, void*) {
+  if (element_bytes == 4) return transpose<uint32_t>(simulator, a);
+  transpose<uint16_t>(simulator, a);
+}
+
+void tile_pack_cuda(const TilePackArgs& a, int64_t rows, int element_bytes, bool unpack, void*) {
+  if (element_bytes == 4) return tile_pack<uint32_t>(simulator, a, rows, unpack);
+  tile_pack<uint16_t>(simulator, a, rows, unpack);
+}
+
+void tile_gemm_cuda(const TileGemmArgs& a, Element element, bool hopper, void*) {
+  with_element(element, [&](auto t) { tile_gemm<decltype(t)>(simulator, a, {hopper, 3}); });
+}
+
+}  // namespace fxprune::gpu

@@ -1,0 +1,40 @@
+"""The CUDA kernels of ``csrc/cuda`` and what they run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import library
+from .cpu import operator
+from .impl import Impl
+
+# The other operators have no CUDA kernel: their layers stay dense on a GPU.
+OPERATORS = ("depthwise_taps", "tile_gemm", "tile_pack", "tile_unpack")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OLDEST = (8, 0)  # compute capability of the code in the library
+
+
+def supports(x: Any, weight: Any = None) -> str | None:
+    """float32, float16 or bfloat16 on one GPU of compute capability 8.0 or more, with the CUDA library loaded."""
+    for tensor in (x, weight):
+        if isinstance(tensor, torch.Tensor):
+            if tensor.device.type != "cuda":
+                return f"needs a GPU, got {tensor.device.type}"
+            if tensor.dtype not in DTYPES and not (tensor is weight and tensor.dtype == torch.uint8):  # a tile image
+                return f"needs float32, float16 or bfloat16, got {str(tensor.dtype).removeprefix('torch.')}"
+    if isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor):
+        if weight.dtype not in (x.dtype, torch.uint8):
+            return f"needs x and the weight in one type, got {x.dtype} and {weight.dtype}"
+        if x.device != weight.device:
+            return f"needs x and the weight on one GPU, got {x.device} and {weight.device}"
+    reason = library.cuda_missing()
+    if reason is not None:
+        return reason
+    if isinstance(x, torch.Tensor) and (found := torch.cuda.get_device_capability(x.device)) < OLDEST:
+        return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}, got {found[0]}.{found[1]}"
+    return None
+
+
+IMPLS = tuple(Impl(name, "cuda", operator(name), supports) for name in OPERATORS)

@@ -1,0 +1,196 @@
+"""The GPU kernels on the host: builds the simulator of csrc/sim and calls it on tensors.
+
+A :class:`Fault` is what a kernel did that it must not: a race, an access out of bounds, a deadlock. Environment:
+CXX, FXPRUNE_SANITIZE=1 (a build under the address and undefined-behaviour sanitizers, see sanitize.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxprune.ops.activation import NAMES
+
+ROOT = Path(__file__).resolve().parents[2]
+# operators.cpp is for the binding, which needs torch (test_binding.py)
+SOURCES = sorted(p for p in (ROOT / "csrc/sim").glob("*.cpp") if p.name != "operators.cpp")
+SANITIZE = os.environ.get("FXPRUNE_SANITIZE") == "1"
+FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"] if SANITIZE else ["-O2", "-g0"]
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)
+# the functions that return a text or null
+MESSAGES = ("depthwise", "tile_image", "tile_gemm", "tile_pack", "transpose", "case", "run_case")
+SEEDS = (0, 1, 2)  # threads in order, in reverse, shuffled
+
+
+class Fault(AssertionError):
+    """A kernel broke a rule of the simulated machine."""
+
+
+class Plant(enum.IntEnum):
+    """The mistakes of csrc/sim/machine.h."""
+
+    NONE = 0
+    SHORT_WAIT = 1
+    NO_BARRIER = 2
+    LANE_MAP = 3
+    SWIZZLE = 4
+    NO_PROXY_FENCE = 5
+    NO_PHASE_WAIT = 6
+    EARLY_ARRIVE = 7
+    NO_MATRIX_FENCE = 8
+    ACCUMULATOR_ROW = 9
+
+
+def build() -> Path:
+    """Build the simulator if its sources changed, and return it; skip the test where it cannot be."""
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    if platform.machine() != "x86_64":
+        pytest.skip("the simulator switches stacks in x86-64 assembly")
+    if shutil.which(compiler[0]) is None:
+        pytest.skip(f"no C++ compiler ({compiler[0]})")
+    headers = [p for folder in ("csrc/sim", "csrc/include/fxprune") for p in (ROOT / folder).rglob("*") if p.is_file()]
+    digest = hashlib.sha256(" ".join([*compiler, *FLAGS]).encode())
+    for path in sorted({*headers, *SOURCES}):
+        digest.update(path.read_bytes())
+    folder = ROOT / "build" / f"sim-{digest.hexdigest()[:12]}"
+    target = folder / "simulator.so"
+    if not target.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
+
+        def compile_one(source: Path) -> str:
+            built = folder / f"{source.stem}.{os.getpid()}.o"
+            subprocess.run([*compiler, *FLAGS, *include, "-c", str(source), "-o", str(built)], check=True)
+            return str(built)
+
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            objects = list(pool.map(compile_one, SOURCES))
+        scratch = folder / f"simulator.{os.getpid()}.tmp"
+        subprocess.run([*compiler, *FLAGS, "-shared", *objects, "-o", str(scratch)], check=True)
+        scratch.replace(target)
+    return target
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(build()))
+    for name in MESSAGES:
+        getattr(loaded, f"fxprune_sim_{name}").restype = ctypes.c_char_p
+    loaded.fxprune_sim_all_written.restype = ctypes.c_bool
+    loaded.fxprune_sim_tile_image_bytes.restype = ctypes.c_int64
+    return loaded
+
+
+def pointer(t: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(t.data_ptr() if t is not None else None)
+
+
+def begin(seed: int, plant: Plant, read: Iterable[Tensor | None], write: Iterable[Tensor]) -> None:
+    """Start a run: the kernel may read and write these tensors and nothing else."""
+    library().fxprune_sim_reset(seed, int(plant))
+    for group, writable in ((read, False), (write, True)):
+        for t in group:
+            if t is not None:
+                assert t.is_contiguous()
+                library().fxprune_sim_declare(pointer(t), ctypes.c_int64(t.numel() * t.element_size()), writable)
+
+
+def finish(message: bytes | None, written: Iterable[Tensor] = ()) -> None:
+    """Raise what the run reports; ``written`` must have been written whole."""
+    if message is not None:
+        raise Fault(message.decode())
+    for t in written:
+        if t.numel() and not library().fxprune_sim_all_written(pointer(t)):
+            raise Fault("part of an output was never written")
+
+
+def longs(*values: int) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def shifted(t: Tensor, elements: int) -> Tensor:
+    """Return a contiguous copy of ``t`` that begins ``elements`` after a 64-byte boundary."""
+    room = torch.empty(t.numel() + 64 + elements, dtype=t.dtype)
+    start = (-room.data_ptr() % 64) // t.element_size() + elements
+    return room[start : start + t.numel()].view(t.shape).copy_(t)
+
+
+def depthwise_taps(
+    x: Tensor, weight: Tensor, taps: Tensor, bias: Tensor | None, kernel: list[int], stride: list[int],
+    padding: list[int], dilation: list[int], activation: str = "none", *, seed: int = 0, plant: Plant = Plant.NONE,
+) -> Tensor:  # fmt: skip
+    """``fxprune::depthwise_taps`` on the simulator."""
+    size = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+    out = shifted(torch.full((x.shape[0], x.shape[1], *size), float("nan"), dtype=x.dtype), 0)
+    geometry = [*x.shape, *size, taps.shape[1], *kernel, *stride, *padding, *dilation, NAMES.index(activation)]
+    begin(seed, plant, (x, weight, taps, bias), (out,))
+    operands = [pointer(t) for t in (x, weight, taps, bias, out)]
+    finish(library().fxprune_sim_depthwise(TYPES[x.dtype], *operands, longs(*geometry)), (out,))
+    return out
+
+
+def tile_image(values: Tensor, tile_ptr: Tensor, rows: int, granularity: int, kept: int, *, seed: int = 0) -> Tensor:
+    """Return the uint8 image of a packed weight; bytes that no kernel reads are 0xEE."""
+    shape = longs(len(tile_ptr) - 1, rows, granularity, kept)
+    out = shifted(torch.full((library().fxprune_sim_tile_image_bytes(shape),), 0xEE, dtype=torch.uint8), 0)
+    begin(seed, Plant.NONE, (values, tile_ptr), (out,))
+    finish(library().fxprune_sim_tile_image(pointer(values), pointer(tile_ptr), pointer(out), shape))
+    return out
+
+
+def tile_gemm(
+    x: Tensor, values: Tensor, index: Tensor, tile_ptr: Tensor, columns: Tensor, bias: Tensor | None,
+    residual: Tensor | None, gate: Tensor | None, n: int, granularity: int, activation: str = "none", *,
+    hopper: bool = False, processors: int = 3, seed: int = 0, plant: Plant = Plant.NONE, shift: int = 0,
+) -> Tensor:  # fmt: skip
+    """Feature-major ``fxprune::tile_gemm`` on the simulator; x: (B, K, M) -> (B, N, M)."""
+    out = shifted(torch.full((x.shape[0], n, x.shape[2]), float("nan"), dtype=x.dtype), shift)
+    image = None
+    if x.dtype != torch.float32:
+        image = tile_image(values, tile_ptr, len(index), granularity, len(columns))
+    read = (x, values, image, index, tile_ptr, columns, bias, residual, gate)
+    begin(seed, plant, read, (out,))
+    sizes = [x.shape[0], x.shape[2], x.shape[1], n, len(columns), len(index), granularity, len(tile_ptr) - 1]
+    tensors = (ctypes.c_void_p * 10)(*[pointer(t) for t in (*read, out)])
+    numbers = longs(*sizes, NAMES.index(activation), int(hopper), processors)
+    finish(library().fxprune_sim_tile_gemm(TYPES[x.dtype], tensors, numbers), (out,))
+    return out
+
+
+def transpose(x: Tensor, *, seed: int = 0, plant: Plant = Plant.NONE) -> Tensor:
+    """x: (R, C) -> (C, R)."""
+    out = torch.empty(x.shape[1], x.shape[0], dtype=x.dtype)
+    begin(seed, plant, (x,), (out,))
+    size = [ctypes.c_int64(v) for v in x.shape]
+    finish(library().fxprune_sim_transpose(x.element_size(), pointer(x), pointer(out), *size), (out,))
+    return out
+
+
+def tile_pack(
+    given: Tensor, index: Tensor, tile_ptr: Tensor, columns: Tensor, granularity: int, result: int | tuple[int, int]
+) -> Tensor:
+    """``fxprune::tile_pack``, where ``result`` is the number of values, or ``tile_unpack``, where it is (N, K)."""
+    unpack = isinstance(result, tuple)
+    out = torch.zeros(result, dtype=given.dtype)
+    k = result[1] if isinstance(result, tuple) else given.shape[1]
+    begin(0, Plant.NONE, (given, index, tile_ptr, columns), (out,))
+    sizes = longs(k, len(columns), granularity, len(tile_ptr) - 1, len(index))
+    tensors = [pointer(t) for t in (given, out, index, tile_ptr, columns)]
+    finish(library().fxprune_sim_tile_pack(given.element_size(), unpack, *tensors, sizes), () if unpack else (out,))
+    return out

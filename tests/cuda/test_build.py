@@ -1,0 +1,146 @@
+"""The CUDA library as it is built: what its kernels need of a GPU, and that it loads where there is none."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from fxprune.lowering import library
+from fxprune.lowering.kernels import TABLES, cuda
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+ROOT = Path(__file__).resolve().parents[2]
+NVCC = os.environ.get("NVCC", "nvcc").split()[0]
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("cuda_resources", ROOT / "tools/cuda_resources.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+REPORT = """
+ptxas info    : Compiling entry function '_ZN7fxprune3gpu5entryINS0_11TileGemmMmaINS0_4HalfELi64EEEEEvNT_4ArgsE' for 'sm_80'
+ptxas info    : Function properties for _ZN7fxprune3gpu5entryINS0_11TileGemmMmaINS0_4HalfELi64EEEEEvNT_4ArgsE
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 80 registers, used 1 barriers
+"""
+SASS = """
+arch = sm_80
+		Function : _ZN7fxprune3gpu5entryINS0_11TileGemmMmaINS0_4HalfELi64EEEEEvNT_4ArgsE
+        /*0000*/                   LDGSTS.E.BYPASS.128 [R1], [R2.64] ;
+        /*0010*/              @!P0 HMMA.16816.F32 R4, R4, R6, R8 ;
+        /*0020*/                   STL [R1], R2 ;
+"""
+
+
+def test_reports_are_read(tool: ModuleType) -> None:
+    key = "TileGemmMma-Half-64 sm_80"
+    assert tool.parse_report(REPORT) == {key: {"stack": 16, "spilled": 20, "registers": 80}}
+    counts = tool.parse_sass(SASS)[key]
+    assert (counts["LDGSTS"], counts["HMMA"], counts["STL"], counts["LDL"]) == (1, 1, 1, 0)
+    with pytest.raises(SystemExit, match="Performance Loss"):
+        tool.parse_report("ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized")
+
+
+def test_worse_kernels_are_reported(tool: ModuleType) -> None:
+    key = "TileGemmMma-Half-64 sm_80"
+    good = {"stack": 0, "spilled": 0, "registers": 80, "HMMA": 16, "LDGSTS": 6, "LDSM": 8, "LDL": 0, "STL": 0}
+    assert tool.compare({key: good}, {key: good}, True) == []
+    for change, message in (
+        ({"registers": 81}, "81 registers"), ({"spilled": 4}, "4 bytes spilled"), ({"stack": 8}, "8 stack"),
+        ({"HMMA": 0}, "no HMMA"), ({"LDL": 2}, "2 LDL"),
+    ):  # fmt: skip
+        (problem,) = tool.compare({key: {**good, **change}}, {key: good}, True)
+        assert message in problem
+    assert "not in the table" in tool.compare({key: good}, {}, True)[0]
+    assert "gone" in tool.compare({}, {key: good}, True)[0]
+
+
+def test_every_kernel_is_in_the_table(tool: ModuleType) -> None:
+    """One row per kernel and target, without a spill; the tensor-core kernels have their instructions."""
+    table = tool.json.loads(tool.TABLE.read_text())
+    assert {key.rpartition(" ")[2] for key in table} == {"sm_80", "sm_90a"}
+    assert len({key for key in table if key.endswith("sm_80")}) == len(table) / 2
+    assert tool.compare(table, table, True) == []
+
+
+@pytest.fixture(scope="module")
+def built() -> Path:
+    """The library, compiled for its targets where nvcc exists."""
+    if shutil.which(NVCC) is None:
+        pytest.skip(f"there is no {NVCC}")
+    done = subprocess.run([sys.executable, "tools/cuda_resources.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return ROOT / "build/cuda/fxprune/_C_cuda.so"
+
+
+@pytest.mark.slow
+def test_kernels_need_no_more_than_the_table(built: Path) -> None:
+    assert built.is_file()
+
+
+@pytest.mark.slow
+def test_library_loads_beside_any_torch(built: Path) -> None:
+    """It needs no CUDA library, registers its kernels for GPUs, and leaves the CPU's alone."""
+    code = f"""
+import torch, fxprune
+from fxprune.ops import depthwise_taps
+args = next(depthwise_taps.samples())
+before = torch.ops.fxprune.depthwise_taps(*args)
+torch.ops.load_library({str(built)!r})
+names = ("depthwise_taps", "tile_gemm", "tile_pack", "tile_unpack")
+assert all(torch._C._dispatch_has_kernel_for_dispatch_key("fxprune::" + n, "CUDA") for n in names)
+assert torch.equal(torch.ops.fxprune.depthwise_taps(*args), before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_nvcc_a_build_that_was_asked_for_fails() -> None:
+    env = {**os.environ, "FXPRUNE_CUDA": "1", "NVCC": "no-such-nvcc"}
+    command = [sys.executable, "-c", "import setup; setup.wants_cuda() and print(setup.nvcc())"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "['no-such-nvcc']", done.stderr
+    done = subprocess.run(command, cwd=ROOT, env={**env, "FXPRUNE_CUDA": "yes"}, capture_output=True, text=True)
+    assert "FXPRUNE_CUDA must be 0 or 1, got 'yes'" in done.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_a_torch_without_cuda_says_so() -> None:
+    assert library.cuda_missing() == "this torch has no CUDA"
+
+
+def test_supports_names_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        half = torch.empty(2, 3, device="cuda", dtype=torch.float16)
+        single, double = half.float(), half.double()
+        cpu = torch.empty(2, 3)
+    monkeypatch.setattr(library, "cuda_missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert cuda.supports(half, half) is None
+    assert cuda.supports(half, half.to(torch.uint8)) is None  # an image of a packed weight
+    assert "got uint8" in str(cuda.supports(half.to(torch.uint8), half))
+    assert "needs a GPU, got cpu" in str(cuda.supports(cpu, cpu))
+    assert "got float64" in str(cuda.supports(double, double))
+    assert "in one type" in str(cuda.supports(half, single))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "needs compute capability 8.0, got 7.5" in str(cuda.supports(half, half))
+    monkeypatch.setattr(library, "cuda_missing", lambda: "fxprune/_C_cuda.so has not been built")
+    assert cuda.supports(half, half) == "fxprune/_C_cuda.so has not been built"
+
+
+def test_every_cuda_kernel_has_an_impl() -> None:
+    binding = (ROOT / "csrc/cuda/ops.cpp").read_text()
+    names = {impl.op for table in TABLES for impl in table if impl.provider == "cuda"}
+    assert names == set(cuda.OPERATORS) == {line.split('"')[1] for line in binding.splitlines() if "m.impl(" in line}

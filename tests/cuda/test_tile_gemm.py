@@ -1,0 +1,162 @@
+"""The CUDA kernels of tile_gemm on the simulator: mma.sync, wgmma and FFMA, bit for bit on integers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.cuda.integers import EXACT, SMOOTH, generator, integers
+from tests.cuda.simulator import ELEMENTS, SEEDS, shifted, tile_gemm, tile_pack, transpose
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def tiles(
+    gen: torch.Generator, n: int, k: int, g: int, keep: float, columns: float, empty_tile: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the dense weight (N, K) and (values, index, tile_ptr, columns), row counts uneven between tiles."""
+    kept = torch.nonzero(torch.rand(n, generator=gen) < columns).flatten()
+    weight, values, index, ptr = torch.zeros(n, k), [torch.zeros(0)], [torch.zeros(0, dtype=torch.int64)], [0]
+    for first in range(0, len(kept), g):
+        features = kept[first : first + g]
+        rows = torch.nonzero(torch.rand(k, generator=gen) < (0 if empty_tile and first == 0 else keep)).flatten()
+        block = integers(gen, len(rows), len(features))
+        weight[features[:, None], rows[None, :]] = block.t()
+        values.append(block.flatten())
+        index.append(rows)
+        ptr.append(ptr[-1] + len(rows))
+    return weight, [torch.cat(values), torch.cat(index).int(), torch.tensor(ptr, dtype=torch.int32), kept.int()]
+
+
+def check(
+    shape: tuple[int, int, int], n: int, g: int, *, dtype: torch.dtype = torch.bfloat16, keep: float = 0.5,
+    columns: float = 1.0, extras: str = "b", activation: str = "none", hopper: bool = False, seed: int = 0, shift: int = 0,
+    empty_tile: bool = False, processors: int = 3,
+) -> None:  # fmt: skip
+    """Compare one run with dense torch in fp64. ``extras``: b bias, r residual, g gate."""
+    gen = generator(seed, n, g, *shape)
+    batch, k, m = shape
+    weight, (values, *structure) = tiles(gen, n, k, g, keep, columns, empty_tile)
+    x = integers(gen, *shape)
+    bias = integers(gen, n) if "b" in extras else None
+    residual = integers(gen, batch, n, m) if "r" in extras else None
+    gate = integers(gen, batch, k) if "g" in extras else None
+    y = weight.double() @ (x if gate is None else x * gate[:, :, None]).double()
+    if bias is not None:
+        y = y + bias[:, None]
+    if residual is not None:
+        y = y + residual
+    expected = (EXACT | SMOOTH)[activation](y.float()).to(dtype)
+    given_x, given_residual = (None if t is None else shifted(t.to(dtype), shift) for t in (x, residual))
+    assert given_x is not None
+    operands = [t if t is None else t.to(dtype) for t in (bias, given_residual, gate)]
+    got = tile_gemm(
+        given_x, values.to(dtype), *structure, *operands, n, g, activation,
+        hopper=hopper, seed=seed, shift=shift, processors=processors,
+    )  # fmt: skip
+    case = f"x {shape} n {n} g {g} {dtype} keep {keep} columns {columns} {extras} {activation} hopper {hopper} seed {seed}"
+    if activation in EXACT:
+        assert torch.equal(got, expected), case
+    else:
+        torch.testing.assert_close(got, expected, msg=lambda text: f"{case}: {text}")
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+@pytest.mark.parametrize("g", (8, 64, 128))
+def test_tile_widths(g: int, dtype: torch.dtype) -> None:
+    for number, (shape, n) in enumerate((((1, 40, 8), 8), ((1, 100, 136), 200), ((2, 70, 40), 130))):
+        check(shape, n, g, dtype=dtype, activation="relu", seed=SEEDS[number])
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+def test_rows_that_are_not_aligned(dtype: torch.dtype) -> None:
+    for m in (1, 7, 49):
+        check((2, 33, m), 70, 64, dtype=dtype, extras="br")
+    check((1, 33, 64), 70, 64, dtype=dtype, extras="br", shift=1)
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+@pytest.mark.parametrize("extras", ("", "r", "g", "brg"))
+def test_epilogues(extras: str, dtype: torch.dtype) -> None:
+    check((2, 40, 24), 72, 64, dtype=dtype, extras=extras, activation="relu6")
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+def test_features_without_a_tile(dtype: torch.dtype) -> None:
+    for columns in (0.0, 0.3, 0.9):
+        check((2, 20, 16), 150, 64, dtype=dtype, columns=columns, extras="br", activation="relu")
+        check((1, 20, 16), 300, 128, dtype=dtype, columns=columns, hopper=True, activation="relu")
+
+
+@pytest.mark.parametrize("hopper", (False, True))
+def test_tiles_without_rows(hopper: bool) -> None:
+    for dtype in ELEMENTS:
+        check((1, 70, 16), 256, 128, dtype=dtype, empty_tile=True, hopper=hopper)
+        check((1, 70, 16), 128, 128, dtype=dtype, keep=0.0, hopper=hopper)
+
+
+@pytest.mark.parametrize("activation", (*EXACT, *SMOOTH))
+def test_activations(activation: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        check((1, 12, 16), 64, 64, dtype=dtype, keep=0.2, activation=activation)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("g", (128, 256))
+def test_wgmma(g: int, seed: int) -> None:
+    check((1, 70, 136), 256, g, dtype=torch.bfloat16, extras="br", hopper=True, seed=seed)
+    check((1, 64, 128), g, g, dtype=torch.float16, keep=1.0, hopper=True, seed=seed)
+
+
+def test_wgmma_longer_than_its_ring() -> None:
+    check((1, 800, 128), 128, 128, keep=0.9, hopper=True, processors=1)
+
+
+def test_wgmma_many_items_per_block() -> None:
+    check((2, 130, 200), 384, 128, keep=0.6, extras="b", hopper=True, processors=2, seed=2)
+
+
+def test_special_values_of_dropped_rows_do_not_spread() -> None:
+    for dtype in ELEMENTS:
+        for hopper in (False, True):
+            gen = generator(3)
+            _, (values, index, ptr, columns) = tiles(gen, 128, 20, 128, 0.5, 1.0)
+            x = integers(gen, 1, 20, 16)
+            dropped = torch.tensor([k for k in range(20) if k not in index.tolist()])
+            clean = tile_gemm(x.to(dtype), values.to(dtype), index, ptr, columns, None, None, None, 128, 128, hopper=hopper)
+            x[:, dropped[::2]], x[:, dropped[1::2]] = float("nan"), float("inf")
+            dirty = tile_gemm(x.to(dtype), values.to(dtype), index, ptr, columns, None, None, None, 128, 128, hopper=hopper)
+            assert torch.equal(clean, dirty)
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+def test_transpose(dtype: torch.dtype) -> None:
+    for rows, columns in ((1, 1), (1, 40), (33, 31), (64, 70)):
+        x = torch.arange(rows * columns).view(rows, columns).to(dtype)
+        assert torch.equal(transpose(x, seed=2), x.t())
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+def test_pack_and_unpack(dtype: torch.dtype) -> None:
+    for n, k, g in ((8, 6, 4), (70, 33, 64), (5, 12, 64)):
+        weight, (values, *structure) = tiles(generator(n), n, k, g, 0.5, 0.8)
+        packed = tile_pack(weight.to(dtype), *structure, g, len(values))
+        assert torch.equal(packed, values.to(dtype))
+        assert torch.equal(tile_pack(packed, *structure, g, (n, k)), weight.to(dtype))
+
+
+@pytest.mark.fuzz
+@given(data=st.data())
+def test_any_shape(data: st.DataObject) -> None:
+    draw = data.draw
+    shape = (draw(st.integers(1, 2)), draw(st.integers(1, 90)), draw(st.integers(1, 70)))
+    hopper = draw(st.booleans())
+    check(
+        shape, draw(st.integers(1, 150)), draw(st.sampled_from((1, 24, 64, 100, 128))), hopper=hopper,
+        dtype=draw(st.sampled_from(HALVES if hopper else ELEMENTS)), keep=draw(st.sampled_from((0.1, 0.6, 1.0))),
+        columns=draw(st.sampled_from((0.5, 1.0))), extras=draw(st.sampled_from(("", "b", "br", "bg"))),
+        seed=draw(st.sampled_from(SEEDS)), shift=draw(st.sampled_from((0, 0, 1))),
+    )  # fmt: skip

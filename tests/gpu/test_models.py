@@ -1,0 +1,58 @@
+"""Pruned models compiled on a GPU give what the masked dense model gives, through the CUDA kernels."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from tests.oracle import FORCED
+
+
+def pair(c: int, out: int, kernel: int, stride: int) -> list[nn.Module]:
+    depthwise = nn.Conv2d(c, c, kernel, stride, kernel // 2, groups=c, bias=False)
+    return [depthwise, nn.BatchNorm2d(c), nn.ReLU6(), nn.Conv2d(c, out, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU6()]
+
+
+class Separable(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(*pair(64, 128, 3, 1), *pair(128, 128, 5, 2), *pair(128, 256, 7, 1), nn.AdaptiveAvgPool2d(1))
+
+
+class Feed(nn.Module):
+    """A transformer's feed-forward block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(256), nn.Linear(256, 1024), nn.Linear(1024, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+CASES = (("separable", Separable, (8, 64, 28, 28)), ("feed", Feed, (4, 128, 256)))
+
+
+@pytest.mark.parametrize("mode", ("default", "reduce-overhead"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(("name", "build", "shape"), CASES, ids=[c[0] for c in CASES])
+def test_compiled_equals_masked_dense(
+    name: str, build: type[nn.Module], shape: tuple[int, ...], dtype: torch.dtype, mode: str
+) -> None:
+    torch.manual_seed(0)
+    model = build().eval()
+    model = fxprune.prune(model, (torch.randn(1, *shape[1:]),), sparsity=0.6).model.cuda().to(dtype)
+    x = torch.randn(shape, device="cuda", dtype=dtype)
+    torch._dynamo.reset()
+    chosen = {**FORCED, "mode": mode, "require_sparse": True, "fallback": "inductor"}
+    fast = torch.compile(model, backend="hwprune", options={k: v for k, v in chosen.items() if v != "default"})
+    with torch.no_grad():
+        expected, exact = model(x), copy.deepcopy(model).double()(x.double())
+        for _ in range(3):
+            got = fast(x).clone()
+    ours, theirs = ((y.double() - exact).abs().max().item() for y in (got, expected))
+    scale = exact.abs().max().item()
+    assert ours <= 2 * theirs + 1e-6 * scale, f"{name}: {ours:.3g} from fp64, dense {theirs:.3g}"
