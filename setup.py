@@ -170,6 +170,7 @@ class PlatformWheel(bdist_wheel):
 
 
 SOURCES = [
+    "csrc/nm_prune.cpp",
     "csrc/ops.cpp",
     "csrc/region.cpp",
     "csrc/rnn.cpp",

@@ -38,32 +38,42 @@ _register_operators()  # before the modules that name torch.ops.fxprune
 __version__ = "0.1.0"
 
 from fxprune.apply import apply_plan, recalibrate  # noqa: E402
-from fxprune.backend import hwprune, register  # noqa: E402
+from fxprune.backend import gradient_report, hwprune, register  # noqa: E402
 from fxprune.benchmark import benchmark  # noqa: E402
 from fxprune.compiled import refresh  # noqa: E402
 from fxprune.config import Config  # noqa: E402
 from fxprune.decompositions import decompositions  # noqa: E402
 from fxprune.explain import explain, levels  # noqa: E402
 from fxprune.export import Exported, Loaded, export, load  # noqa: E402
+from fxprune.gradients import gradient_clock  # noqa: E402
 from fxprune.lowering.calibrate import calibrate  # noqa: E402
 from fxprune.plan import Plan  # noqa: E402
 from fxprune.plan_file import load_plan  # noqa: E402
 from fxprune.prune import PruneResult, prune  # noqa: E402
+from fxprune.pruner import Pruner  # noqa: E402
+from fxprune.schedules import CubicSchedule, IterativeSchedule, LinearSchedule, OneShotSchedule  # noqa: E402
 from fxprune.sensitivity import sensitivity  # noqa: E402
 from fxprune.verify import verify  # noqa: E402
 
 __all__ = [
     "Config",
+    "CubicSchedule",
     "Exported",
+    "IterativeSchedule",
+    "LinearSchedule",
     "Loaded",
+    "OneShotSchedule",
     "Plan",
     "PruneResult",
+    "Pruner",
     "apply_plan",
     "benchmark",
     "calibrate",
     "decompositions",
     "explain",
     "export",
+    "gradient_clock",
+    "gradient_report",
     "hwprune",
     "levels",
     "load",

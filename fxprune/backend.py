@@ -26,16 +26,19 @@ from fxprune.compiled import Built, CompiledGraph
 from fxprune.config import Config
 from fxprune.context import BatchSide, Context, Decision, Shrunk, Sizes
 from fxprune.errors import ConfigError, FxPruneError, RequireSparse, VerificationError
+from fxprune.gradients import gradient_clock, gradient_table, ratio_at, ratios
 from fxprune.left import may_prune
 from fxprune.lowering import calibrate, codegen, library, measure
 from fxprune.lowering.kernels import KernelTables
 from fxprune.lowering.lower import lower
 from fxprune.lowering.measure import Measure
+from fxprune.lowering.measure_gradient import MeasureGradient
 from fxprune.lowering.region import form_regions
 from fxprune.match import Match
-from fxprune.passes import FORWARD
+from fxprune.passes import FORWARD, Sdgp
 from fxprune.passes.plan import regions, unsupported
 from fxprune.plan import lookup
+from fxprune.report import Table
 from fxprune.staircase import Staircase, grouped, staircases
 from fxprune.symbols import Symbols
 from fxprune.target import search
@@ -77,9 +80,13 @@ def register() -> None:
 def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
     remember_names(gm)
     symbols = Symbols(example_inputs)
+    training = _trains(example_inputs)
+    if training and config.grad_sparsity is not None:
+        gradient_clock.start()
 
     def dense(inputs: Sequence[Any], side: BatchSide | None = None) -> Built:
-        return Built(codegen.stock(GraphModule(gm, copy.deepcopy(gm.graph)), inputs, config), side=side)
+        run = codegen.stock(GraphModule(gm, copy.deepcopy(gm.graph)), inputs, config)
+        return Built(run, side=side, holds=_holds(config, training))
 
     def build(inputs: Sequence[Any], levels: Mapping[str, float] | None = None, sizes: Sizes | None = None) -> Built:
         if not _worth_a_look(gm, inputs, config):
@@ -96,11 +103,13 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         if config.verify:
             _verify_numerically("rewrite", gm, clone, inputs, packs, config, ctx)
         before = time.perf_counter()
+        joint = None if ctx.gradient_ratio is None else Sdgp(ctx.gradient_ratio, config.grad_pruning, config.grad_target)
         constant = [ctx.weights.value(n) is not None for n in clone.graph.nodes if n.op == "placeholder"]
         symbols.fix(packs)
-        compiled = codegen.compile_rest(clone, [*inputs, *packs], constant, config)
+        compiled = codegen.compile_rest(clone, [*inputs, *packs], constant, config, joint)
         ctx.seconds["codegen"] = time.perf_counter() - before
-        return Built(compiled, packs, ctx, ctx.side)
+        run = _with_key(compiled, ctx, [*inputs, *packs])
+        return Built(run, packs, ctx, ctx.side, _holds(config, training))
 
     def build_later(args: Sequence[Any]) -> Built:
         nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -159,6 +168,23 @@ def _levels(
     return speed.levels
 
 
+def _holds(config: Config, training: bool) -> Callable[[], bool] | None:
+    """Return whether the ratio of the data gradients is still the one of now; ``None`` when it never changes."""
+    if not training or len(ratios(config.grad_sparsity)) < 2:
+        return None
+    now = ratio_at(config.grad_sparsity, gradient_clock.step)
+    return lambda: ratio_at(config.grad_sparsity, gradient_clock.step) == now
+
+
+def _with_key(run: Callable[..., Any], ctx: Context, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Give every call a new tensor of counters, so that the backward of an earlier call keeps its own."""
+    if ctx.gradient_key is None:
+        return run
+    key = ctx.weights.value(ctx.gradient_key)
+    at = next(i for i, value in enumerate(inputs) if value is key)
+    return lambda *args: run(*args[:at], gradient_clock.key(ctx.config.seed), *args[at + 1 :])
+
+
 def _trains(inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
 
@@ -180,6 +206,9 @@ def rewrite(
     training = _trains(example_inputs)
     timer = Measure(config, tables.unit)
     ctx = Context(config, Weights(clone, example_inputs), not training, tables, timer, timer.predict, sizes or {})
+    if training:
+        ctx.gradient_ratio = ratio_at(config.grad_sparsity, gradient_clock.step)
+        ctx.measure_gradient = MeasureGradient(config)
     if levels is not None:
         ctx.extra["levels"] = levels
     if (reason := _autocast_reason(gm, training)) is not None:
@@ -197,7 +226,12 @@ def rewrite(
     ctx.seconds["measure"] = timer.seconds
     ctx.counts.update(lower(clone, tables))
     _require(ctx)
-    return clone, ctx, bool(ctx.shrunk) or any(d.chosen for d in ctx.decisions)
+    if ctx.gradients:
+        log.info("%s", gradient_table(ctx.gradients, ctx.gradient_ratio))
+    gained = bool(ctx.shrunk) or ctx.gradient_key is not None or any(d.chosen for d in ctx.decisions)
+    if ctx.gradient_key is None:
+        ctx.gradient_ratio = None
+    return clone, ctx, gained
 
 
 def _lint(gm: GraphModule, stage: str) -> None:
@@ -210,7 +244,7 @@ def _lint(gm: GraphModule, stage: str) -> None:
 
 def _worth_a_look(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> bool:
     """True when pruning is asked for, or a weight (or a mask beside it) has a plan or a fair share of zeros."""
-    if config.prunes or config.dump:
+    if config.prunes or config.dump or (_trains(example_inputs) and ratio_at(config.grad_sparsity, gradient_clock.step)):
         return True
     nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for node, value in zip(nodes, example_inputs, strict=True):
@@ -306,6 +340,16 @@ def _report(ctx: Context, seconds: float) -> None:
     )
     LAST_REPORTS.append(ctx)
     del LAST_REPORTS[:-16]
+
+
+def gradient_report(graphs: int = 1) -> Table:
+    """Return what ``grad_sparsity`` did to each layer of the graphs compiled last for training, and the times measured.
+
+    graphs: how many, 16 at most; a model with graph breaks, or under DDP, has several.
+    """
+    found = [ctx for ctx in LAST_REPORTS if ctx.gradients][-graphs:]
+    layers = [layer for ctx in found for layer in ctx.gradients]
+    return gradient_table(layers, found[-1].config.grad_sparsity if found else "off")
 
 
 def cut_channels(shrunk: Sequence[Shrunk]) -> str:

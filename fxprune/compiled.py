@@ -38,13 +38,15 @@ _MOST = 64  # variants of one graph: layers of one class that are compiled one b
 class Built:
     """run: called with the graph's arguments and ``packs``. context: ``None`` when the graph stayed dense.
 
-    side: the batch sizes it is for, ``None`` for all.
+    side: the batch sizes it is for, ``None`` for all. holds: asked on every call, whether it may run now, beside what its
+    arguments say; ``None`` for always.
     """
 
     run: Callable[..., Any]
     packs: Sequence[Tensor] = ()
     context: Context | None = None
     side: BatchSide | None = None
+    holds: Callable[[], bool] | None = None
 
 
 Build = Callable[[Sequence[Any]], Built]
@@ -55,6 +57,7 @@ class Variant:
 
     def __init__(self, built: Built, args: Sequence[Any], freeze: bool) -> None:
         self.run, self.packs, self.context, self.side = built.run, built.packs, built.context, built.side
+        self._holds = built.holds
         if self.context is None:
             uses = {id(v) for v in args if isinstance(v, torch.nn.Parameter)}
             self._watched: list[Tensor] = []
@@ -74,6 +77,8 @@ class Variant:
 
     def fits(self, args: Sequence[Any]) -> bool:
         """True when ``args`` hold the very weights, and a batch size, this was built for."""
+        if self._holds is not None and not self._holds():
+            return False
         return (self.side is None or self.side.holds(args)) and self.holds_weights(args)
 
     def holds_weights(self, args: Sequence[Any]) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fxprune.errors import ConfigError, UnknownOption, nearest
+from fxprune.gradients import PRUNINGS, TARGETS, ratios
 
 KINDS = ("depthwise", "pointwise", "conv", "linear", "rnn")
 
@@ -19,6 +20,8 @@ _CHOICES = {
     "channel_score": ("l1", "l2", "fpgm"),
     "autotune": ("fast", "full", "off"),
     "fallback": ("inductor", "eager"),
+    "grad_pruning": PRUNINGS,
+    "grad_target": TARGETS,
 }
 
 
@@ -39,7 +42,7 @@ class Config:
         unstructured, "2:4" or any n:m, block (block:32x32), tvw (tvw:2:4), tew (tew:0.05).
     importance: "magnitude" (= "l1", ``|w|``), "l2" (``w^2``), "random"; with calibration data "taylor" (``(g*w)^2``)
         and "wanda" (``|w|`` times the norm of its input); or a callable ``(name, weight) -> element scores`` of
-        the weight's shape. seed: of "random".
+        the weight's shape. seed: of "random" and of ``grad_pruning``.
     ignored_layers: layer names or globs that stay as they are.
     group: channels per DR group (DEPrune, Sec. 4.1). balance: equal counts per group (BWT).
     recalibration: "deprune" measures the gain of each rounding (HSR as published), "deterministic" needs no timing, "off".
@@ -60,6 +63,12 @@ class Config:
     dump: folder for the numbered graphs before and after each pass.
     tolerance: bound of ``verify`` against an fp64 run, relative.
     mode / inductor: Inductor's mode and options for the rest of the graph.
+    grad_sparsity: in training, prune the gradient that each convolution's and linear layer's data gradient reads: "n:m"
+        keeps n of m output channels (SDGP, arXiv 2202.00774), "auto" or "auto:n:m" only in layers where it was measured to
+        be faster; "off"; or a dict of these by the optimizer step they begin at. Inference is not affected.
+    grad_pruning: which n stay: "magnitude", "rescaled_magnitude" (each sample and channel keeps its L1 norm),
+        "group_rescaled_magnitude" (each group does), "random", "mvue" (unbiased).
+    grad_target: the gradient that reads the pruned copy: "dX" (data), "dW" (weight, pruned along what it adds up), "both".
     """
 
     sparsity: float | Mapping[str, float] | None = None
@@ -90,6 +99,9 @@ class Config:
     tolerance: float = 1e-3
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    grad_sparsity: str | Mapping[int, str] | None = None
+    grad_pruning: str = "magnitude"
+    grad_target: str = "dX"
 
     def __post_init__(self) -> None:
         for name, legal in _CHOICES.items():
@@ -99,6 +111,7 @@ class Config:
             if value not in legal:
                 raise ConfigError(name=name, given=value, expected="one of " + ", ".join(map(repr, legal)))
         _check_sparsity(self.sparsity)
+        ratios(self.grad_sparsity)
         self._check_target()
         for name in ("balance", "freeze", "require_sparse", "verify"):
             _check_type(name, getattr(self, name), bool, "True or False")

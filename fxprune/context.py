@@ -8,9 +8,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.fx import Node
 
 from fxprune.config import Config
+from fxprune.gradients import GradientLayer, Ratio
 from fxprune.match import Block, Match
 from fxprune.sparsity.pattern import LayerMask
 from fxprune.weights import Weights
@@ -72,6 +74,8 @@ class Decision:
         if self.mask is not None:
             return 1.0 - self.mask.mask.sum().item() / max(self.mask.mask.numel(), 1)
         value = self.match.value
+        if isinstance(value, FakeTensor):  # DDP compiles its parts before they meet their weights
+            return 0.0
         return (value == 0).sum().item() / max(value.numel(), 1)
 
 
@@ -135,6 +139,10 @@ class Context:
     counts: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    gradient_ratio: Ratio | None = None  # of the data gradients, in a graph that trains
+    measure_gradient: Callable[..., tuple[float, float] | None] | None = None  # pruned and dense microseconds of a layer
+    gradient_key: Node | None = None  # the graph input with the counters of their random numbers
+    gradients: list[GradientLayer] = field(default_factory=list)
 
     def bias(self, match: Match) -> Node | None:
         """Return a match's bias as our kernels take it: not rounded, where that is known."""

@@ -28,6 +28,16 @@ class TargetNotReached(FxPruneWarning):
         )
 
 
+class NoGradientPruned(FxPruneWarning):
+    """``grad_sparsity`` was asked for and no layer of a graph that trains takes part."""
+
+    def __init__(self, ratio: object, layers: object) -> None:
+        super().__init__(
+            f"NoGradientPruned: grad_sparsity={str(ratio)!r} prunes nothing in this graph: {layers or 'it holds no layer'}. "
+            "Leave the option out, or compile a model whose convolutions and linear layers pass a gradient on."
+        )
+
+
 class FxPruneError(Exception):
     """Base of every error fxprune raises. ``where`` is appended in brackets when given."""
 
@@ -155,6 +165,21 @@ class DropTooLarge(FxPruneError, ValueError):
         "no sparsity keeps eval_fn within max_drop={max_drop}: dense {dense:.6g}, and {metric:.6g} at {scale:.1%} of the "
         "sparsity asked for, the least tried. Raise max_drop, or exclude layers that fxprune.sensitivity names."
     )
+
+
+class WrongOptimizer(FxPruneError, RuntimeError):
+    """The optimizer that steps holds none of the parameters a Pruner prunes."""
+
+    template = (
+        "the optimizer that stepped holds none of the {count} parameters to prune (such as {name!r}); they may have been "
+        "replaced after it was made. Create the optimizer after the model was moved, converted or sharded."
+    )
+
+
+class StateMismatch(FxPruneError, ValueError):
+    """A Pruner's saved state does not fit the model or the request."""
+
+    template = "the saved state of a Pruner cannot be loaded: {what}: got {given}, expected {expected}."
 
 
 class NotLowered(FxPruneError, RuntimeError):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxprune.errors import NothingToPrune
+from fxprune.hold import zero
 from fxprune.sparsity.pattern import LayerMask
 
 # parameter -> PrunedWeight; a weak side table, so that the model stays a plain module
@@ -130,8 +131,4 @@ def project_zeros(optimizer: torch.optim.Optimizer) -> None:
             pruned = lookup(parameter)
             if pruned is None:
                 continue
-            drop = ~pruned.mask.to(parameter.device)
-            parameter.masked_fill_(drop, 0)
-            for value in optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    value.masked_fill_(drop, 0)
+            zero(optimizer, parameter, ~pruned.mask.to(parameter.device))

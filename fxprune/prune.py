@@ -35,7 +35,7 @@ from fxprune.search import Search, check_search, largest_scale, metric, scaled
 from fxprune.sparsity import dcp, get
 from fxprune.staircase import choose_levels
 from fxprune.target import Speed, search
-from fxprune.write import Decided, write
+from fxprune.write import Decided, Wish, wishes, write
 
 # the options that matter to a compile of a model that is pruned already
 _COMPILE = ("min_speedup", "autotune", "cache_dir", "freeze", "fallback", "mode", "inductor")
@@ -166,6 +166,11 @@ def masks(contexts: Sequence[Context], matches: Sequence[Match], config: Config)
     if not chosen and not channels.cuts:
         raise _nothing(config, matches, channels)
     return Decided({m.parameter: chosen[m.parameter] for m in matches if m.parameter in chosen}, channels)
+
+
+def wished(decided: Decided) -> list[Wish]:
+    """Return what a decision takes from each parameter, in tiles of the kernels that run them."""
+    return list(wishes(decided, KernelTables().unit))
 
 
 def _nothing(config: Config, matches: Sequence[Match], channels: Channels) -> NothingToPrune:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Symbols:
@@ -24,7 +25,8 @@ class Symbols:
         self._fakes: list[Tensor] = []
         self._positions = {v.node.expr: i for i, v in enumerate(example_inputs) if isinstance(v, torch.SymInt)}
         context = TracingContext.try_get()
-        self._sizes = None if context is None else context.tensor_to_context
+        # a copy: Dynamo empties its own when the compile ends
+        self._sizes = None if context is None else WeakTensorKeyDictionary(context.tensor_to_context)
 
     def sizes(self, args: Sequence[Any]) -> dict[Any, tuple[int, int]]:
         """Return the position among the graph's arguments and the value, or hint, of each symbolic size that is one."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxprune.channel_plan import Channels, Cut
+from fxprune.channel_plan import Channels
 from fxprune.compensate import Refit, write_refit
 from fxprune.match import Match
 from fxprune.plan import LayerPlan, PrunedWeight, lookup, register
@@ -34,9 +34,65 @@ def write(target: nn.Module, decided: Decided, unit: Callable[[str], Any], sourc
         _inherit(source, parameters)
     for name, values in decided.refits.items():
         write_refit(decided.choices[name].match, values, parameters)
-    layers = [_apply(choice, parameters) for choice in decided.choices.values()]
-    cuts = [_apply_cut(cut, parameters, unit) for cut in decided.channels.cuts.values()]
-    return layers + [layer for layer in cuts if layer is not None]
+    layers = []
+    for wanted in wishes(decided, unit):
+        parameter = parameters[wanted.parameter]
+        pruned = _zero(parameter, wanted)
+        if (layer := wanted.layer_plan(pruned)) is not None:
+            layers.append(layer)
+    return layers
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What one parameter is to lose. mask: kept elements, of the parameter's shape; layer: the same in its matrix view.
+
+    match: ``None`` for a parameter that only follows others (biases, BatchNorm).
+    """
+
+    parameter: str
+    name: str
+    kind: str
+    pattern: str
+    layer: LayerMask
+    mask: Tensor
+    target: float
+    note: str
+    match: Match | None
+
+    def layer_plan(self, pruned: PrunedWeight) -> LayerPlan | None:
+        """Return the row of the plan; a vector is held at zero and not reported."""
+        if self.mask.dim() == 1:
+            return None
+        layer = pruned.layer
+        every = len(layer.tiling.columns) == layer.tiling.shape[0]
+        return LayerPlan(
+            name=self.name,
+            parameter=self.parameter,
+            kind=self.kind,
+            pattern=pruned.pattern,
+            shape=tuple(pruned.mask.shape),
+            target=self.target,
+            sparsity=1.0 - pruned.mask.float().mean().item(),
+            granularity=layer.tiling.granularity,
+            counts=tuple(layer.counts),
+            columns=None if every else tuple(layer.tiling.columns.tolist()),
+            note=self.note,
+        )
+
+
+def wishes(decided: Decided, unit: Callable[[str], Any]) -> Iterator[Wish]:
+    """Yield what a decision takes from each parameter."""
+    for choice in decided.choices.values():
+        match, layer = choice.match, choice.layer
+        mask = match.restore(layer.mask).reshape(match.value.shape)
+        names = (match.parameter, match.name, match.kind, choice.pattern)
+        yield Wish(*names, layer, mask, choice.target, layer.note, match)
+    for cut in decided.channels.cuts.values():
+        kind = "conv" if cut.match is None else cut.match.kind
+        layer = cut.layer(unit(kind).granularity)
+        names = (cut.parameter, cut.parameter.rpartition(".")[0], kind, "channel")
+        yield Wish(*names, layer, cut.mask, cut.target, cut.note(), cut.match)
 
 
 def _inherit(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
@@ -47,29 +103,10 @@ def _inherit(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
             register(parameters[name], planned)
 
 
-def _apply(choice: Choice, parameters: dict[str, nn.Parameter]) -> LayerPlan:
-    match, layer = choice.match, choice.layer
-    parameter = parameters[match.parameter]
-    mask = match.restore(layer.mask).reshape(parameter.shape)
-    written = _zero(parameter, choice.pattern, layer, mask, match)
-    return _layer_plan(match.name, match.parameter, match.kind, choice.target, written, layer.note)
-
-
-def _apply_cut(cut: Cut, parameters: dict[str, nn.Parameter], unit: Callable[[str], Any]) -> LayerPlan | None:
-    """Zero the channels of one parameter; a vector (bias, BatchNorm) is held at zero and not reported."""
-    parameter, match = parameters[cut.parameter], cut.match
-    kind = "conv" if match is None else match.kind
-    layer = cut.layer(unit(kind).granularity)
-    written = _zero(parameter, "channel", layer, cut.mask, match)
-    if parameter.dim() == 1:
-        return None
-    name = cut.parameter.rpartition(".")[0]
-    return _layer_plan(name, cut.parameter, kind, cut.target, written, cut.note())
-
-
 @torch.no_grad()
-def _zero(parameter: nn.Parameter, pattern: str, layer: LayerMask, mask: Tensor, match: Match | None) -> PrunedWeight:
+def _zero(parameter: nn.Parameter, wanted: Wish) -> PrunedWeight:
     """Write zeros and register the mask, together with that of an earlier call; returns what was registered."""
+    pattern, layer, mask, match = wanted.pattern, wanted.layer, wanted.mask, wanted.match
     before = lookup(parameter)
     if before is not None:
         if pattern not in before.pattern.split("+"):
@@ -87,21 +124,3 @@ def _zero(parameter: nn.Parameter, pattern: str, layer: LayerMask, mask: Tensor,
 def _shape(match: Match | None) -> tuple[bool, bool]:
     """Return whether a weight is depthwise, and whether whole output features of it may go."""
     return match is not None and match.kind == "depthwise", match is None or match.geometry.groups == 1
-
-
-def _layer_plan(name: str, parameter: str, kind: str, target: float, pruned: PrunedWeight, note: str) -> LayerPlan:
-    layer, mask = pruned.layer, pruned.mask
-    every = len(layer.tiling.columns) == layer.tiling.shape[0]
-    return LayerPlan(
-        name=name,
-        parameter=parameter,
-        kind=kind,
-        pattern=pruned.pattern,
-        shape=tuple(mask.shape),
-        target=target,
-        sparsity=1.0 - mask.float().mean().item(),
-        granularity=layer.tiling.granularity,
-        counts=tuple(layer.counts),
-        columns=None if every else tuple(layer.tiling.columns.tolist()),
-        note=note,
-    )

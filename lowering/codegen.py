@@ -6,9 +6,12 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import default_partition
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
@@ -25,16 +28,32 @@ def stock(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Cal
     return _compile(gm, example_inputs, _patches(config))
 
 
+class JointPass(Protocol):
+    """A pass over the joint graph of forward and backward, and what it is for caches."""
+
+    @property
+    def identity(self) -> str: ...
+
+    def __call__(self, graph: Graph) -> int: ...
+
+
 def compile_rest(
-    gm: GraphModule, example_inputs: Sequence[Any], constant: Sequence[bool], config: Config
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    constant: Sequence[bool],
+    config: Config,
+    joint: JointPass | None = None,
 ) -> Callable[..., Any]:
     """Compile a rewritten graph. Beside our kernels, convolutions left in it stay NCHW, the layout of those.
 
-    constant: per input, whether it is a weight; with ``freeze`` those are folded into the compiled code.
+    constant: per input, whether it is a weight; with ``freeze`` those are folded into the compiled code. joint: runs on the
+    joint graph of autograd, before Inductor's own passes.
     """
     if config.fallback == "eager" or _unrolls(gm):
-        return gm.forward
-    settings = {**patches(gm.graph, config), **({"joint_custom_pre_pass": Salt()} if _has_ours(gm.graph) else {})}
+        return gm.forward if joint is None else _differentiate(gm, example_inputs, joint)
+    settings = patches(gm.graph, config)
+    if joint is not None or _has_ours(gm.graph):
+        settings["joint_custom_pre_pass"] = Salt(joint)
     if not config.freeze or torch.is_grad_enabled():
         return _compile(gm, example_inputs, settings)
     live = [i for i, fixed in enumerate(constant) if not fixed]
@@ -69,6 +88,21 @@ def _compile(gm: GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) ->
     return cast("Callable[..., Any]", run)  # a file name or weights only ahead of time
 
 
+def _differentiate(gm: GraphModule, inputs: Sequence[Any], joint: JointPass) -> Callable[..., Any]:
+    """Run forward and backward graph node by node, after ``joint``."""
+
+    def partition(joined: GraphModule, values: Sequence[Any], **options: Any) -> Any:
+        joint(joined.graph)
+        joined.graph.lint()
+        joined.recompile()
+        return default_partition(joined, values, **options)
+
+    def run(graph: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        return make_boxed_func(graph.forward)
+
+    return cast("Callable[..., Any]", aot_autograd(fw_compiler=run, partition_fn=partition)(gm, list(inputs)))
+
+
 def _lift_constants(gm: GraphModule, example_inputs: Sequence[Any], constant: Sequence[bool]) -> None:
     """Turn weight inputs into attributes, the form in which Inductor's freezing folds and prepacks them."""
     sources: dict[str, Any] = {}
@@ -96,13 +130,18 @@ def _patches(config: Config) -> dict[str, Any]:
 
 
 class Salt(CustomGraphPass):
-    """A pass that changes nothing but the cache key: Inductor does not key on a custom operator's code."""
+    """Puts our code into the cache key, on which Inductor has no custom operator's; runs ``joint`` where there is one."""
+
+    def __init__(self, joint: JointPass | None = None) -> None:
+        self._joint = joint
 
     def __call__(self, graph: Graph) -> None:
-        return None
+        if self._joint is not None:
+            self._joint(graph)
+            graph.lint()
 
     def uuid(self) -> str:
-        return "fxprune-" + _salt()
+        return "fxprune-" + _salt() + ("" if self._joint is None else "-" + self._joint.identity)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from ..errors import FxPruneWarning
 
 _TILES = "Tensor index, Tensor tile_ptr, Tensor columns"
 
-# The schemas csrc/ops.cpp defines, in its order; a test compares the two.
+# The schemas the library defines; a test compares the two.
 SCHEMAS = (
     "depthwise_taps(Tensor x, Tensor weight, Tensor taps, Tensor? bias, int[] kernel_size, int[] stride, "
     'int[] padding, int[] dilation, str activation="none") -> Tensor',
@@ -36,6 +36,7 @@ SCHEMAS = (
     "region(Tensor[] x, Tensor[] packed, int[] program, int[] outputs) -> Tensor[]",
     f"rnn_steps(Tensor gates, Tensor h, Tensor? c, Tensor values, {_TILES}, Tensor? bias, int granularity, "
     "bool reverse) -> Tensor[]",
+    "nm_prune(Tensor grad, Tensor? key, int n, int m, int dim, int groups, str function, int layer) -> Tensor",
     "isa() -> str",
     "set_isa(str name) -> ()",
 )

@@ -6,7 +6,7 @@ import threading
 
 import torch
 
-from ..ops import OPS
+from ..ops import OPS, marks
 from . import library
 
 _LOCK = threading.Lock()
@@ -25,4 +25,4 @@ def register() -> None:
             torch.library.register_autograd(op.qualname, op.backward, setup_context=op.setup_context, lib=lib)
             if not compiled:
                 lib.impl(op.name, op.reference, "CompositeExplicitAutograd")
-        _DONE.append(lib)
+        _DONE.extend((lib, marks.define()))

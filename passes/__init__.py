@@ -1,4 +1,7 @@
-"""Graph in, graph out. ``FORWARD`` is the pipeline, read top to bottom."""
+"""Graph in, graph out. ``FORWARD`` is the pipeline, read top to bottom.
+
+``Sdgp`` runs on the joint graph of forward and backward instead, and is made per compile from the options.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from .fuse_epilogue import fuse_epilogue
 from .fuse_gate import fuse_gate
 from .fuse_transpose import fuse_transpose
 from .lower_precision import lower_precision
+from .mark_gradients import mark_gradients
 from .match_block import match_blocks
 from .match_conv import match_conv
 from .match_depthwise import match_depthwise
@@ -27,6 +31,7 @@ from .rewrite_conv import rewrite_conv
 from .rewrite_depthwise import rewrite_depthwise
 from .rewrite_gemm import rewrite_gemm
 from .rewrite_rnn import rewrite_rnn
+from .sdgp import Sdgp
 from .shrink import shrink
 
 Pass = Callable[[GraphModule, Context], int]
@@ -58,6 +63,7 @@ FORWARD: tuple[Pass, ...] = (
     refuse_gemm,
     match_blocks,
     plan,  # masks and the choice sparse or dense; the only pass that reads weight values
+    mark_gradients,  # before the rewrites, which keep the marks: a layer is still one node of a known kind
     rewrite_depthwise,  # conv2d -> depthwise_taps
     rewrite_gemm,  # conv2d 1x1, linear -> tile_gemm
     rewrite_conv,  # the other convolutions -> tile_conv
@@ -66,3 +72,5 @@ FORWARD: tuple[Pass, ...] = (
     fuse_gate,  # before the epilogue, which wants the last user of each GEMM
     fuse_epilogue,  # residual and activation into the kernels
 )
+
+__all__ = ["DETECT", "FORWARD", "Pass", "Sdgp"]

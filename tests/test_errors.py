@@ -73,6 +73,17 @@ def ever_worse() -> object:
     return fxprune.prune(mlp(), rows(), sparsity=0.5, eval_fn=lambda _: -next(values), max_drop=0.5)
 
 
+def stale_optimizer() -> object:
+    pruner = fxprune.Pruner(mlp(), rows(), sparsity=0.5)
+    torch.optim.SGD(mlp().parameters(), lr=0.1).step()
+    return pruner.step()
+
+
+def train_one_layer() -> object:
+    model = nn.Sequential(nn.Linear(4, 8))
+    return torch.compile(model, backend=hwprune, options={**FORCED, "grad_sparsity": "2:4"})(torch.ones(2, 4))
+
+
 CASES: dict[str, tuple[Callable[[], object], str, type[Exception]]] = {
     "ConfigError": (
         lambda: fxprune.Config(fallback="aot_eager"),
@@ -81,7 +92,7 @@ CASES: dict[str, tuple[Callable[[], object], str, type[Exception]]] = {
     ),
     "UnknownOption": (
         lambda: fxprune.explain(mlp(), rows(), minspeedup=1),
-        r"unknown option 'minspeedup'; did you mean 'min_speedup'\? Legal options: sparsity, .*, inductor\.",
+        r"unknown option 'minspeedup'; did you mean 'min_speedup'\? Legal options: sparsity, .*, inductor, .*\.",
         TypeError,
     ),
     "UnknownPattern": (
@@ -155,6 +166,16 @@ CASES: dict[str, tuple[Callable[[], object], str, type[Exception]]] = {
         r"no sparsity keeps eval_fn within max_drop=0\.5: dense 0, and -\d+ at 0\.8% of the sparsity asked for.* Raise",
         ValueError,
     ),
+    "WrongOptimizer": (
+        stale_optimizer,
+        r"the optimizer that stepped holds none of the 2 parameters to prune \(such as '0\.weight'\).* after the model was",
+        RuntimeError,
+    ),
+    "StateMismatch": (
+        lambda: fxprune.Pruner(mlp(), rows(), sparsity=0.5).load_state_dict({"version": 7}),
+        r"the saved state of a Pruner cannot be loaded: version: got 7, expected 1\.",
+        ValueError,
+    ),
     "NotLowered": (
         without_kernels,
         r"fxprune::tile_pack: no implementation supports it: none is registered\.",
@@ -177,6 +198,10 @@ WARNINGS: dict[str, tuple[Callable[[], object], str]] = {
     "ComputedWeight": (
         lambda: fxprune.prune(masked(), rows(), sparsity=0.5),
         r"1 layer\(s\) are left as they are, because their weight is computed .*: 0\. .*torch\.nn\.utils\.prune\.remove",
+    ),
+    "NoGradientPruned": (
+        train_one_layer,
+        r"NoGradientPruned: grad_sparsity='2:4' prunes nothing in this graph: 0: dense, its input needs no gradient\. Leave",
     ),
     "TargetNotReached": (
         lambda: fxprune.prune(mlp(), rows(), target_speedup=1000.0, fallback="eager", autotune="off"),

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 #include "fxprune/kernels.h"
@@ -22,6 +23,7 @@
 #include "fxprune/channel_mean.h"
 #include "fxprune/depthwise_bf16.h"
 #include "fxprune/depthwise_planes.h"
+#include "fxprune/nm_prune_lanes.h"
 #include "fxprune/partial_sums.h"
 #include "fxprune/rnn_cell.h"
 #include "fxprune/tile_conv_planes.h"

@@ -1,6 +1,6 @@
 """The semantic operators. Adding one is a file here and its name in ``OPS``."""
 
-from fxprune.ops import depthwise_taps, region, rnn_steps, tile_conv, tile_gemm, tile_pack
+from fxprune.ops import depthwise_taps, nm_prune, region, rnn_steps, tile_conv, tile_gemm, tile_pack
 from fxprune.ops.operator import Operator
 
 OPS: tuple[Operator, ...] = (
@@ -11,4 +11,5 @@ OPS: tuple[Operator, ...] = (
     tile_pack.UNPACK,
     region.OPERATOR,
     rnn_steps.OPERATOR,
+    nm_prune.OPERATOR,
 )

@@ -49,6 +49,9 @@ LEGAL: dict[str, list[Any]] = {
     "tolerance": [0, 1e-3, 1],
     "mode": [None, "default", "max-autotune"],
     "inductor": [{}, {"max_autotune": True}],
+    "grad_sparsity": [None, "off", "2:4", "1:32", "auto", "auto:4:8", {0: "off", 100: "2:4"}, {}],
+    "grad_pruning": ["magnitude", "rescaled_magnitude", "group_rescaled_magnitude", "random", "mvue"],
+    "grad_target": ["dX", "dW", "both"],
 }
 NAN = float("nan")
 ILLEGAL: dict[str, list[Any]] = {
@@ -80,6 +83,24 @@ ILLEGAL: dict[str, list[Any]] = {
     "tolerance": [-1e-3, 2, NAN],
     "mode": ["fastest", 3],
     "inductor": [None, "max_autotune", [("a", 1)]],
+    "grad_sparsity": [
+        "3:2",
+        "2:33",
+        "0:4",
+        "-1:4",
+        "4:4",
+        "2-4",
+        "auto:4",
+        "",
+        2,
+        0.5,
+        True,
+        {"0": "2:4"},
+        {-1: "2:4"},
+        {0: 1},
+    ],
+    "grad_pruning": ["largest", None, 1],
+    "grad_target": ["dB", None],
 }
 FIELDS = [f.name for f in dataclasses.fields(fxprune.Config)]
 

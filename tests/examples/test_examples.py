@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import types
 from pathlib import Path
 
@@ -53,3 +54,15 @@ def test_compensation(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     errors = [float(cell.rstrip("%")) for cell in row[3::2]]
     assert min(errors) > 0 and errors[2] < errors[0]
     assert "dense accuracy" in printed
+
+
+@pytest.mark.slow
+def test_sdgp_order(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ["--nets", "mobilenet", "--ratios", "2:4", "--functions", "mvue", "--seeds", "2", "--epochs", "3"]
+    assert load("sdgp_order").main([*options, "--json", str(tmp_path / "out.json")]) == 0
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.partition("interval over the seeds")[2].splitlines() if "±" in line]
+    assert [row.partition("  ")[0] for row in rows] == ["dense", "mvue 2:4"]
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert len(results) == 2 and all(len(r["accuracy"]) == 2 and min(r["accuracy"]) > 40 for r in results)
+    assert results[0]["accuracy"] != results[1]["accuracy"]

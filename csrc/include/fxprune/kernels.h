@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "fxprune/depthwise_taps.h"
+#include "fxprune/nm_prune.h"
 #include "fxprune/tile_conv.h"
 #include "fxprune/tile_gemm.h"
 #include "fxprune/tile_image.h"

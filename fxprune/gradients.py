@@ -1,0 +1,145 @@
+"""Structured data gradient pruning (SDGP): its ratios over time, and the counters its random numbers are keyed by.
+
+    torch.compile(model, backend="hwprune", options={"grad_sparsity": "2:4"})
+
+The counters reach the backward graph as a tensor, so that no step compiles anything; another ratio does, once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from fxprune.errors import ConfigError
+from fxprune.ops.nm_prune import FUNCTIONS, MOST
+from fxprune.report import Table
+
+TARGETS = ("dX", "dW", "both")
+PRUNINGS = FUNCTIONS
+_RATIO = re.compile(r"(-?\d+):(-?\d+)")
+_EXPECTED = f'"n:m" with 1 <= n < m <= {MOST}, "auto", "auto:n:m", "off", or a dict of them by first step'
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """n of every m consecutive values stay. auto: only in layers where that was measured to be faster."""
+
+    n: int
+    m: int
+    auto: bool = False
+
+    def __str__(self) -> str:
+        return f"{'auto:' if self.auto else ''}{self.n}:{self.m}"
+
+    @classmethod
+    def parse(cls, text: Any) -> Ratio | None:
+        """Return the ratio a text names, ``None`` for "off". Raises :class:`~fxprune.errors.ConfigError`."""
+        if text == "off":
+            return None
+        auto = isinstance(text, str) and text.partition(":")[0] == "auto"
+        plain = text.partition(":")[2] or "2:4" if auto else text
+        found = _RATIO.fullmatch(plain) if isinstance(plain, str) else None
+        n, m = (int(found[1]), int(found[2])) if found else (0, 0)
+        if not 1 <= n < m <= MOST:
+            raise ConfigError(name="grad_sparsity", given=text, expected=_EXPECTED)
+        return cls(n, m, auto)
+
+
+def ratios(given: Any) -> dict[int, Ratio | None]:
+    """Return the ratio from each step on, by increasing first step; empty when nothing is given."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        return {0: Ratio.parse(given)}
+    for step in given:
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise ConfigError(name="grad_sparsity", given=step, expected="first steps that are integers from 0 on")
+    return {step: Ratio.parse(given[step]) for step in sorted(given)}
+
+
+def ratio_at(given: Any, step: int) -> Ratio | None:
+    """Return the ratio of one step; before the first step of a schedule gradients are dense."""
+    current = None
+    for first, ratio in ratios(given).items():
+        if first <= step:
+            current = ratio
+    return current
+
+
+class GradientClock:
+    """Counts optimizer steps, and forward calls of pruned graphs since the last one.
+
+    step: taken by any optimizer of this process since the first graph was compiled with ``grad_sparsity``, or what was
+    set. Save :meth:`state_dict` in a checkpoint and load it again, and a resumed run draws what it would have drawn.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.call = 0
+        self._hook: Any = None
+
+    def start(self) -> None:
+        """Begin to count; safe to call again."""
+        if self._hook is None:
+            self._hook = register_optimizer_step_post_hook(self._stepped)
+
+    def key(self, seed: int) -> Tensor:
+        """Return int64 (3,): seed, step and call; every rank of a process group draws its own numbers."""
+        rank, world = 0, 1
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        call = self.call * world + rank
+        self.call += 1
+        return torch.tensor([seed, self.step, call])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step, "call": self.call}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.step, self.call = int(state["step"]), int(state["call"])
+
+    def _stepped(self, *_: Any) -> None:
+        self.step += 1
+        self.call = 0
+
+
+gradient_clock = GradientClock()
+
+
+@dataclass(frozen=True)
+class GradientLayer:
+    """One layer of a graph compiled with ``grad_sparsity``: its number in the graph, and why its gradient stays dense.
+
+    pruned_us, dense_us: of the data gradient, pruning included; ``None`` when it was not timed.
+    """
+
+    name: str
+    number: int
+    reason: str | None = None
+    pruned_us: float | None = None
+    dense_us: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}: {'pruned' if self.reason is None else 'dense, ' + self.reason}"
+
+
+def gradient_table(layers: Sequence[GradientLayer], ratio: object) -> Table:
+    """Return a row per layer: what its data gradient reads, and the time measured for both ways."""
+    rows, spent, dense = [], 0.0, 0.0
+    for layer in layers:
+        times, gain = ("-", "-"), "-"
+        if layer.pruned_us is not None and layer.dense_us is not None:
+            times = (f"{layer.pruned_us:.1f}", f"{layer.dense_us:.1f}")
+            gain = f"{layer.dense_us / layer.pruned_us:.2f}"
+            dense += layer.dense_us
+            spent += layer.dense_us if layer.reason else layer.pruned_us
+        rows.append((layer.name, "dense" if layer.reason else "pruned", *times, gain, layer.reason or ""))
+    head = ("layer", "data gradient reads", "pruned us", "dense us", "gain", "reason")
+    summary = {"all data gradients that were timed": f"{dense / spent:.2f} times as fast as dense"} if spent else {}
+    return Table(f"data gradients at {ratio}", head, rows, summary)

@@ -1,0 +1,119 @@
+"""Masks that are held while a model trains: weights and optimizer moments stay zero, whatever optimizer steps.
+
+Weights may be sharded (DTensor of FSDP2 or tensor parallelism): a mask is of the whole weight and each rank zeroes its
+part of it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that every rank holds in full."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor; writing to it writes to the tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def shard(full: Tensor, like: Any) -> Tensor:
+    """Return this rank's part of a tensor that every rank holds in full, cut as ``like`` is."""
+    if not hasattr(like, "device_mesh"):
+        return full.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements).to_local()
+
+
+class Places:
+    """The parameters of a model by name, read where the modules hold them now: sharding and moving may replace them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        owner, _, leaf = name.rpartition(".")
+        found = self._modules[owner]._parameters[leaf]
+        assert found is not None
+        return found
+
+
+class Holder:
+    """Zeroes pruned elements after every optimizer step, until :meth:`release`."""
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+        self._masks: dict[str, Tensor] = {}
+        self._drops: dict[str, tuple[Tensor, Tensor]] = {}  # name: the parameter, this rank's pruned elements
+        self.touched = False  # an optimizer that has one of our parameters stepped since this was cleared
+        self.foreign = False  # another one did
+        self._watched: list[str] = []
+        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # that have one of our parameters
+        self._hooks = [register_optimizer_step_post_hook(self._stepped)]
+
+    def watch(self, names: Iterator[str]) -> None:
+        """Notice steps of the optimizers of these parameters, also before anything is pruned."""
+        self._watched = list(names)
+
+    def before_step(self, call: Any) -> None:
+        """Call ``call(optimizer)`` ahead of every optimizer step."""
+        self._hooks.append(register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: call(optimizer)))
+
+    @torch.no_grad()
+    def set(self, masks: Mapping[str, Tensor]) -> None:
+        """Hold these masks, bool of the whole weights' shapes, from now on."""
+        self._masks = dict(masks)
+        self._drops = {}
+        self.project()
+        for optimizer in self._optimizers:
+            for parameter, drop in self.dropped():
+                zero(optimizer, parameter, drop)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Zero the pruned elements of the weights."""
+        for parameter, drop in self.dropped():
+            local(parameter).masked_fill_(drop, 0)
+
+    def dropped(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield every pruned parameter with this rank's pruned elements."""
+        for name, mask in self._masks.items():
+            parameter = self._places[name]
+            known = self._drops.get(name)
+            if known is None or known[0] is not parameter or known[1].device != local(parameter).device:
+                known = self._drops[name] = (parameter, shard(~mask, parameter))
+            yield parameter, known[1]
+
+    def release(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @torch.no_grad()
+    def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(self._places[name]) in mine for name in self._watched):
+            self.foreign = True
+            return
+        self.touched = True
+        self._optimizers.add(optimizer)
+        for parameter, drop in self.dropped():
+            if id(parameter) in mine:
+                zero(optimizer, parameter, drop)
+
+
+def zero(optimizer: torch.optim.Optimizer, parameter: Tensor, drop: Tensor) -> None:
+    """Zero elements of a parameter and of everything of its shape that the optimizer keeps for it."""
+    local(parameter).masked_fill_(drop, 0)
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            local(value).masked_fill_(drop, 0)

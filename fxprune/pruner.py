@@ -1,0 +1,361 @@
+"""``fxprune.Pruner``: prune in the training loop, gradually, and hold what is pruned.
+
+pruner = fxprune.Pruner(model, example_inputs, sparsity=0.75, schedule=fxprune.CubicSchedule(0, 1000, 50))
+for x, y in data:
+    loss_fn(model(x), y).backward()
+    optimizer.step()
+    pruner.step()
+    optimizer.zero_grad()
+result = pruner.finalize()
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.config import Config
+from fxprune.errors import ConfigError, StateMismatch, WrongOptimizer
+from fxprune.hold import Holder, Places, local, shard, whole
+from fxprune.importance import Measured, element_scores
+from fxprune.match import Match
+from fxprune.plan import LayerPlan, Plan, PrunedWeight, register
+from fxprune.planner import targets
+from fxprune.prunable import contexts_of, prunable
+from fxprune.prune import PruneResult, masks, wished
+from fxprune.prune_report import achieved, table
+from fxprune.schedules import OneShotSchedule, Schedule
+from fxprune.sparsity import get, refit
+from fxprune.write import Decided
+
+_VERSION = 1
+_FLOOR = 1e-9  # of a layer's largest score: its square is still a number
+
+
+class Pruner:
+    """Prunes ``model`` in place while it trains. Call :meth:`step` after the optimizer's step.
+
+    sparsity, filter_fn, options: as in :func:`fxprune.prune`; the sparsity is that of the last round. Every round chooses
+        its masks with the patterns and counts of the kernels that will run them, so that the last one is no special case.
+    schedule: rounds; by default one, when the pruner is made. Over several rounds ``columns`` is off unless given: a column
+        that goes moves the tiles of those behind it, and rows of the old and the new tiles add up to more than was asked.
+    importance: "magnitude", "l1", "l2", "random", a callable ``(name, weight) -> scores``, or "taylor": the sum of
+        ``(gradient * weight)^2`` over the last ``window`` optimizer steps before each round (Molchanov et al., CVPR 2019).
+    growth: keep the values of pruned weights, so that :meth:`reselect` may bring some of them back. Without it what is
+        pruned stays pruned.
+
+    Masks are held by writing zeros after every step of every optimizer of this process, to the weights and to what the
+    optimizer keeps in the weight's shape (moments; factored or blocked state is left alone). They are no part of the
+    compiled function, so no round compiles anything. A copy of the weights that is averaged over steps (EMA) holds what was
+    pruned later; :meth:`apply` zeroes it.
+
+    Over several ranks scores are averaged, so that every rank chooses the same masks; DTensor weights are gathered for a
+    round. Make the pruner before ``fully_shard``, on every rank.
+
+    Raises the errors of :func:`fxprune.prune` and leaves the model as it was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        sparsity: float | Mapping[str, float] | None = None,
+        schedule: Schedule | None = None,
+        importance: str | Callable[..., Any] = "magnitude",
+        window: int = 10,
+        growth: bool = False,
+        filter_fn: Callable[[nn.Module, str], bool] | None = None,
+        **options: Any,
+    ) -> None:
+        self.schedule: Schedule = schedule or OneShotSchedule()
+        self._taylor = importance == "taylor"
+        self._config = Config.from_options({"sparsity": sparsity, "importance": importance, **options})
+        if self._config.columns is None and not isinstance(self.schedule, OneShotSchedule):
+            self._config = replace(self._config, columns=False)
+        self._check(window)
+        self._asked, self._window, self._growth = sparsity, window, growth
+        self._model = model
+        self._contexts = contexts_of(model, example_inputs, self._config)
+        self._found = prunable(model, self._contexts, filter_fn)
+        wanted = targets(self._found, self._config)
+        self._matches = [m for m in self._found if m.parameter in wanted]
+        if not self._matches:
+            masks(self._contexts, self._found, self._config)  # which says why there is nothing to prune
+        self._places = Places(model)
+        self._step = 0
+        self._scores: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}  # growth: the values that pruned weights had
+        self._pruned: dict[str, PrunedWeight] = {}
+        self._layers: dict[str, LayerPlan] = {}
+        self._decided = Decided()
+        self._bar: Any = None
+        self._holder = Holder(self._places)
+        self._holder.watch(m.parameter for m in self._matches)
+        if self._taylor:
+            self._holder.before_step(self._accumulate)
+        if self.schedule.is_round(0):
+            self._round()
+
+    @property
+    def plan(self) -> Plan:
+        """What is pruned now."""
+        return Plan(list(self._layers.values()))
+
+    @property
+    def sparsity(self) -> dict[str, float]:
+        """The fraction of zeros now, by the keys asked for and by kind."""
+        return achieved(list(self._layers.values()), self._asked)
+
+    @property
+    def steps(self) -> int:
+        """How many times :meth:`step` was called."""
+        return self._step
+
+    def step(self) -> bool:
+        """Count a step, prune if the schedule has a round now, and hold the masks. Returns whether it pruned.
+
+        Raises :class:`~fxprune.errors.WrongOptimizer` when optimizers stepped and none of them has a parameter of ours.
+        """
+        if self._holder.foreign and not self._holder.touched:
+            raise WrongOptimizer(count=len(self._matches), name=self._matches[0].parameter)
+        self._step += 1
+        due = self.schedule.is_round(self._step)
+        if due:
+            self._round()
+        elif not self._holder.touched:
+            self._holder.project()
+        self._holder.touched = self._holder.foreign = False
+        self._show()
+        return due
+
+    def reselect(self) -> None:
+        """Choose all masks of the sparsity reached anew; what returns has the value it had when it was pruned.
+
+        Needs ``growth=True``.
+        """
+        if not self._growth:
+            raise ConfigError(name="growth", given=False, expected="True to choose again what was pruned")
+        with torch.no_grad():
+            for name, values in self._before.items():
+                parameter = self._places[name]
+                own = local(parameter)
+                own.copy_(torch.where(shard(self._pruned[name].mask, parameter), own, local(values)))
+        self._pruned, self._layers = {}, {}
+        self._round()
+
+    def apply(self, model: nn.Module) -> None:
+        """Zero in another model of the same names, such as an average of the weights, what is pruned in this one."""
+        others = dict(model.named_parameters(remove_duplicate=False))
+        missing = [name for name in self._pruned if name not in others]
+        if missing:
+            raise ConfigError(
+                name="model", given=f"no parameter {missing[0]!r}", expected="the parameters of the pruned model"
+            )
+        with torch.no_grad():
+            for name, pruned in self._pruned.items():
+                local(others[name]).masked_fill_(shard(~pruned.mask, others[name]), 0)
+
+    def finalize(self) -> PruneResult:
+        """Stop, and attach the plan to the model, a plain dense one with zeros; returns what ``fxprune.prune`` does."""
+        self._holder.project()
+        self._holder.release()
+        if self._bar is not None:
+            self._bar.close()
+        for name, pruned in self._pruned.items():
+            register(self._places[name], pruned)
+        report = table(list(self._layers.values()), self._decided, self._contexts, None, None)
+        return PruneResult(self._model, self.plan, self.sparsity, report)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain tensors and values from which :meth:`load_state_dict` goes on bit for bit."""
+        return {
+            "version": _VERSION,
+            "step": self._step,
+            "masks": {name: pruned.mask.clone() for name, pruned in self._pruned.items()},
+            "patterns": {name: pruned.pattern for name, pruned in self._pruned.items()},
+            "structures": {name: self._structure(name).clone() for name in self._pruned},
+            "granularity": {name: pruned.layer.tiling.granularity for name, pruned in self._pruned.items()},
+            "layers": {name: asdict(layer) for name, layer in self._layers.items()},
+            "scores": {name: whole(score).clone() for name, score in self._scores.items()},
+            "before": {name: whole(values).clone() for name, values in self._before.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state. Raises :class:`~fxprune.errors.StateMismatch` and changes nothing if it is another's."""
+        if state.get("version") != _VERSION:
+            raise StateMismatch(what="version", given=state.get("version"), expected=_VERSION)
+        for name, mask in state["masks"].items():
+            try:
+                shape = tuple(self._places[name].shape)
+            except KeyError:
+                raise StateMismatch(what="parameter", given=name, expected="a parameter of the model") from None
+            if tuple(mask.shape) != shape:
+                raise StateMismatch(what=f"mask of {name!r}", given=tuple(mask.shape), expected=shape)
+        by_name = {m.parameter: m for m in self._matches}
+        pruned = {}
+        for name, mask in state["masks"].items():
+            match, pattern, width = by_name.get(name), state["patterns"][name], state["granularity"][name]
+            structure = state["structures"][name].bool()
+            matrix = structure.reshape(len(structure), -1) if match is None else match.matrix(structure)
+            drops = match is None or match.geometry.groups == 1
+            layer = refit(matrix, width, match is not None and match.kind == "depthwise", drops)
+            pruned[name] = PrunedWeight(pattern, layer, mask.bool().clone())
+        self._step = int(state["step"])
+        self._pruned = pruned
+        self._layers = {name: _layer(fields) for name, fields in state["layers"].items()}
+        self._scores = {name: self._cut(score, name) for name, score in state["scores"].items()}
+        self._before = {name: self._cut(values, name) for name, values in state["before"].items()}
+        self._holder.set({name: found.mask for name, found in pruned.items()})
+
+    def _check(self, window: Any) -> None:
+        names = [*self._config.pattern.values()] if isinstance(self._config.pattern, Mapping) else [self._config.pattern]
+        fixed = any(name != "auto" and get(name).fixed is not None for name in names)
+        if self._config.has_target:
+            given = next(n for n in ("target_speedup", "target_latency_ms") if getattr(self._config, n) is not None)
+            raise ConfigError(name=given, given=getattr(self._config, given), expected="sparsity= in its place")
+        if self._config.sparsity is None and not fixed:
+            raise ConfigError(name="sparsity", given=None, expected="a fraction of zeros")
+        if fixed and not isinstance(self.schedule, OneShotSchedule):
+            raise ConfigError(name="schedule", given=self.schedule, expected="OneShotSchedule: n:m has one sparsity")
+        if self._taylor and self.schedule.is_round(0):
+            expected = "a first round after step 1 or later: 'taylor' scores by the gradients of steps"
+            raise ConfigError(name="schedule", given=self.schedule, expected=expected)
+        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+            raise ConfigError(name="window", given=window, expected="a positive integer")
+
+    def _structure(self, name: str) -> Tensor:
+        """Return the mask that the kernel runs, in the weight's shape: it covers the mask that is held."""
+        pruned = self._pruned[name]
+        match = next((m for m in self._matches if m.parameter == name), None)
+        matrix = pruned.layer.mask
+        return (matrix if match is None else match.restore(matrix)).reshape(pruned.mask.shape)
+
+    def _cut(self, full: Tensor, name: str) -> Tensor:
+        """Return a tensor that lies as the parameter does, from one that every rank holds in full."""
+        parameter = self._places[name]
+        result = torch.zeros_like(parameter, dtype=full.dtype)
+        local(result).copy_(shard(full, parameter))
+        return result
+
+    @torch.no_grad()
+    def _accumulate(self, optimizer: torch.optim.Optimizer) -> None:
+        """Add ``(gradient * weight)^2`` ahead of an optimizer's step."""
+        if not self._in_window() or not all(self._finite(optimizer)):
+            return
+        scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which unscales in its own kernel
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for match in self._matches:
+            parameter = self._places[match.parameter]
+            if id(parameter) not in mine or parameter.grad is None:
+                continue
+            score = self._scores.get(match.parameter)
+            if score is None:
+                score = self._scores[match.parameter] = torch.zeros_like(parameter, dtype=torch.float32)
+            gradient = local(parameter.grad).float()
+            if scale is not None:
+                gradient = gradient / scale
+            local(score).add_((gradient * local(parameter).float()).square_())
+
+    def _in_window(self) -> bool:
+        return any(self.schedule.is_round(self._step + ahead) for ahead in range(1, self._window + 1))
+
+    @staticmethod
+    def _finite(optimizer: torch.optim.Optimizer) -> list[bool]:
+        """Whether a gradient scaler lets this step happen."""
+        overflow = getattr(optimizer, "found_inf", None)
+        return [] if overflow is None else [not bool(overflow)]
+
+    def _round(self) -> None:
+        """Choose masks for the sparsity of now, join them with those held, and write zeros."""
+        config = replace(self._config, sparsity=self._now())
+        if self._taylor:
+            missing = [m.parameter for m in self._matches if m.parameter not in self._scores]
+            if missing:
+                expected = f"a gradient for {missing[0]!r} in the {self._window} steps before a round"
+                raise ConfigError(name="importance", given="taylor", expected=expected)
+            scores = {name: _reduced(score) for name, score in self._scores.items()}
+            config = replace(config, importance=Measured(scores))
+        matches = [self._live(match) for match in self._found]
+        if self._pruned:
+            asked = {m.parameter for m in self._matches}
+            scores = {m.parameter: self._ranked(m, config) for m in matches if m.parameter in asked}
+            config = replace(config, importance=Measured(scores))
+        decided = masks(self._contexts, matches, config)
+        for wish in wished(decided):
+            held = self._pruned.get(wish.parameter)
+            mask = wish.mask.cpu() if held is None else wish.mask.cpu() & held.mask
+            pruned = PrunedWeight(wish.pattern, wish.layer, mask)
+            self._remember(wish.parameter, held, mask)
+            self._pruned[wish.parameter] = pruned
+            if (layer := wish.layer_plan(pruned)) is not None:
+                self._layers[wish.parameter] = layer
+        self._decided = decided
+        self._scores = {}
+        self._holder.set({name: pruned.mask for name, pruned in self._pruned.items()})
+
+    def _now(self) -> float | Mapping[str, float] | None:
+        """Return the sparsity asked for at this step."""
+        wanted, at = self._asked, min(self._step, self.schedule.last)
+        if isinstance(wanted, Mapping):
+            return {key: self.schedule.sparsity(at, value) for key, value in wanted.items()}
+        return None if wanted is None else self.schedule.sparsity(at, wanted)
+
+    def _live(self, match: Match) -> Match:
+        value = whole(self._places[match.parameter])
+        return match if value is match.value else replace(match, value=value)
+
+    def _ranked(self, match: Match, config: Config) -> Tensor:
+        """Return scores that put what is pruned below everything else, also below weights that score nothing."""
+        scores = element_scores(match, config).float()
+        held = self._pruned.get(match.parameter)
+        if held is None:
+            return scores
+        return torch.where(held.mask.to(scores.device), scores.clamp_min(_FLOOR * scores.max().clamp_min(_FLOOR)), 0)
+
+    @torch.no_grad()
+    def _remember(self, name: str, held: PrunedWeight | None, mask: Tensor) -> None:
+        """Keep the values that go now."""
+        if not self._growth:
+            return
+        parameter = self._places[name]
+        known = self._before.get(name)
+        if known is None:
+            known = self._before[name] = torch.zeros_like(parameter)
+        going = ~mask if held is None else ~mask & held.mask
+        own = local(known)
+        own.copy_(torch.where(shard(going, parameter), local(parameter), own))
+
+    def _show(self) -> None:
+        """Move a bar, on a terminal with tqdm, up to the last round."""
+        if not sys.stderr.isatty() or self._step > self.schedule.last:
+            return
+        if self._bar is None:
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self._bar = tqdm(total=self.schedule.last, desc="pruning", leave=False, initial=self._step - 1)
+        self._bar.update()
+        self._bar.set_postfix_str(f"{self.sparsity.get('all', 0.0):.1%} zeros", refresh=False)
+
+
+def _reduced(score: Tensor) -> Tensor:
+    """Return a score in full, averaged over the ranks."""
+    total = whole(score)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        total = total.clone()
+        torch.distributed.all_reduce(total)
+        total /= torch.distributed.get_world_size()
+    return total
+
+
+def _layer(fields: Mapping[str, Any]) -> LayerPlan:
+    columns = fields["columns"]
+    listed = {"shape": tuple(fields["shape"]), "counts": tuple(fields["counts"])}
+    return LayerPlan(**{**fields, **listed, "columns": None if columns is None else tuple(columns)})

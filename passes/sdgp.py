@@ -1,0 +1,213 @@
+"""Structured data gradient pruning: in the backward graph, prune the dL/dO that the data gradient reads.
+
+    dX, dW, db = convolution_backward(g, x, w)  =>  dX = convolution_backward(nm_prune(g), x, w), dW, db as before
+    dX = mm(g, w)                               =>  dX = mm(nm_prune(g), w)
+
+Runs on the joint graph of AOTAutograd. ``passes/mark_gradients.py`` left a mark on each dL/dO; from there views are
+followed to the products that read it. One that adds up over the output features is the data gradient, one that adds up
+over everything else the weight gradient. Nothing else changes: weight and bias gradients read what they read before.
+Source: arXiv 2202.00774, Algorithm 1. ``target="dW"`` prunes the copy that the weight gradient reads, along the rows or
+pixels it adds up (Chmiel et al., ICLR 2023).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..gradients import Ratio
+from ..graph import argument, aten
+
+_MARK = torch.ops.fxprune_mark.gradient.default
+_OUTPUT = torch.ops.fxprune_mark.output.default
+_PRUNE = torch.ops.fxprune.nm_prune.default
+_BACKWARD = aten.convolution_backward.default
+_PRODUCTS = (aten.mm.default, aten.bmm.default)
+_SHAPED = (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.expand.default,
+)
+_SAME = (
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten._to_copy.default,
+    torch.ops.prims.convert_element_type.default,
+)
+
+
+@dataclass(frozen=True)
+class Sdgp:
+    """The pass and its settings; ``identity`` belongs into every cache key."""
+
+    ratio: Ratio
+    function: str
+    target: str
+
+    @property
+    def identity(self) -> str:
+        source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+        return f"sdgp-{self.ratio}-{self.function}-{self.target}-{source}"
+
+    def __call__(self, graph: Graph) -> int:
+        """Rewrite a joint graph; returns the number of gradients pruned."""
+        marks = [n for n in graph.nodes if n.target is _MARK]
+        pruned = sum(_Layer(mark, self).rewrite() for mark in marks)
+        for node in [n for n in graph.nodes if n.target in (_MARK, _OUTPUT)]:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        return pruned
+
+
+@dataclass(frozen=True)
+class Use:
+    """A call that reads a gradient at operand ``position``, after ``path``, the views in between."""
+
+    node: Node
+    position: int
+    path: tuple[Node, ...]
+    data: bool
+
+
+class _Layer:
+    """One marked gradient."""
+
+    def __init__(self, mark: Node, settings: Sdgp) -> None:
+        self.mark, self.settings = mark, settings
+        _, self.key, self.number, dim, self.groups = mark.args
+        self.dim: Any = dim
+        self.axis = self.dim % _value(mark).dim()
+        self.wants = {"dX": (True,), "dW": (False,), "both": (True, False)}[settings.target]
+
+    def rewrite(self) -> int:
+        """Prune what the settings ask for; returns 1 when anything was."""
+        changed = 0
+        for use in list(_uses(self.mark, self.axis, ())):
+            if use.node.target is _BACKWARD:
+                changed += self._split(use)
+            elif use.data in self.wants:
+                use.node.update_arg(use.position, self._replay(use))
+                changed += 1
+        return min(changed, 1)
+
+    def _split(self, use: Use) -> int:
+        """Give each gradient of a convolution the copy it reads; returns 0 when none is pruned."""
+        node = use.node
+        mask = argument(node, "output_mask")
+        kinds = [
+            kind if wanted and kind in self.wants else None for kind, wanted in zip((True, False, None), mask, strict=True)
+        ]
+        if kinds == [None] * 3:
+            return 0
+        parts: dict[bool | None, Node] = {}
+        for kind in dict.fromkeys(kind for kind, wanted in zip(kinds, mask, strict=True) if wanted):
+            wanted = [asked and other is kind for asked, other in zip(mask, kinds, strict=True)]
+            grad = node.args[0] if kind is None else self._replay(replace(use, data=kind))
+            values = [v if w else None for v, w in zip(node.meta["val"], wanted, strict=True)]
+            parts[kind] = _insert(node, _BACKWARD, (grad, *node.args[1:-1], wanted), tuple(values))
+        for item in list(node.users):
+            index: Any = item.args[1]
+            item.update_arg(0, parts[kinds[index]])
+        node.graph.erase_node(node)
+        return 1
+
+    def _replay(self, use: Use) -> Node:
+        """Apply the views in front of a use to the pruned gradient."""
+        current = self._pruned(use.data, use.node)
+        for view in use.path:
+            current = _insert(use.node, view.target, (current, *view.args[1:]), None, view.kwargs)
+        return current
+
+    def _pruned(self, data: bool, before: Node) -> Node:
+        """Insert the pruning of the gradient ahead of ``before``."""
+        rest = (self.settings.function, self.number)
+        ratio = (self.settings.ratio.n, self.settings.ratio.m)
+        if data:
+            return _insert(before, _PRUNE, (self.mark, self.key, *ratio, self.dim, self.groups, *rest))
+        shape = list(_value(self.mark).shape)
+        rows = self.dim == -1 or all(statically_known_true(size == 1) for size in shape[2:])
+        # groups lie along what a weight gradient adds up: the rows of a matrix, the pixels of a map
+        flat = [1, -1, shape[self.axis]] if rows else [*shape[:2], -1]
+        view = _insert(before, aten.reshape.default, (self.mark, flat))
+        pruned = _insert(before, _PRUNE, (view, self.key, *ratio, 1 if rows else -1, 1, *rest))
+        return _insert(before, aten.reshape.default, (pruned, shape))
+
+
+def _uses(node: Node, axis: int, path: tuple[Node, ...]) -> Iterator[Use]:
+    """Yield the convolutions and products that read a gradient; ``axis`` is that of the output features."""
+    for user in node.users:
+        if user.target is _BACKWARD and user.args[0] is node:
+            yield Use(user, 0, path, True)
+        elif user.target in _PRODUCTS:
+            for position in (0, 1):
+                if user.args[position] is node:
+                    summed = _value(node).dim() - 1 - position
+                    yield Use(user, position, path, axis == summed)
+        else:
+            moved = _moved(user, node, axis)
+            if moved is not None:
+                yield from _uses(user, moved, (*path, user))
+
+
+def _moved(view: Node, node: Node, axis: int) -> int | None:
+    """Return the axis of the features after a view, ``None`` when it is no view or mixes them with others."""
+    if not view.args or view.args[0] is not node:
+        return None
+    rank = _value(node).dim()
+    if view.target in _SAME:
+        return axis
+    if view.target is aten.t.default:
+        return rank - 1 - axis
+    if view.target is aten.permute.default:
+        return [d % rank for d in argument(view, "dims")].index(axis)
+    if view.target is aten.transpose.int:
+        swap = [argument(view, name) % rank for name in ("dim0", "dim1")]
+        return swap[1 - swap.index(axis)] if axis in swap else axis
+    if view.target not in _SHAPED:
+        return None
+    before, after = _value(node).shape, _value(view).shape
+    if view.target is aten.expand.default:
+        return axis + len(after) - len(before)
+    return next((i for i in range(len(after)) if _same_place(before, axis, after, i)), None)
+
+
+def _same_place(before: Any, axis: int, after: Any, i: int) -> bool:
+    """True when axis ``i`` has the size of ``axis`` and as much memory behind it."""
+    inner = [1, 1]
+    for size in before[axis + 1 :]:
+        inner[0] = inner[0] * size
+    for size in after[i + 1 :]:
+        inner[1] = inner[1] * size
+    return statically_known_true(before[axis] == after[i]) and statically_known_true(inner[0] == inner[1])
+
+
+def _value(node: Node) -> Any:
+    return node.meta["val"]
+
+
+def _insert(before: Node, target: Any, args: Any, value: Any = None, kwargs: Any = None) -> Node:
+    """Insert a call of the backward graph; its fake value is computed unless given."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args, dict(kwargs or {}))
+    kept = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "original_aten")
+    node.meta = {name: before.meta[name] for name in kept if name in before.meta}
+    node.meta["partitioner_tag"] = "is_backward"
+    if value is None:
+        values = torch.fx.map_arg((args, dict(kwargs or {})), _value)
+        mode = next(v.fake_mode for v in torch.utils._pytree.tree_leaves(values) if hasattr(v, "fake_mode"))
+        with mode, torch.no_grad():
+            value = target(*values[0], **values[1])
+    node.meta["val"] = value
+    return node

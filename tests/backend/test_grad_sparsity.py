@@ -1,0 +1,273 @@
+"""``grad_sparsity`` from option to step: no recompile, schedules, seeds, caches, loss scaling, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fxprune.lowering.measure_gradient import MeasureGradient
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.errors import NoGradientPruned
+from fxprune.gradients import gradient_clock, ratio_at
+from tests.oracle import FORCED, integer_model, integers
+from tests.sdgp import gradients, watched
+
+
+@pytest.fixture(autouse=True)
+def clock() -> Iterator[None]:
+    torch._dynamo.reset()
+    gradient_clock.load_state_dict({"step": 0, "call": 0})
+    yield
+    torch._dynamo.reset()
+
+
+def small() -> nn.Module:
+    layers = (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 1), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 25, 8))
+    return integer_model(nn.Sequential(*layers)).train()
+
+
+def image(batch: int = 2) -> Tensor:
+    return integers(batch, 8, 5, 5, seed=7)
+
+
+def compiled(model: nn.Module, ratio: Any = "2:4", **options: Any) -> Callable[..., Any]:
+    return torch.compile(model, backend=fxprune.hwprune, options={**FORCED, "grad_sparsity": ratio, **options})
+
+
+def test_inductor_gives_what_eager_gives() -> None:
+    model, x = small(), image()
+    expected = gradients(model, compiled(model), x)
+    torch._dynamo.reset()
+    with watched() as seen:
+        given = gradients(model, compiled(model, fallback="inductor"), x)
+    assert seen.pruned == [2]
+    for name, right in expected.items():
+        if right is not None:
+            assert torch.equal(given[name], right), name
+
+
+def test_stock_inductor_afterwards_is_dense() -> None:
+    model, x = small(), image()
+    dense = gradients(model, model, x)
+    pruned = gradients(model, compiled(model, fallback="inductor"), x)
+    torch._dynamo.reset()
+    stock = gradients(model, torch.compile(model), x)
+    assert torch.equal(stock["0.weight"], dense["0.weight"]) and not torch.equal(pruned["0.weight"], dense["0.weight"])
+
+
+def test_a_second_compile_with_another_ratio_is_not_the_first_from_a_cache() -> None:
+    model, x = small(), image()
+    found = {}
+    for ratio in ("2:4", "1:4", "2:4"):
+        torch._dynamo.reset()
+        now = gradients(model, compiled(model, ratio, fallback="inductor"), x)["0.weight"]
+        assert torch.equal(found.setdefault(ratio, now), now)
+    assert not torch.equal(found["2:4"], found["1:4"])
+
+
+@pytest.mark.parametrize("function", ["random", "mvue"])
+def test_every_step_draws_anew_and_none_compiles(function: str) -> None:
+    model, x = small(), image()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    call = compiled(model, grad_pruning=function)
+    with watched() as seen:
+        steps = []
+        for _ in range(4):
+            steps.append(gradients(model, call, x)["0.weight"])
+            optimizer.step()
+    assert seen.pruned == [2]
+    assert not any(torch.equal(a, b) for i, a in enumerate(steps) for b in steps[:i])
+    assert gradient_clock.step == 4
+
+
+def test_accumulated_calls_of_one_step_draw_different_numbers() -> None:
+    model, x = small(), image()
+    call = compiled(model, grad_pruning="random")
+    assert not torch.equal(gradients(model, call, x)["0.weight"], gradients(model, call, x)["0.weight"])
+
+
+def test_a_backward_after_the_next_forward_uses_its_own_numbers() -> None:
+    model, x = small(), image()
+    call = compiled(model, grad_pruning="random")
+    expected = [gradients(model, call, x, upstream=torch.ones(2, 8))["0.weight"] for _ in range(2)]
+    gradient_clock.load_state_dict({"step": 0, "call": 0})
+    first, second = call(x), call(x)
+    for output, right in ((second, expected[1]), (first, expected[0])):
+        model.zero_grad()
+        output.backward(torch.ones(2, 8))
+        assert torch.equal(model[0].weight.grad, right)
+
+
+def test_the_state_of_the_clock_repeats_a_step() -> None:
+    model, x = small(), image()
+    call = compiled(model, grad_pruning="random", seed=5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    gradients(model, call, x)
+    optimizer.step()
+    state = gradient_clock.state_dict()
+    expected = gradients(model, call, x)["0.weight"]
+    torch._dynamo.reset()
+    gradient_clock.load_state_dict(state)
+    assert torch.equal(gradients(model, compiled(model, grad_pruning="random", seed=5), x)["0.weight"], expected)
+    gradient_clock.load_state_dict(state)
+    torch._dynamo.reset()
+    assert not torch.equal(gradients(model, compiled(model, grad_pruning="random", seed=6), x)["0.weight"], expected)
+
+
+def test_a_schedule_compiles_each_ratio_once() -> None:
+    schedule = {0: "off", 2: "2:4", 4: "1:4", 5: "off"}
+    assert [str(ratio_at(schedule, step)) for step in range(6)] == ["None", "None", "2:4", "2:4", "1:4", "None"]
+    assert ratio_at({3: "2:4"}, 2) is None
+    model, x = small(), image()
+    reference = {ratio: gradients(model, compiled(model, ratio), x)["0.weight"] for ratio in ("2:4", "1:4")}
+    reference["None"] = gradients(model, model, x)["0.weight"]
+    torch._dynamo.reset()
+    gradient_clock.load_state_dict({"step": 0, "call": 0})
+    call, optimizer = compiled(model, schedule), torch.optim.SGD(model.parameters(), lr=0.0)
+    with watched() as seen:
+        for step in range(8):
+            assert torch.equal(gradients(model, call, x)["0.weight"], reference[str(ratio_at(schedule, step))]), step
+            optimizer.step()
+    assert seen.pruned == [2, 2]
+
+
+def test_a_symbolic_batch() -> None:
+    model = small()
+    call = torch.compile(
+        model, backend=fxprune.hwprune, dynamic=True, options={**FORCED, "grad_sparsity": "2:4", "grad_pruning": "magnitude"}
+    )
+    with watched() as seen:
+        found = [gradients(model, call, image(batch)) for batch in (3, 5)]
+    assert seen.pruned == [2]
+    for batch, given in zip((3, 5), found, strict=True):
+        torch._dynamo.reset()
+        expected = gradients(model, compiled(model), image(batch))
+        assert torch.equal(given["0.weight"], expected["0.weight"])
+
+
+def test_inference_is_not_affected() -> None:
+    model, x = small(), image()
+    call = compiled(model)
+    with warnings.catch_warnings(), torch.no_grad(), watched() as seen:
+        warnings.simplefilter("error")
+        assert torch.equal(call(x), model(x))
+    assert not seen.pruned
+
+
+def test_a_model_without_an_eligible_layer_says_so() -> None:
+    model = integer_model(nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU())).train()
+    with pytest.warns(NoGradientPruned, match="its input needs no gradient"):
+        given = gradients(model, compiled(model), image())
+    assert torch.equal(given["0.weight"], gradients(model, model, image())["0.weight"])
+
+
+def test_complex_layers_stay_dense() -> None:
+    model = nn.Linear(4, 8, dtype=torch.complex64).train()
+    x = torch.complex(integers(3, 4), integers(3, 4, seed=1)).requires_grad_()
+
+    def run(call: Callable[..., Any]) -> Tensor:
+        (grad,) = torch.autograd.grad(call(x).abs().square().sum(), x)
+        return grad
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*complex.*")
+        with pytest.warns(NoGradientPruned, match="complex64"):
+            given = run(compiled(model))
+    torch.testing.assert_close(given, run(model))
+
+
+def test_double_backward_is_refused() -> None:
+    model, x = small(), image().requires_grad_()
+    (grad,) = torch.autograd.grad(compiled(model)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"double backward|no gradient"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("function", ["magnitude", "rescaled_magnitude", "mvue"])
+def test_a_scaled_loss_gives_scaled_gradients(function: str) -> None:
+    model, x = small(), image()
+    call = compiled(model, grad_pruning=function)
+    plain = gradients(model, call, x, upstream=torch.ones(2, 8))
+    gradient_clock.load_state_dict({"step": 0, "call": 0})
+    scaled = gradients(model, call, x, upstream=torch.full((2, 8), 1024.0))
+    for name in ("0.weight", "2.weight", "5.weight"):
+        assert torch.equal(scaled[name], plain[name] * 1024), name
+
+
+@pytest.mark.parametrize("function", ["random", "magnitude", "rescaled_magnitude", "mvue"])
+def test_grad_scaler_sees_an_overflow(function: str) -> None:
+    model, x = small(), image()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    before = copy.deepcopy(model.state_dict())
+    scaler.scale(compiled(model, grad_pruning=function)(x).square().sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**126
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_checkpointed_block_keeps_its_own_gradient() -> None:
+    """What is recomputed lies in a graph of its own, which stays dense; the layers around it are pruned."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.utils.checkpoint.checkpoint(lambda t: F.relu(self.b(t)), F.relu(self.a(x)), use_reentrant=False)
+            return self.c(y)
+
+    model = integer_model(Checkpointed()).train()
+    x = integers(4, 8).requires_grad_()
+    with watched() as seen:
+        given = gradients(model, compiled(model), x)
+    assert sum(seen.pruned) == 2
+    assert torch.equal(given["c.weight"], gradients(model, model, x)["c.weight"])
+
+
+def test_auto_prunes_only_what_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"0": (1.0, 3.0), "2": (2.0, 1.0), "5": (1.0, 1.01)}
+    names = iter(times)
+    monkeypatch.setattr(MeasureGradient, "__call__", lambda self, *layer: times[next(names)])
+    model, x = small(), image().requires_grad_()
+    with watched() as seen:
+        gradients(model, compiled(model, "auto:1:4", min_speedup=1.02), x)
+    assert seen.pruned == [1]
+    report = fxprune.gradient_report()
+    rows = {row["layer"]: row for row in report.to_dict()["rows"]}
+    assert [rows[n]["data gradient reads"] for n in times] == ["pruned", "dense", "dense"]
+    assert rows["0"]["gain"] == "3.00" and rows["2"]["reason"] == "pruned it is 0.50 times as fast"
+    assert "1.66 times as fast as dense" in str(report)  # (3 + 1 + 1.01) / (1 + 1 + 1.01)
+
+
+def test_auto_without_a_gain_is_dense() -> None:
+    """Also without a clock, which autotune="off" is."""
+    model, x = small(), image()
+    with warnings.catch_warnings(), watched() as seen:
+        warnings.simplefilter("error")
+        given = gradients(model, compiled(model, "auto"), x)
+    assert not seen.pruned
+    assert torch.equal(given["0.weight"], gradients(model, model, x)["0.weight"])
+    assert "its time was not measured" in str(fxprune.gradient_report())
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_fixed_ratio_reports_its_cost(dynamic: bool | None) -> None:
+    options = {**FORCED, "autotune": "fast", "grad_sparsity": "2:4"}
+    model, x = small(), image().requires_grad_()
+    call = torch.compile(model, backend=fxprune.hwprune, dynamic=dynamic, options=options)
+    with watched() as seen:
+        gradients(model, call, x)
+    assert seen.pruned == [3]
+    rows = fxprune.gradient_report().to_dict()["rows"]
+    assert [row["layer"] for row in rows] == ["0", "2", "5"]
+    assert all(float(row["pruned us"]) > 0 and float(row["dense us"]) > 0 for row in rows)

@@ -1,0 +1,128 @@
+"""Two gloo processes prune as one does: DDP, FSDP2, DTensor weights, SDGP in split graphs, and a restart."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import fxprune
+
+WORKER = Path(__file__).resolve().parent / "worker.py"
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+
+def launch(cases: str, folder: Path) -> None:
+    """Run both ranks; a rank that fails takes the other down."""
+    root = str(WORKER.parent.parent.parent)
+    environment = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), cases, str(folder)],
+            env={**environment, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(error[-3000:] for error in errors)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ranks")
+    launch("ddp,fsdp,dtensor,sdgp", path)
+    launch("resume", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def worker() -> Any:
+    spec = importlib.util.spec_from_file_location("distributed_worker", WORKER)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def single(worker: Any) -> dict[str, dict[str, Tensor]]:
+    """The same training in one process on whole batches."""
+    model = worker.net()
+    pruner = worker.pruned(model)
+    worker.steps(model, torch.optim.AdamW(model.parameters(), lr=1e-2), pruner, range(8), 0, 1)
+    return {"weights": worker.full(model), "masks": pruner.state_dict()["masks"]}
+
+
+def found(folder: Path, case: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    return tuple(torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(2))  # type: ignore[return-value]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+@pytest.mark.parametrize("case", ["ddp", "resume", "fsdp", "dtensor"])
+def test_every_rank_has_the_same_masks_and_weights(folder: Path, case: str) -> None:
+    first, second = found(folder, case)
+    same(first["masks"], second["masks"])
+    same(first["weights"], second["weights"])
+    for name, mask in first["masks"].items():
+        assert not first["weights"][name][~mask].any() and 0.7 < 1 - mask.float().mean() < 0.85, name
+
+
+@pytest.mark.parametrize("case", ["ddp", "fsdp"])
+def test_two_ranks_train_as_one_process(folder: Path, case: str, single: dict[str, Any]) -> None:
+    given = found(folder, case)[0]
+    same(given["masks"], single["masks"])
+    for name, value in single["weights"].items():
+        torch.testing.assert_close(given["weights"][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_sharded_moments_are_zero_where_the_weight_is(folder: Path) -> None:
+    given = found(folder, "fsdp")[0]
+    for name, mask in given["masks"].items():
+        assert given["moments"][name].shape == mask.shape and not given["moments"][name][~mask].any(), name
+
+
+def test_sharded_weights_prune_as_whole_ones(folder: Path, worker: Any) -> None:
+    model = worker.net()
+    pruner = worker.pruned(model, "magnitude")
+    for _ in range(8):
+        pruner.step()
+    same(found(folder, "dtensor")[0]["masks"], pruner.state_dict()["masks"])
+    same(found(folder, "dtensor")[0]["weights"], worker.full(model))
+
+
+def test_a_restarted_group_ends_where_the_first_did(folder: Path) -> None:
+    same(found(folder, "resume")[0]["weights"], found(folder, "ddp")[0]["weights"])
+    same(found(folder, "resume")[0]["masks"], found(folder, "ddp")[0]["masks"])
+
+
+def test_split_graphs_have_their_pruned_gradients(folder: Path, worker: Any) -> None:
+    first, second = found(folder, "sdgp")
+    same(first["gradients"], second["gradients"])
+    assert len(first["counts"]) > 1 and sum(first["counts"]) == 4  # the first layer's input needs no gradient
+    torch._dynamo.reset()
+    model = worker.Wide()
+    options = {"fallback": "eager", "autotune": "off", "grad_sparsity": "2:4"}
+    call = torch.compile(model, backend=fxprune.hwprune, options=options)
+    (call(worker.batch(0, 0, 1)) - 1).square().mean().backward()
+    dense = worker.Wide()
+    (dense(worker.batch(0, 0, 1)) - 1).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(first["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert not torch.allclose(first["gradients"]["layers.0.weight"], dense.layers[0].weight.grad, rtol=1e-2)
+    torch._dynamo.reset()

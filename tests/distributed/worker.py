@@ -1,0 +1,175 @@
+"""One rank of tests/distributed/test_two_processes.py: ``python worker.py CASE FOLDER`` with RANK and WORLD_SIZE set.
+
+Each case writes what rank r found to FOLDER/CASE-r.pt.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import fxprune
+
+SCHEDULE = fxprune.CubicSchedule(0, 6, 2)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 8))
+
+
+class Wide(nn.Module):
+    """Several of DDP's buckets of 1 MiB. Of the user's own class: Dynamo compiles no frame of torch.nn by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(16, 512), *[nn.Linear(512, 512) for _ in range(3)], nn.Linear(512, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = nn.functional.gelu(layer(x))
+        return self.layers[-1](x)
+
+
+def batch(step: int, rank: int, world: int) -> Tensor:
+    """Return this rank's part of a batch of 16; (16, 16) in all."""
+    whole = torch.randn(16, 16, generator=torch.Generator().manual_seed(step))
+    return whole.chunk(world)[rank]
+
+
+def steps(model: Any, optimizer: Any, pruner: Any, which: range, rank: int, world: int) -> None:
+    for step in which:
+        optimizer.zero_grad()
+        (model(batch(step, rank, world)) - 1).square().mean().backward()
+        optimizer.step()
+        pruner.step()
+
+
+def pruned(model: nn.Module, importance: str = "taylor", **options: Any) -> Any:
+    data = torch.zeros(4, 16)
+    return fxprune.Pruner(model, data, sparsity=0.75, schedule=SCHEDULE, importance=importance, **options)
+
+
+def full(model: nn.Module) -> dict[str, Tensor]:
+    return {name: fxprune.hold.whole(p.detach()).clone() for name, p in model.named_parameters()}
+
+
+def ddp(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """Gradual pruning by Taylor scores; the state after three steps is saved for ``resume``."""
+    model = net()
+    pruner, wrapped = pruned(model), DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
+    steps(wrapped, optimizer, pruner, range(3), rank, world)
+    file = io.BytesIO()
+    torch.save(pruner.state_dict(), file)
+    state = {"model": get_model_state_dict(wrapped), "optimizer": get_optimizer_state_dict(wrapped, optimizer)}
+    dcp.save({**state, "pruner": file.getvalue()}, checkpoint_id=folder / "checkpoint")
+    steps(wrapped, optimizer, pruner, range(3, 8), rank, world)
+    return {"weights": full(model), "masks": pruner.state_dict()["masks"]}
+
+
+def resume(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """A new process group goes on from the checkpoint."""
+    model = net()
+    pruner, wrapped = pruned(model), DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
+    state: dict[str, Any] = {
+        "model": get_model_state_dict(wrapped),
+        "optimizer": get_optimizer_state_dict(wrapped, optimizer),
+        "pruner": b"",
+    }
+    dcp.load(state, checkpoint_id=folder / "checkpoint")
+    set_model_state_dict(wrapped, state["model"])
+    set_optimizer_state_dict(wrapped, optimizer, state["optimizer"])
+    pruner.load_state_dict(torch.load(io.BytesIO(state["pruner"]), weights_only=True))
+    assert pruner.steps == 3
+    steps(wrapped, optimizer, pruner, range(3, 8), rank, world)
+    return {"weights": full(model), "masks": pruner.state_dict()["masks"]}
+
+
+def fsdp(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    model = net()
+    pruner = pruned(model)
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    steps(model, optimizer, pruner, range(8), rank, world)
+    moments = {n: fxprune.hold.whole(optimizer.state[p]["exp_avg"]).clone() for n, p in model.named_parameters()}
+    return {"weights": full(model), "masks": pruner.state_dict()["masks"], "moments": moments}
+
+
+def dtensor(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """Weights sharded over output features, as tensor parallelism keeps them."""
+    model = net()
+    pruner = pruned(model, "magnitude")
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]))
+    for _ in range(8):
+        pruner.step()
+    return {"weights": full(model), "masks": pruner.state_dict()["masks"]}
+
+
+def sdgp(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """DDP splits the graph at its buckets; each part has the pruned gradients of its layers."""
+    from fxprune.passes.sdgp import Sdgp
+
+    counts: list[int] = []
+    original = Sdgp.__call__
+
+    def spy(self: Sdgp, graph: Any) -> int:
+        counts.append(original(self, graph))
+        return counts[-1]
+
+    Sdgp.__call__ = spy  # type: ignore[method-assign]
+    model = Wide()
+    wrapped = DistributedDataParallel(model, bucket_cap_mb=1)
+    options = {"fallback": "eager", "autotune": "off", "grad_sparsity": "2:4"}
+    call = torch.compile(wrapped, backend=fxprune.hwprune, options=options)
+    (call(batch(0, rank, world)) - 1).square().mean().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return {"counts": counts, "gradients": gradients}
+
+
+CASES = {"ddp": ddp, "resume": resume, "fsdp": fsdp, "dtensor": dtensor, "sdgp": sdgp}
+
+
+def main() -> None:
+    names, folder = sys.argv[1].split(","), Path(sys.argv[2])
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store-{names[0]}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
+    for name in names:
+        torch.save(copy.deepcopy(CASES[name](rank, world, folder)), folder / f"{name}-{rank}.pt")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

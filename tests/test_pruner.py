@@ -1,0 +1,454 @@
+"""Pruner: schedules, rounds that nest, masks held whatever optimizer steps, and training that goes on bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fxprune
+from fxprune import CubicSchedule, IterativeSchedule, LinearSchedule, OneShotSchedule, Pruner, backend
+from fxprune.errors import ConfigError, NothingToPrune, StateMismatch, UnknownLayer, WrongOptimizer
+from fxprune.plan import lookup
+from tests.oracle import FORCED
+
+FINAL = 0.75
+
+
+def mlp(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(24, 64), nn.GELU(), nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 8))
+
+
+def convs(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers = (nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.GELU(), nn.Conv2d(16, 16, 3, groups=16, padding=1))
+    return nn.Sequential(*layers, nn.Conv2d(16, 32, 1), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 8))
+
+
+def rows(step: int = 0) -> Tensor:
+    return torch.randn(16, 24, generator=torch.Generator().manual_seed(step))
+
+
+def image(step: int = 0) -> Tensor:
+    return torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(step))
+
+
+def train(
+    model: Any, optimizer: Any, pruner: Pruner | None, steps: range, data: Callable[[int], Tensor] = rows
+) -> list[float]:
+    losses = []
+    for step in steps:
+        optimizer.zero_grad()
+        loss = (model(data(step)) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        if pruner is not None:
+            pruner.step()
+        losses.append(loss.item())
+    return losses
+
+
+def held(model: nn.Module, pruner: Pruner) -> dict[str, Tensor]:
+    """Check that the weights are zero where the pruner says, and nowhere else by a lot; return the masks."""
+    masks = pruner.state_dict()["masks"]
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        assert not parameters[name][~mask].any() and (parameters[name][mask] != 0).float().mean() > 0.95, name
+    return masks
+
+
+OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "adam foreach": lambda p: torch.optim.Adam(p, lr=1e-2, foreach=True, amsgrad=True),
+    "adam single": lambda p: torch.optim.Adam(p, lr=1e-2, foreach=False, weight_decay=0.1),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True, weight_decay=0.5),
+    "sgd fused": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-2, momentum=0.9, centered=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=1e-2),
+    "adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_masks_are_held_whatever_optimizer_steps(name: str) -> None:
+    model = mlp()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    train(model, optimizer, None, range(3))  # moments of everything
+    pruner = Pruner(model, rows(), sparsity=FINAL, schedule=LinearSchedule(0, 6, 2))
+    for step in range(9):
+        train(model, optimizer, pruner, range(step, step + 1))
+        masks = held(model, pruner)
+        for key, mask in masks.items():
+            for value in optimizer.state[dict(model.named_parameters())[key]].values():
+                if isinstance(value, Tensor) and value.shape == mask.shape:
+                    assert not value[~mask].any(), key
+    assert pruner.sparsity["all"] == pytest.approx(FINAL, abs=0.02)
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "l2", "random", "taylor", lambda name, weight: weight.square() + 1])
+@pytest.mark.parametrize(
+    "schedule", [OneShotSchedule(3), LinearSchedule(1, 9, 2), CubicSchedule(0, 9, 3), IterativeSchedule(3, 3)]
+)
+def test_rounds_nest_and_end_at_the_sparsity_asked_for(importance: Any, schedule: Any) -> None:
+    model = convs()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    pruner = Pruner(model, image(), sparsity=FINAL, schedule=schedule, importance=importance)
+    before: dict[str, Tensor] = {}
+    for step in range(1, 12):
+        train(model, optimizer, pruner, range(step, step + 1), image)
+        masks = held(model, pruner)
+        assert all(not (masks[name] & ~mask).any() for name, mask in before.items()), "what is pruned stays pruned"
+        assert (set(before) != set(masks) or any((masks[n] != m).any() for n, m in before.items())) <= schedule.is_round(
+            step
+        )
+        before = masks
+        if before:
+            wanted = schedule.sparsity(min(step, schedule.last), FINAL)
+            last = max(s for s in range(1, step + 1) if schedule.is_round(s))
+            assert pruner.sparsity["all"] == pytest.approx(schedule.sparsity(last, FINAL), abs=0.06), (step, wanted)
+    assert len(before) == 4 and pruner.sparsity["all"] == pytest.approx(FINAL, abs=0.06)
+
+
+def test_schedules() -> None:
+    def curve(schedule: Any) -> dict[int, float]:
+        return {s: round(schedule.sparsity(s, 0.8), 4) for s in range(12) if schedule.is_round(s)}
+
+    assert curve(OneShotSchedule()) == {0: 0.8}
+    assert curve(LinearSchedule(2, 10, 4)) == {6: 0.4, 10: 0.8}
+    assert curve(LinearSchedule(0, 5, 2)) == {2: 0.32, 4: 0.64, 5: 0.8}
+    assert curve(CubicSchedule(0, 4, 1)) == {1: 0.4625, 2: 0.7, 3: 0.7875, 4: 0.8}
+    assert curve(IterativeSchedule(2, 3, 1)) == {4: round(1 - 0.2**0.5, 4), 7: 0.8}
+    for bad in (lambda: LinearSchedule(3, 3, 1), lambda: CubicSchedule(0, 3, 0), lambda: IterativeSchedule(0, 1)):
+        with pytest.raises(ConfigError, match="schedule"):
+            bad()
+
+
+@given(begin=st.integers(0, 20), length=st.integers(1, 50), every=st.integers(1, 20), final=st.floats(0.01, 0.99))
+def test_schedules_rise_to_the_final_sparsity(begin: int, length: int, every: int, final: float) -> None:
+    schedules = (LinearSchedule(begin, begin + length, every), CubicSchedule(begin, begin + length, every))
+    for schedule in (*schedules, IterativeSchedule(length, every, begin), OneShotSchedule(begin)):
+        rounds = [s for s in range(schedule.last + every + 2) if schedule.is_round(s)]
+        curve = [schedule.sparsity(s, final) for s in rounds]
+        assert rounds[-1] == schedule.last and curve[-1] == pytest.approx(final)
+        assert all(0 < a <= b + 1e-12 for a, b in itertools.pairwise(curve))
+
+
+def test_one_round_equals_prune() -> None:
+    for make, data in ((mlp, rows), (convs, image)):
+        model, other = make(), make()
+        expected = fxprune.prune(other, data(), sparsity=FINAL)
+        pruner = Pruner(model, data(), sparsity=FINAL)
+        result = pruner.finalize()
+        for (name, a), b in zip(model.named_parameters(), expected.model.parameters(), strict=True):
+            assert torch.equal(a, b), name
+        assert result.plan.to_dict() == expected.plan.to_dict() and result.sparsity == expected.sparsity
+        assert str(result.report) == str(expected.report)
+
+
+def test_taylor_adds_up_the_window_before_a_round() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    pruner = Pruner(model, rows(), sparsity=0.5, schedule=OneShotSchedule(4), importance="taylor", window=2)
+    train(model, optimizer, pruner, range(3))
+    expected = {}
+    for name, parameter in model.named_parameters():
+        expected[name] = torch.zeros_like(parameter)
+    for step in (2,):
+        model.zero_grad()
+        (model(rows(step)) - 1).square().mean().backward()
+        for name, parameter in model.named_parameters():
+            expected[name] += (parameter.grad * parameter.detach()).square()
+    for name, score in pruner.state_dict()["scores"].items():
+        torch.testing.assert_close(score, expected[name])
+    train(model, optimizer, pruner, range(3, 4))
+    assert pruner.state_dict()["scores"] == {} and pruner.sparsity["all"] == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_amp_with_a_scaler(fused: bool) -> None:
+    """Scores are of unscaled gradients, and a step that overflows counts for nothing."""
+    scores = []
+    for scaled in (False, True):
+        model = mlp()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused)
+        pruner = Pruner(model, rows(), sparsity=0.5, schedule=OneShotSchedule(5), importance="taylor")
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        for step in range(3):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = (model(rows(step)).float() - 1).square().mean() * (torch.inf if step == 1 and scaled else 1.0)
+            if step == 1 and not scaled:
+                continue
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            pruner.step()
+        scores.append(pruner.state_dict()["scores"])
+        train(model, optimizer, pruner, range(3, 8))
+        held(model, pruner)
+    for name, score in scores[0].items():
+        torch.testing.assert_close(scores[1][name], score, rtol=1e-2, atol=1e-7)
+
+
+def test_gradient_accumulation_and_checkpointing() -> None:
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    pruner = Pruner(model, rows(), sparsity=FINAL, schedule=CubicSchedule(0, 4, 1), importance="taylor")
+    for step in range(6):
+        optimizer.zero_grad()
+        for part in rows(step).split(4):
+            checkpoint(model, part, use_reentrant=False).square().mean().backward()
+        optimizer.step()
+        pruner.step()
+        held(model, pruner) if step >= 3 else None
+    assert pruner.sparsity["all"] == pytest.approx(FINAL, abs=0.02)
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "taylor"])
+def test_a_run_resumes_bit_for_bit(importance: str) -> None:
+    def begin() -> tuple[nn.Module, torch.optim.Optimizer, Pruner]:
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        schedule = CubicSchedule(0, 12, 3)
+        return model, optimizer, Pruner(model, rows(), sparsity=FINAL, schedule=schedule, importance=importance, growth=True)
+
+    model, optimizer, pruner = begin()
+    train(model, optimizer, pruner, range(5))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "pruner": pruner.state_dict()}, file)
+    train(model, optimizer, pruner, range(5, 15))
+    expected = pruner.finalize()
+
+    other, again, resumed = begin()
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    other.load_state_dict(state["model"])
+    again.load_state_dict(state["optimizer"])
+    resumed.load_state_dict(state["pruner"])
+    assert resumed.steps == 5
+    train(other, again, resumed, range(5, 15))
+    result = resumed.finalize()
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert result.plan.to_dict() == expected.plan.to_dict()
+    for a, b in zip(optimizer.state.values(), again.state.values(), strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_state_of_another_model_is_refused_and_nothing_changes() -> None:
+    model, other = mlp(), convs()
+    pruner, wrong = Pruner(model, rows(), sparsity=0.5), Pruner(other, image(), sparsity=0.5)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(StateMismatch, match="cannot be loaded"):
+        pruner.load_state_dict(wrong.state_dict())
+    with pytest.raises(StateMismatch, match="version: got 9, expected 1"):
+        pruner.load_state_dict({"version": 9})
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_no_round_and_no_step_compiles() -> None:
+    model = mlp()
+    compiles = []
+
+    def count(gm: Any, inputs: Any) -> Any:
+        compiles.append(gm)
+        return fxprune.hwprune(gm, inputs, options={**FORCED, "grad_sparsity": "2:4"})
+
+    builds: list[Any] = []
+    original = backend.rewrite
+
+    def rewrite(*args: Any, **kwargs: Any) -> Any:
+        builds.append(1)
+        return original(*args, **kwargs)
+
+    torch._dynamo.reset()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    fast = torch.compile(model, backend=count)
+    pruner = Pruner(model, rows(), sparsity=FINAL, schedule=CubicSchedule(0, 8, 2))
+    twin = copy.deepcopy(model)
+    backend.rewrite = rewrite
+    try:
+        train(fast, optimizer, pruner, range(12))
+    finally:
+        backend.rewrite = original
+    assert len(compiles) == 1 and len(builds) == 1
+    held(model, pruner)
+    assert not torch.equal(twin[0].weight, model[0].weight)
+    torch._dynamo.reset()
+
+
+def test_training_under_the_backend_is_training_in_eager() -> None:
+    losses = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        pruner = Pruner(model, rows(), sparsity=FINAL, schedule=LinearSchedule(0, 6, 2))
+        call = torch.compile(model, backend=fxprune.hwprune, options=FORCED) if compiled else model
+        losses.append(train(call, optimizer, pruner, range(10)))
+    torch.testing.assert_close(*map(torch.tensor, losses))
+
+
+def test_finalize_leaves_a_plain_model_with_a_plan() -> None:
+    model = mlp()
+    keys = list(model.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    pruner = Pruner(model, rows(), sparsity=FINAL, schedule=CubicSchedule(0, 4, 2))
+    assert all(lookup(p) is None for p in model.parameters())
+    train(model, optimizer, pruner, range(6))
+    result = pruner.finalize()
+    assert result.model is model and list(model.state_dict()) == keys and type(model[0].weight) is nn.Parameter
+    assert all(lookup(p) is not None for p in model.parameters() if p.dim() == 2)
+    assert "0" in str(result.report) and len(result.plan) == 3
+    mask = lookup(model[0].weight).mask
+    optimizer.zero_grad()
+    model(rows()).sum().backward()
+    optimizer.step()  # nobody holds any more
+    assert model[0].weight[~mask].any()
+    handle = result.plan.hold(optimizer)
+    assert not model[0].weight[~mask].any()
+    handle.remove()
+
+
+def test_reselection_brings_back_what_was_pruned_with_its_value() -> None:
+    model = mlp()
+    dense = model[0].weight.detach().clone()
+    wanted = {"scores": lambda name, weight: weight.abs()}
+    pruner = Pruner(model, rows(), sparsity=0.5, importance=lambda name, weight: wanted["scores"](name, weight), growth=True)
+    first = held(model, pruner)["0.weight"]
+    wanted["scores"] = lambda name, weight: 1 / (weight.abs() + 1e-3)
+    pruner.reselect()
+    second = held(model, pruner)["0.weight"]
+    assert (second & ~first).any()
+    assert torch.equal(model[0].weight, torch.where(second, dense, 0))
+    with pytest.raises(ConfigError, match=r"growth.*True"):
+        Pruner(mlp(), rows(), sparsity=0.5).reselect()
+
+
+def test_an_average_of_the_weights_can_be_zeroed() -> None:
+    model = mlp()
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    pruner = Pruner(model, rows(), sparsity=FINAL, schedule=CubicSchedule(0, 4, 2))
+    for step in range(6):
+        train(model, optimizer, pruner, range(step, step + 1))
+        average.update_parameters(model)
+    mask = held(model, pruner)["0.weight"]
+    assert average.module[0].weight[~mask].any()
+    pruner.apply(average.module)
+    assert not average.module[0].weight[~mask].any()
+    with pytest.raises(ConfigError, match="no parameter"):
+        pruner.apply(nn.Linear(2, 2))
+
+
+def test_an_optimizer_of_other_parameters_is_noticed() -> None:
+    model = mlp()
+    stale = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)
+    pruner = Pruner(model, rows(), sparsity=0.5)
+    model(rows()).sum().backward()
+    stale.step()
+    with pytest.raises(WrongOptimizer, match=r"holds none of the 3 parameters to prune \(such as '0\.weight'\)"):
+        pruner.step()
+
+
+def test_a_model_that_moves_keeps_its_masks() -> None:
+    model = mlp()
+    pruner = Pruner(model, rows(), sparsity=0.5)
+    model.double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    train(model, optimizer, pruner, range(2), lambda step: rows(step).double())
+    held(model, pruner)
+
+
+def test_two_optimizers_and_none() -> None:
+    model = mlp()
+    parts = list(model.parameters())
+    optimizers = torch.optim.SGD(parts[:2], lr=0.1, momentum=0.5), torch.optim.Adam(parts[2:], lr=0.1)
+    pruner = Pruner(model, rows(), sparsity=0.5)
+    model(rows()).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    pruner.step()
+    held(model, pruner)
+    with torch.no_grad():
+        for parameter in parts:
+            parameter += 1.0  # an update without an optimizer
+    pruner.step()
+    held(model, pruner)
+
+
+def test_channels() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    pruner = Pruner(model, image(), sparsity=0.5, pattern="channel", schedule=LinearSchedule(0, 4, 2))
+    train(model, optimizer, pruner, range(6), image)
+    filters = model[0].weight.flatten(1).any(1)
+    assert 4 <= int(filters.sum()) <= 12
+    assert not model[1].bias[~filters].any() and not model[0].bias[~filters].any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ConfigError, "sparsity"),
+        ({"sparsity": 1.0}, ConfigError, "sparsity"),
+        ({"target_speedup": 2.0}, ConfigError, "target_speedup"),
+        ({"sparsity": 0.5, "importance": "taylor"}, ConfigError, "schedule"),
+        ({"sparsity": 0.5, "importance": "tailor"}, ConfigError, "importance"),
+        ({"sparsity": 0.5, "window": 0}, ConfigError, "window"),
+        ({"pattern": "2:4", "schedule": LinearSchedule(0, 4, 2)}, ConfigError, "schedule"),
+        ({"sparsity": {"fc": 0.5}}, UnknownLayer, "fc"),
+        ({"sparsity": 0.5, "ignored_layers": ("*",)}, NothingToPrune, "no layer to prune"),
+    ],
+)
+def test_bad_arguments_leave_the_model_alone(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        Pruner(model, rows(), **arguments)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "taylor"])
+def test_layers_may_be_named(importance: str) -> None:
+    model = mlp()
+    wanted = {"linear": 0.5, "0": 0.75, "4": 0.0}
+    pruner = Pruner(model, rows(), sparsity=wanted, schedule=LinearSchedule(0, 4, 2), importance=importance)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.01), pruner, range(5))
+    assert set(held(model, pruner)) == {"0.weight", "2.weight"}
+    assert pruner.sparsity["0"] == pytest.approx(0.75, abs=0.02) and pruner.sparsity["linear"] < 0.7
+
+
+def test_taylor_without_gradients_says_so() -> None:
+    model = mlp()
+    pruner = Pruner(model, rows(), sparsity=0.5, schedule=OneShotSchedule(1), importance="taylor")
+    with pytest.raises(ConfigError, match=r"a gradient for '0\.weight'"):
+        pruner.step()
+
+
+def test_a_progress_bar_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tqdm")
+    for terminal in (False, True):
+        model = mlp()
+        pruner = Pruner(model, rows(), sparsity=0.5, schedule=LinearSchedule(0, 2, 1))
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.setattr("sys.stderr", stream)
+        train(model, torch.optim.SGD(model.parameters(), lr=0.1), pruner, range(3))
+        pruner.finalize()
+        assert ("pruning" in stream.getvalue()) == terminal
