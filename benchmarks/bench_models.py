@@ -1,4 +1,4 @@
-"""Whole models: ours against stock Inductor on the same pruned weights, and on unpruned ones.
+"""Whole models: ours against stock Inductor, ONNX Runtime and OpenVINO on the same pruned weights, and on unpruned ones.
 
     python benchmarks/bench_models.py [--quick] [--models mobilenetv2_100 ...] [--dtype bfloat16] [--out FOLDER]
 
@@ -29,6 +29,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 # never map large blocks, never trim: freed memory is reused
 ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 BURST_MS = 60.0
+PAUSE_MS = 30.0  # before each burst: the threads of the engine before it spin on for a while
 
 
 @dataclass(frozen=True)
@@ -134,12 +135,21 @@ def run(case: Case, threads: int) -> dict[str, Any]:
     before = list(LAST_REPORTS)
     runs[engines.OURS], seconds[engines.OURS] = engines.compile_engine(engines.OURS, result.model, inputs)
     contexts = [c for c in LAST_REPORTS if not any(c is b for b in before)]
+    absent = {}
+    for name in (*engines.peers(next(dense_model.parameters()).dtype), engines.EXPORTED):
+        try:
+            runs[name], seconds[name] = engines.compile_engine(name, result.model, inputs)
+        except Exception as error:  # a missing or failing runtime is a cell that cannot be compared
+            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
 
     with torch.no_grad():
         exact = copy_double(result.model)(*(x.double() if x.is_floating_point() else x for x in inputs))
         errors = {name: engines.relative_error(call(*inputs), exact) for name, call in runs.items()}
     samples = timed(runs, inputs, case.rounds)
     stock = min(engines.STOCK, key=lambda name: statistics.median(samples[name]))
+    ours = min(statistics.median(samples[name]) for name in (engines.OURS, engines.EXPORTED) if name in samples)
+    dense = {name: statistics.median(samples[name]) for name in samples if not name.startswith(engines.OURS)}
+    fastest = min(dense, key=lambda name: dense[name])
 
     torch._dynamo.reset()  # else both models share compiled graphs
     unpruned = {n: engines.compile_engine(n, dense_model, inputs)[0] for n in ("inductor", engines.OURS)}
@@ -160,6 +170,9 @@ def run(case: Case, threads: int) -> dict[str, Any]:
         },
         "fastest_stock": stock,
         "speedup": round(statistics.median(samples[stock]) / statistics.median(samples[engines.OURS]), 3),
+        "fastest_dense": fastest,
+        "speedup_over_dense": None if absent else round(dense[fastest] / ours, 3),
+        "not_comparable": absent,
         "unpruned": {
             **{name: statistic(values) for name, values in plain.items()},
             "ratio": round(statistics.median(a / b for a, b in zip(plain["inductor"], plain[engines.OURS], strict=True)), 4),
@@ -176,7 +189,8 @@ def timed(runs: dict[str, Callable[..., Any]], inputs: Any, rounds: int) -> dict
     from fxprune.benchmark import interleave
 
     with torch.no_grad():
-        return interleave({name: lambda call=call: call(*inputs) for name, call in runs.items()}, rounds, BURST_MS)
+        calls = {name: lambda call=call: call(*inputs) for name, call in runs.items()}
+        return interleave(calls, rounds, BURST_MS, PAUSE_MS)
 
 
 def warm_up(torch: Any) -> None:
@@ -286,7 +300,11 @@ def commit() -> str:
 def show(record: dict[str, Any]) -> None:
     for name, row in record["engines"].items():
         print(f"    {name:24}{row['ms']:10.3f} ms  (p10 {row['p10']:.3f}, p90 {row['p90']:.3f})  error {row['error']:.1e}")
-    print(f"    {record['speedup']:.2f}x of {record['fastest_stock']}; unpruned {record['unpruned']['ratio']:.3f}x of stock")
+    for name, reason in record["not_comparable"].items():
+        print(f"    {name:24}not comparable: {reason}")
+    over = record["speedup_over_dense"]
+    print(f"    {'not comparable with' if over is None else f'{over:.2f}x of'} the fastest dense runtime", end="; ")
+    print(f"{record['speedup']:.2f}x of {record['fastest_stock']}; unpruned {record['unpruned']['ratio']:.3f}x of stock")
 
 
 if __name__ == "__main__":

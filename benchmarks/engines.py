@@ -1,13 +1,16 @@
-"""The engines that are compared: ours and stock Inductor's configurations, each compiled by one first call."""
+"""The engines that are compared: ours, stock Inductor's configurations and other runtimes, compiled by one first call."""
 
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from peers import PEERS
 from torch import Tensor, nn
 
 import fxprune
@@ -21,14 +24,26 @@ STOCK: dict[str, dict[str, Any]] = {
     "inductor max-autotune": {"freezing": True, "max_autotune": True},
 }
 OURS = "fxprune"
+EXPORTED = "fxprune exported"  # fxprune.export and load: no guards on the way in
 
 
 def compile_engine(name: str, model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Run, float]:
     """Compile ``model`` for inference on ``inputs``; returns the callable and the seconds of the first call.
 
-    name: a key of STOCK, ``"fxprune"``, or ``"eager channels_last"``.
+    name: a key of STOCK or of PEERS, ``"fxprune"``, ``"fxprune exported"`` or ``"eager channels_last"``. Raises what a
+    runtime raises that is missing or cannot take the model.
     """
     start = time.perf_counter()
+    if name in PEERS:
+        run = PEERS[name](model, inputs)
+        run(*inputs)
+        return run, time.perf_counter() - start
+    if name == EXPORTED:
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            fxprune.export(model, tuple(inputs), Path(folder) / "model.pt2")
+            run = fxprune.load(Path(folder) / "model.pt2")
+            run(*inputs)
+        return run, time.perf_counter() - start
     if name == "eager channels_last":
         run, freezing = eager_channels_last(model), False
     elif name == OURS:

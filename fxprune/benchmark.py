@@ -49,8 +49,13 @@ def benchmark(
     return Table("milliseconds per call", ("engine", "median", "p10", "p90", "speed-up"), rows, summary)
 
 
-def interleave(calls: dict[str, Callable[[], Any]], rounds: int, burst_ms: float) -> dict[str, list[float]]:
-    """Return milliseconds per call, one sample per round and engine, in interleaved bursts."""
+def interleave(
+    calls: dict[str, Callable[[], Any]], rounds: int, burst_ms: float, pause_ms: float = 0.0
+) -> dict[str, list[float]]:
+    """Return milliseconds per call, one sample per round and engine, in interleaved bursts.
+
+    pause_ms: idle time and one call of its own before each burst, for engines whose threads go on spinning after a call.
+    """
     repeats = {}
     for name, call in calls.items():
         for _ in range(3):
@@ -61,6 +66,9 @@ def interleave(calls: dict[str, Callable[[], Any]], rounds: int, burst_ms: float
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            if pause_ms:
+                time.sleep(pause_ms / 1e3)
+                call()
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 call()

@@ -105,7 +105,7 @@ class Pruner:
     @property
     def plan(self) -> Plan:
         """What is pruned now."""
-        return Plan(list(self._layers.values()))
+        return Plan(list(self._layers.values()), weights=dict(self._pruned))
 
     @property
     def sparsity(self) -> dict[str, float]:
@@ -170,7 +170,7 @@ class Pruner:
         for name, pruned in self._pruned.items():
             register(self._places[name], pruned)
         report = table(list(self._layers.values()), self._decided, self._contexts, None, None)
-        return PruneResult(self._model, self.plan, self.sparsity, report)
+        return PruneResult(self._model, Plan.of(self._model, list(self._layers.values())), self.sparsity, report)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain tensors and values from which :meth:`load_state_dict` goes on bit for bit."""

@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -452,3 +453,16 @@ def test_a_progress_bar_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> N
         train(model, torch.optim.SGD(model.parameters(), lr=0.1), pruner, range(3))
         pruner.finalize()
         assert ("pruning" in stream.getvalue()) == terminal
+
+
+def test_its_plan_can_be_saved_before_and_after_the_end(tmp_path: Path) -> None:
+    model = mlp()
+    pruner = Pruner(model, rows(), sparsity=FINAL)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), pruner, range(2))
+    for name, plan in (("now", pruner.plan), ("end", pruner.finalize().plan)):
+        plan.save(tmp_path / f"{name}.json")
+        fresh = fxprune.apply_plan(mlp(), fxprune.load_plan(tmp_path / f"{name}.json"))
+        fresh.load_state_dict(model.state_dict())
+        assert [lookup(p) is not None for p in fresh.parameters()] == [p.dim() == 2 for p in fresh.parameters()]
+        for own, other in zip(fresh.parameters(), model.parameters(), strict=True):
+            assert own.dim() < 2 or torch.equal(lookup(own).mask, other != 0)
