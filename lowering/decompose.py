@@ -20,7 +20,8 @@ from torch.fx import GraphModule, Node
 
 from ..graph import argument, fake
 from ..ops import activation as act
-from ..ops import depthwise_taps, tile_pack
+from ..ops import depthwise_taps, tile_image, tile_pack
+from ..ops.operator import widened
 
 # Products a gathered element costs, by what is gathered: whole tiles pay where a tile has more output features than this.
 _GATHER = 24
@@ -100,6 +101,11 @@ class Gemm(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None, residual: Tensor | None, gate: Tensor | None) -> Tensor:
         if gate is not None:
             x = x * gate.reshape([*gate.shape, *[1] * (x.dim() - 2)])
+        dtype = x.dtype
+        x, bias, residual = widened(x, bias, residual)
+        return self._rows(x, bias, residual).to(dtype)
+
+    def _rows(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         if self.number == 1 and self.finish.whole:  # a runtime fuses the bias it finds here
             rows, weight = self._run(0)
             x = x if rows is None else x.index_select(self.dim, rows)
@@ -165,10 +171,11 @@ class Conv(nn.Module):
         self.finish = _Finish(columns, len(weight), 1, activation)
 
     def forward(self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        x = x if self.channels is None else x.index_select(1, self.channels)
+        dtype = x.dtype
+        x, bias, residual = widened(x if self.channels is None else x.index_select(1, self.channels), bias, residual)
         inside = bias if self.finish.whole else None
         y = F.conv2d(x, self.weight, inside, self.stride, self.padding, self.dilation, self.groups)
-        return self.finish(y, None if self.finish.whole else bias, residual)  # type: ignore[no-any-return]
+        return self.finish(y, None if self.finish.whole else bias, residual).to(dtype)  # type: ignore[no-any-return]
 
 
 def _channels(node: Node, dim: int) -> int:
@@ -179,6 +186,9 @@ def _channels(node: Node, dim: int) -> int:
 
 def _gemm(node: Node, values: Tensor, index: Tensor, tile_ptr: Tensor, columns: Tensor) -> nn.Module:
     n, g, dim, activation = (argument(node, name) for name in ("out_features", "granularity", "feature_dim", "activation"))
+    if values.dim() == 2:
+        values = tile_image.from_image(values, tile_ptr, columns, g)
+    (values,) = widened(values)
     weight = tile_pack.unpack_reference(values, index, tile_ptr, columns, g, n, _channels(node, dim))
     ends = tile_ptr.tolist()
     tiles = [index[a:b].long() for a, b in pairwise(ends)]
@@ -193,7 +203,7 @@ def _conv(node: Node, values: Tensor, index: Tensor, tile_ptr: Tensor, columns: 
 
 
 def _depthwise(node: Node, weight: Tensor, taps: Tensor) -> nn.Module:
-    kept = depthwise_taps.window(weight, taps, argument(node, "kernel_size"))
+    kept = depthwise_taps.window(*widened(weight), taps, argument(node, "kernel_size"))
     return Conv(kept, torch.arange(len(kept)), _windows(node), len(kept), argument(node, "activation"))
 
 
