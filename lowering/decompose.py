@@ -203,7 +203,8 @@ def _conv(node: Node, values: Tensor, index: Tensor, tile_ptr: Tensor, columns: 
 
 
 def _depthwise(node: Node, weight: Tensor, taps: Tensor) -> nn.Module:
-    kept = depthwise_taps.window(*widened(weight), taps, argument(node, "kernel_size"))
+    (weight,) = widened(weight)
+    kept = depthwise_taps.window(weight, taps, argument(node, "kernel_size"))
     return Conv(kept, torch.arange(len(kept)), _windows(node), len(kept), argument(node, "activation"))
 
 
