@@ -112,6 +112,7 @@ def run(case: Case, threads: int) -> dict[str, Any]:
     import logging
 
     import engines
+    import peers
     import torch
     import zoo
 
@@ -136,7 +137,7 @@ def run(case: Case, threads: int) -> dict[str, Any]:
     runs[engines.OURS], seconds[engines.OURS] = engines.compile_engine(engines.OURS, result.model, inputs)
     contexts = [c for c in LAST_REPORTS if not any(c is b for b in before)]
     absent = {}
-    for name in (*engines.peers(next(dense_model.parameters()).dtype), engines.EXPORTED):
+    for name in (*peers.peers(next(dense_model.parameters()).dtype), engines.EXPORTED):
         try:
             runs[name], seconds[name] = engines.compile_engine(name, result.model, inputs)
         except Exception as error:  # a missing or failing runtime is a cell that cannot be compared
