@@ -74,7 +74,8 @@ inline void run_depthwise(const DepthwiseTaps& a, int64_t pool) {
                       [&](const PlaneSpan& span) { k.depthwise_taps(a, span, tap_list(a)); });
 }
 
-// Feature-major: pixels are cut first. Where an image has too few of them, tiles are cut as well.
+// Feature-major: pixels are cut first. Where an image has too few of them, tiles are cut as well,
+// and then a unit takes every pixel of its image, so that its weights are read once.
 inline TileGrid feature_major_grid(const TileGemm& a, const Kernels& k, int64_t pool) {
   const int64_t vecs = (a.m + k.width - 1) / k.width;
   TileGrid g{a.batch, vecs, vecs, 1, 1};
@@ -85,11 +86,8 @@ inline TileGrid feature_major_grid(const TileGemm& a, const Kernels& k, int64_t 
     g.step = std::min(vecs, each * k.tile_vecs);
     g.length_parts = (vecs + g.step - 1) / g.step;
   } else {
-    g.length_parts = a.batch < pool ? pixel_bands(vecs, pool) : 1;
-    g.step = (vecs + g.length_parts - 1) / g.length_parts;
-    const int64_t images = a.batch * g.length_parts;
     g.tile_parts =
-        std::clamp<int64_t>((4 * pool + images - 1) / images, 1, std::max<int64_t>(a.tiles, 1));
+        std::clamp<int64_t>((4 * pool + a.batch - 1) / a.batch, 1, std::max<int64_t>(a.tiles, 1));
   }
   return g;
 }

@@ -11,10 +11,12 @@
 
 namespace fxprune {
 
+constexpr int64_t kMostSums = 64 * 1024;  // floats of a part of K
+
 // True where the input is worth more than the sums: more features in than out, of a small image,
 // whose rows the kernel in front cut by feature as well.
 inline bool splits_k(const TileGemm& a, bool feature_major, int64_t pool) {
-  constexpr int64_t kLeast = 32, kMostSums = 64 * 1024;  // input features a part; floats
+  constexpr int64_t kLeast = 32;  // input features of a part
   return pool > 1 && feature_major && a.k >= 2 * a.n && a.k >= kLeast * pool &&
          a.kept % a.granularity == 0 && a.n * a.m <= kMostSums &&
          !uses_panel(a, feature_major, kernels().width);
@@ -37,7 +39,7 @@ inline std::vector<int32_t> k_cuts(const TileGemm& a, int64_t parts) {
 inline void run_tile_gemm_split(const TileGemm& a, int64_t pool) {
   static thread_local std::vector<float> buffer;
   // Every part's sums keep their place from layer to layer, so that a core finds its own again.
-  constexpr int64_t kStride = 64 * 1024 + 64;
+  constexpr int64_t kStride = kMostSums + 64;
   if (static_cast<int64_t>(buffer.size()) < pool * kStride) buffer.resize(pool * kStride);
   float* sums = buffer.data();
   const Kernels& k = kernels();

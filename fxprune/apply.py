@@ -11,9 +11,10 @@ from fxprune.config import Config
 from fxprune.devices import device as device_row
 from fxprune.errors import ConfigError, PlanMismatch, nearest
 from fxprune.lowering.kernels import KernelTables
-from fxprune.plan import LayerPlan, Plan, PrunedWeight, register
+from fxprune.plan import LayerPlan, Plan, PrunedWeight, register, tiles
 from fxprune.sparsity import get, refit
 from fxprune.sparsity.pattern import Ask, LayerMask
+from fxprune.sparsity.tile_plan import divisor
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
@@ -69,7 +70,7 @@ def _width(kind: str, given: int, wanted: int) -> int:
     """Return the tile for a device; of a convolution one that divides the given one, which lies inside a group."""
     if kind != "conv":
         return wanted
-    return max(width for width in range(1, min(given, wanted) + 1) if given % width == 0)
+    return divisor(given, wanted)
 
 
 def _ranked(layer: LayerPlan, pruned: PrunedWeight, weight: Tensor, width: int) -> LayerMask:
@@ -81,13 +82,10 @@ def _ranked(layer: LayerPlan, pruned: PrunedWeight, weight: Tensor, width: int) 
 
 
 def _described(layer: LayerPlan, mask: LayerMask) -> LayerPlan:
-    every = len(mask.tiling.columns) == mask.tiling.shape[0]
     return replace(
         layer,
         sparsity=1.0 - mask.mask.float().mean().item(),
-        granularity=mask.tiling.granularity,
-        counts=tuple(mask.counts),
-        columns=None if every else tuple(mask.tiling.columns.tolist()),
+        **tiles(mask),
         note=f"recalibrated from tiles of {layer.granularity}",
     )
 

@@ -52,6 +52,14 @@ class LayerPlan:
     note: str = ""
 
 
+def tiles(layer: LayerMask) -> dict[str, Any]:
+    """Return what a :class:`LayerPlan` says of a mask's tiles; columns: ``None`` when all output features are kept."""
+    tiling = layer.tiling
+    every = len(tiling.columns) == tiling.shape[0]
+    columns = None if every else tuple(tiling.columns.tolist())
+    return {"granularity": tiling.granularity, "counts": tuple(layer.counts), "columns": columns}
+
+
 @dataclass
 class Plan:
     """The layers one call of :func:`fxprune.prune` pruned.

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxprune.graph import example
+
 STATE_NAME = "fxprune_state_name"  # node.meta: the qualified name of a captured parameter or buffer
 Build = Callable[..., tuple[Tensor, ...]]
 
@@ -169,7 +171,7 @@ def _attribute(gm: GraphModule, target: object) -> object:
 
 def _fake_like(gm: GraphModule, tensor: Tensor) -> Tensor:
     for node in gm.graph.nodes:
-        mode = getattr(node.meta.get("example_value", node.meta.get("val")), "fake_mode", None)
+        mode = getattr(example(node), "fake_mode", None)
         if mode is not None:
             return mode.from_tensor(tensor, static_shapes=True)
     return tensor

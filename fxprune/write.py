@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxprune.channel_plan import Channels
 from fxprune.compensate import Refit, write_refit
 from fxprune.match import Match
-from fxprune.plan import LayerPlan, PrunedWeight, lookup, register
+from fxprune.plan import LayerPlan, PrunedWeight, lookup, register, tiles
 from fxprune.planner import Choice
 from fxprune.sparsity import refit
 from fxprune.sparsity.pattern import LayerMask
@@ -64,8 +64,6 @@ class Wish:
         """Return the row of the plan; a vector is held at zero and not reported."""
         if self.mask.dim() == 1:
             return None
-        layer = pruned.layer
-        every = len(layer.tiling.columns) == layer.tiling.shape[0]
         return LayerPlan(
             name=self.name,
             parameter=self.parameter,
@@ -74,10 +72,8 @@ class Wish:
             shape=tuple(pruned.mask.shape),
             target=self.target,
             sparsity=1.0 - pruned.mask.float().mean().item(),
-            granularity=layer.tiling.granularity,
-            counts=tuple(layer.counts),
-            columns=None if every else tuple(layer.tiling.columns.tolist()),
             note=self.note,
+            **tiles(pruned.layer),
         )
 
 

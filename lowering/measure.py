@@ -29,7 +29,7 @@ from ..sparsity.pattern import LayerMask
 from . import library
 from .measure_rnn import Weight, as_linear, predicted, recurrent_calls
 
-_ROUNDS = {"fast": 5, "full": 25}
+ROUNDS = {"fast": 5, "full": 25}
 _BURST_SECONDS = 3e-4
 _GPU_BURST = 10
 
@@ -84,7 +84,7 @@ class Measure:
             else:
                 x = torch.randn(sizes, device=match.value.device, dtype=match.value.dtype)
                 runs = [sparse_call(match, mask, unit, x), *dense_calls(match, x)]
-            micros, settled = interleave(runs, _ROUNDS[self._config.autotune])
+            micros, settled = interleave(runs, ROUNDS[self._config.autotune])
         return [micros[0], min(micros[1:]), micros[1]], settled
 
     def predict(self, match: Match, mask: LayerMask | None, inputs: Weight | None = None) -> Timing:

@@ -14,7 +14,7 @@ from ..cost import hint
 from ..gradients import Ratio
 from ..graph import fake
 from . import library
-from .measure import _ROUNDS, interleave
+from .measure import ROUNDS, interleave
 
 
 class MeasureGradient:
@@ -43,7 +43,7 @@ class MeasureGradient:
                 less = torch.ops.fxprune.nm_prune(grad, key, *rest)
                 return torch.autograd.grad(y, data, less, retain_graph=True)[0]
 
-            (first, second), _ = interleave([pruned, dense], _ROUNDS[self._config.autotune])
+            (first, second), _ = interleave([pruned, dense], ROUNDS[self._config.autotune])
         return first, second
 
 

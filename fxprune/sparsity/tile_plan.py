@@ -31,8 +31,12 @@ def width_in_groups(features: int, groups: int, wanted: int) -> int:
     """Return ``wanted`` output features per tile, or fewer, so that with convolution groups a tile lies inside one."""
     if groups == 1:
         return wanted
-    each = features // groups
-    return max(width for width in range(1, min(wanted, each) + 1) if each % width == 0)
+    return divisor(features // groups, wanted)
+
+
+def divisor(size: int, most: int) -> int:
+    """Return the largest divisor of ``size`` that is at most ``most``."""
+    return max(width for width in range(1, min(size, most) + 1) if size % width == 0)
 
 
 def expand_rows(tiling: Tiling, selection: Sequence[Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ test that imports this is skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -14,30 +14,20 @@ import torch.nn.functional as F
 from fxprune.lowering import library
 from torch import Tensor
 
+from tests.integers import CLAMPS, DIVIDED, bitmap, generator, integers, tiles
+
 if not library.load():
     pytest.skip("the C++ library is not built", allow_module_level=True)
 OPS = torch.ops.fxprune
 BEST = OPS.isa()
 
-EXACT: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda y: y,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "hardswish": F.hardswish,
-    "hardsigmoid": F.hardsigmoid,
-}
-SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
-}
+EXACT = CLAMPS | DIVIDED
 
 
-def every_isa() -> Iterator[str]:
+def every_isa(names: Sequence[str] = ("scalar", "avx2", "avx512")) -> Iterator[str]:
     """Switch through the instruction sets this machine has."""
     try:
-        for name in ("scalar", "avx2", "avx512"):
+        for name in names:
             try:
                 OPS.set_isa(name)
             except RuntimeError:
@@ -45,34 +35,6 @@ def every_isa() -> Iterator[str]:
             yield name
     finally:
         OPS.set_isa(BEST)
-
-
-def generator(*key: int) -> torch.Generator:
-    seed = 0
-    for part in key:
-        seed = (seed * 1_000_003 + part) % 2**31
-    return torch.Generator().manual_seed(seed)
-
-
-def integers(gen: torch.Generator, *shape: int) -> Tensor:
-    return torch.randint(-4, 5, shape, generator=gen).float()
-
-
-def tiles(
-    gen: torch.Generator, n: int, k: int, g: int, keep: float = 0.5, columns: float = 1.0
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the dense weight (N, K) and (values, index, tile_ptr, columns), row counts uneven between tiles."""
-    kept = torch.nonzero(torch.rand(n, generator=gen) < columns).flatten()
-    weight, values, index, ptr = torch.zeros(n, k), [torch.zeros(0)], [torch.zeros(0, dtype=torch.int64)], [0]
-    for first in range(0, len(kept), g):
-        cols = kept[first : first + g]
-        rows = torch.nonzero(torch.rand(k, generator=gen) < keep).flatten()
-        block = integers(gen, len(rows), len(cols))
-        weight[cols[:, None], rows[None, :]] = block.t()
-        values.append(block.flatten())
-        index.append(rows)
-        ptr.append(ptr[-1] + len(rows))
-    return weight, [torch.cat(values), torch.cat(index).int(), torch.tensor(ptr, dtype=torch.int32), kept.int()]
 
 
 def gemm_reference(
@@ -128,15 +90,6 @@ def check_conv(
     case = f"x {shape} n {n} g {g} {windows} groups {groups} keep {keep} columns {columns} {extras} {activation} seed {seed}"
     assert y.shape == expected.shape and y.is_contiguous(), case
     assert torch.equal(y, expected), case
-
-
-def bitmap(mask: Tensor) -> Tensor:
-    """mask: (C, taps) bool -> taps: (C, words) int64."""
-    channels, count = mask.shape
-    words = torch.zeros(channels, -(-count // 64), dtype=torch.int64)
-    for t in range(count):
-        words[:, t // 64] |= mask[:, t].long() << (t % 64)
-    return words
 
 
 def check_depthwise(

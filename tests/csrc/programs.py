@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxprune.ops import activation
 from fxprune.ops.region import DEPTHWISE, GEMM, MEAN
-from tests.csrc.kernels import bitmap, generator, integers, tiles
+from tests.integers import bitmap, generator, integers, tiles
 
 Program = tuple[list[Tensor], list[Tensor], list[int], list[int]]
 _EXACT = [activation.NAMES.index(name) for name in ("relu6", "relu6", "relu", "none")]

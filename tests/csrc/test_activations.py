@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.csrc.kernels import EXACT, OPS, SMOOTH, gemm_reference, generator, integers, tiles
+from tests.csrc.kernels import EXACT, OPS, gemm_reference
+from tests.integers import SMOOTH, generator, integers, tiles
 
 
 def activate(x: Tensor, name: str) -> Tensor:

@@ -19,25 +19,14 @@ from torch import Tensor
 from fxprune.ops import region
 from fxprune.ops.tile_image import from_image, image
 from fxprune.ops.tile_pack import whole_structure
-from tests.csrc.kernels import BEST, EXACT, OPS, bitmap, gemm_reference, generator, integers, tiles
+from tests.csrc.kernels import BEST, EXACT, OPS, every_isa, gemm_reference
 from tests.csrc.programs import program
 from tests.csrc.test_memory import Fenced
+from tests.integers import bitmap, generator, integers, tiles
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 GRANULARITIES = (1, 8, 9, 16, 24, 32, 64, 100)
 Place = Callable[[Tensor], Tensor]
-
-
-def every_isa() -> Iterator[str]:
-    try:
-        for name in ISAS:
-            try:
-                OPS.set_isa(name)
-            except RuntimeError:
-                continue
-            yield name
-    finally:
-        OPS.set_isa(BEST)
 
 
 @pytest.fixture(params=ISAS)
@@ -111,7 +100,7 @@ def test_exact_activations(isa: str, dim: int, activation: str) -> None:
 def test_gemm_property(
     seed: int, dim: int, b: int, k: int, m: int, n: int, g: int, keep: float, columns: float, extras: str, act: str
 ) -> None:
-    for _ in every_isa():
+    for _ in every_isa(ISAS):
         shape = (b, k, m) if dim == 1 else (b, m, k)
         check_gemm(shape, n, g, dim, keep=keep, columns=columns, extras=extras, activation=act, seed=seed)
 
@@ -205,7 +194,7 @@ def test_regions_run_the_operators(seed: int) -> None:
     x, packed = half(x), half(packed)
     before = torch.get_num_threads()
     try:
-        for name in every_isa():
+        for name in every_isa(ISAS):
             expected = region._interpret(x, packed, code, outputs, OPS.depthwise_taps, OPS.tile_gemm)
             for threads in (1, 2):
                 torch.set_num_threads(threads)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.csrc.kernels import EXACT, OPS, bitmap, check_depthwise, every_isa, generator, integers
+from tests.csrc.kernels import EXACT, OPS, check_depthwise, every_isa
+from tests.integers import bitmap, generator, integers
 
 PLANES = ((1, 1), (1, 7), (7, 1), (7, 7), (14, 14), (28, 28), (15, 33), (9, 40), (3, 17), (2, 65))
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.csrc.kernels import OPS, bitmap, gemm_reference, generator, integers, tiles
+from tests.csrc.kernels import OPS, gemm_reference
+from tests.integers import bitmap, generator, integers, tiles
 
 
 def test_threads_do_not_change_a_bit(isa: str) -> None:

@@ -10,7 +10,8 @@ import itertools
 import torch
 
 from fxprune.ops.nm_prune import FUNCTIONS, OPERATOR
-from tests.csrc.kernels import OPS, every_isa, generator, integers
+from tests.csrc.kernels import OPS, every_isa
+from tests.integers import generator, integers
 
 SHAPES = ((1, 4, 1), (2, 5, 3), (2, 33, 17), (1, 40, 16))
 RATIOS = ((2, 4), (1, 2), (3, 8), (4, 32))

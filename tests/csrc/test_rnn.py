@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxprune.ops import rnn_steps
-from tests.csrc.kernels import OPS, every_isa, generator, integers, tiles
+from tests.csrc.kernels import OPS, every_isa
 from tests.csrc.test_memory import Fenced
+from tests.integers import generator, integers, tiles
 from tests.oracle import assert_close_fp64, assert_exact
 
 LARGE = 4096.0  # a sum of this or more, or none at all, makes a sigmoid 0, 1/2 or 1 and a tanh -1, 0 or 1

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.csrc.kernels import EXACT, OPS, check_conv, every_isa, generator, integers, tiles
+from tests.csrc.kernels import EXACT, OPS, check_conv, every_isa
+from tests.integers import generator, integers, tiles
 
 KERNELS = ((1, 1), (3, 3), (5, 5), (7, 7), (2, 3), (1, 7), (4, 1), (6, 6))
 

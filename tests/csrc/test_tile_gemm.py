@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.csrc.kernels import EXACT, OPS, check_gemm, every_isa, gemm_reference, generator, integers, tiles
+from tests.csrc.kernels import EXACT, OPS, check_gemm, every_isa, gemm_reference
+from tests.integers import generator, integers, tiles
 
 GRANULARITIES = (1, 4, 8, 16, 32, 48, 64, 128)
 

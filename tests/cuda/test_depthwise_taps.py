@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cuda.integers import EXACT, SMOOTH, bitmap, generator, integers
+from tests.cuda.activations import EXACT, SMOOTH
 from tests.cuda.simulator import ELEMENTS, SEEDS, depthwise_taps, shifted
+from tests.integers import bitmap, generator, integers
 
 PLANES = ((1, 1), (1, 7), (7, 1), (7, 7), (14, 14), (16, 16), (15, 33), (9, 40))
 

@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
-from tests.cuda.integers import bitmap, generator, integers
 from tests.cuda.simulator import SEEDS, Fault, Plant, begin, depthwise_taps, finish, library, pointer, tile_gemm
 from tests.cuda.test_tile_gemm import tiles
+from tests.integers import bitmap, generator, integers
 
 # what each broken kernel is told
 RULES = {

@@ -6,29 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
-from tests.cuda.integers import EXACT, SMOOTH, generator, integers
+from tests.cuda.activations import EXACT, SMOOTH
 from tests.cuda.simulator import ELEMENTS, SEEDS, shifted, tile_gemm, tile_pack, transpose
+from tests.integers import generator, integers, tiles
 
 HALVES = (torch.float16, torch.bfloat16)
-
-
-def tiles(
-    gen: torch.Generator, n: int, k: int, g: int, keep: float, columns: float, empty_tile: bool = False
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the dense weight (N, K) and (values, index, tile_ptr, columns), row counts uneven between tiles."""
-    kept = torch.nonzero(torch.rand(n, generator=gen) < columns).flatten()
-    weight, values, index, ptr = torch.zeros(n, k), [torch.zeros(0)], [torch.zeros(0, dtype=torch.int64)], [0]
-    for first in range(0, len(kept), g):
-        features = kept[first : first + g]
-        rows = torch.nonzero(torch.rand(k, generator=gen) < (0 if empty_tile and first == 0 else keep)).flatten()
-        block = integers(gen, len(rows), len(features))
-        weight[features[:, None], rows[None, :]] = block.t()
-        values.append(block.flatten())
-        index.append(rows)
-        ptr.append(ptr[-1] + len(rows))
-    return weight, [torch.cat(values), torch.cat(index).int(), torch.tensor(ptr, dtype=torch.int32), kept.int()]
 
 
 def check(

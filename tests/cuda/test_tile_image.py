@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxprune.ops import cuda_tile_image
-from tests.cuda.integers import generator
 from tests.cuda.simulator import SEEDS, tile_image
 from tests.cuda.test_tile_gemm import tiles
+from tests.integers import generator
 
 UNWRITTEN = 0xEEEE
 

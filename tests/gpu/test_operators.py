@@ -13,8 +13,9 @@ from torch import Tensor
 from fxprune.ops import OPS, tile_gemm
 from fxprune.ops import cuda_tile_image as tile_image
 from fxprune.ops.operator import Operator
-from tests.cuda.integers import EXACT, SMOOTH, bitmap, generator, integers
+from tests.cuda.activations import EXACT, SMOOTH
 from tests.cuda.test_tile_gemm import tiles
+from tests.integers import bitmap, generator, integers
 
 CALL = torch.ops.fxprune
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

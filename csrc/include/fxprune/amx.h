@@ -26,15 +26,10 @@ struct PairProducts<Amx> {
            const Bf16* pairs, int64_t halves, bool add, float* sums) {
     if (rows != rows_) configure(rows);
     const int64_t block = rows * kDeep;
-    if (strips == 2 && halves == 2) {
-      square(image, image + stride, depth, block, pairs, add, sums);
-    } else if (strips == 2) {
-      tall(image, image + stride, depth, block, pairs, add, sums);
-    } else if (halves == 2) {
-      wide(image, depth, block, pairs, add, sums);
-    } else {
-      single(image, depth, block, pairs, add, sums);
-    }
+    const auto product = strips == 2   ? halves == 2 ? &sum<true, true> : &sum<true, false>
+                         : halves == 2 ? &sum<false, true>
+                                       : &sum<false, false>;
+    product(image, image + stride, depth, block, pairs, add, sums);
   }
 
  private:
@@ -58,88 +53,41 @@ struct PairProducts<Amx> {
 
   // `block`: numbers of one block of a strip, which is also what a strip takes of the sums, because
   // kDeep == kPixels.
-  static void square(const Bf16* image, const Bf16* below, int64_t depth, int64_t block,
-                     const Bf16* pairs, bool add, float* sums) {
+  // below, kBelow: the second strip, if there is one. kRight: the second half of the pixels is
+  // asked for, too.
+  template <bool kBelow, bool kRight>
+  static void sum(const Bf16* image, const Bf16* below, int64_t depth, int64_t block,
+                  const Bf16* pairs, bool add, float* sums) {
+    constexpr int64_t kHalf = kPixels / 2;
     if (add) {
       _tile_loadd(0, sums, kPairBytes);
-      _tile_loadd(1, sums + kPixels / 2, kPairBytes);
-      _tile_loadd(2, sums + block, kPairBytes);
-      _tile_loadd(3, sums + block + kPixels / 2, kPairBytes);
+      if constexpr (kRight) _tile_loadd(1, sums + kHalf, kPairBytes);
+      if constexpr (kBelow) _tile_loadd(2, sums + block, kPairBytes);
+      if constexpr (kBelow && kRight) _tile_loadd(3, sums + block + kHalf, kPairBytes);
     } else {
       _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
+      if constexpr (kRight) _tile_zero(1);
+      if constexpr (kBelow) _tile_zero(2);
+      if constexpr (kBelow && kRight) _tile_zero(3);
     }
     for (int64_t d = 0; d < depth; ++d) {
       _tile_loadd(6, pairs + d * kBlock, kPairBytes);
       _tile_loadd(4, image + d * block, 64);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, pairs + d * kBlock + kPixels, kPairBytes);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, below + d * block, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      if constexpr (kRight) {
+        _tile_loadd(7, pairs + d * kBlock + kPixels, kPairBytes);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if constexpr (kBelow) {
+        _tile_loadd(5, below + d * block, 64);
+        _tile_dpbf16ps(2, 5, 6);
+      }
+      if constexpr (kBelow && kRight) _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, sums, kPairBytes);
-    _tile_stored(1, sums + kPixels / 2, kPairBytes);
-    _tile_stored(2, sums + block, kPairBytes);
-    _tile_stored(3, sums + block + kPixels / 2, kPairBytes);
-  }
-
-  static void tall(const Bf16* image, const Bf16* below, int64_t depth, int64_t block,
-                   const Bf16* pairs, bool add, float* sums) {
-    if (add) {
-      _tile_loadd(0, sums, kPairBytes);
-      _tile_loadd(2, sums + block, kPairBytes);
-    } else {
-      _tile_zero(0);
-      _tile_zero(2);
-    }
-    for (int64_t d = 0; d < depth; ++d) {
-      _tile_loadd(6, pairs + d * kBlock, kPairBytes);
-      _tile_loadd(4, image + d * block, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, below + d * block, 64);
-      _tile_dpbf16ps(2, 5, 6);
-    }
-    _tile_stored(0, sums, kPairBytes);
-    _tile_stored(2, sums + block, kPairBytes);
-  }
-
-  static void wide(const Bf16* image, int64_t depth, int64_t block, const Bf16* pairs, bool add,
-                   float* sums) {
-    if (add) {
-      _tile_loadd(0, sums, kPairBytes);
-      _tile_loadd(1, sums + kPixels / 2, kPairBytes);
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-    }
-    for (int64_t d = 0; d < depth; ++d) {
-      _tile_loadd(6, pairs + d * kBlock, kPairBytes);
-      _tile_loadd(4, image + d * block, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, pairs + d * kBlock + kPixels, kPairBytes);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    _tile_stored(0, sums, kPairBytes);
-    _tile_stored(1, sums + kPixels / 2, kPairBytes);
-  }
-
-  static void single(const Bf16* image, int64_t depth, int64_t block, const Bf16* pairs, bool add,
-                     float* sums) {
-    if (add) {
-      _tile_loadd(0, sums, kPairBytes);
-    } else {
-      _tile_zero(0);
-    }
-    for (int64_t d = 0; d < depth; ++d) {
-      _tile_loadd(6, pairs + d * kBlock, kPairBytes);
-      _tile_loadd(4, image + d * block, 64);
-      _tile_dpbf16ps(0, 4, 6);
-    }
-    _tile_stored(0, sums, kPairBytes);
+    if constexpr (kRight) _tile_stored(1, sums + kHalf, kPairBytes);
+    if constexpr (kBelow) _tile_stored(2, sums + block, kPairBytes);
+    if constexpr (kBelow && kRight) _tile_stored(3, sums + block + kHalf, kPairBytes);
   }
 
   int64_t rows_ = 0;
