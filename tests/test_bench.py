@@ -101,3 +101,16 @@ def test_a_row_shows_the_fastest_rivals(tmp_path: Path, dense: float | None, cel
     assert f"| 4.00 freezing | 3.00 openvino | - | **2.00** exported | 1.60x | {cell} | - | 1.00x |" in row
     assert "5.0 MB, torch.export 14.0 MB" in render.page(tmp_path)
     assert ("not comparable: ImportError" in render.page(tmp_path)) == (dense is None)
+
+
+@pytest.mark.slow
+def test_one_case_from_end_to_end(tmp_path: Path) -> None:
+    assert bench_models.main(["--models", "bert_tiny", "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "bert_tiny-b1-float32-2t.json").read_text())
+    for name in ("eager channels_last", "inductor", "inductor freezing", "inductor max-autotune", "fxprune", "fxprune exported"):
+        assert 0 < record["engines"][name]["p10"] <= record["engines"][name]["p90"]
+        assert record["engines"][name]["error"] < 1e-5
+    assert {"onnxruntime", "openvino"} <= record["engines"].keys() | record["not_comparable"].keys()
+    assert (record["speedup_over_dense"] is None) == bool(record["not_comparable"])
+    assert record["artifact_mb"]["fxprune exported"] < record["artifact_mb"]["torch.export"]
+    assert record["engines"]["fxprune"]["peak_mb"] > 0 and record["matches"]["linear"]["pruned"] == 12
