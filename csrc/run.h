@@ -156,6 +156,8 @@ inline void run_channel_mean(const float* x, float* out, int64_t channels, int64
 // Largest expanded tile, in numbers, that run_expand_depthwise keeps beside the rest of its working
 // set in L2.
 constexpr int64_t kExpandedTile = 160 * 1024;
+constexpr int64_t kNear = 32 * 1024;  // of a band of expanded tiles
+constexpr int64_t kLeastRows = 8;     // output rows of a band, beside those computed twice
 
 inline bool can_expand_depthwise(const TileShape& g) {
   return g.kept == g.n && g.tiles > 0 && g.granularity * g.m <= kExpandedTile;
@@ -165,33 +167,41 @@ inline bool can_expand_depthwise(const TileGemm& g) {
   return !uses_panel(g, true, kernels().width) && can_expand_depthwise(shape);
 }
 
-// A feature-major GEMM and the depthwise convolution of its result, tile by tile: the expanded
-// planes of a few tiles stay in this core's L2 and never reach the arena. One image; every output
-// feature kept; neither residual nor gate. A band computes the expanded rows around it, too.
+// A feature-major GEMM and the depthwise convolution of its result, band by band and tile by tile:
+// the expanded rows that a band reads, of a few tiles, stay in this core's nearest caches and never
+// reach the arena. One image; every output feature kept; neither residual nor gate. Neighbouring
+// bands both compute the expanded rows between them.
 inline void run_expand_depthwise(const TileGemm& g, const DepthwiseTaps& d, int64_t pool) {
   const Kernels& k = kernels();
-  const int64_t rows = band_length(d, k.width);
-  const int64_t plane = (d.out_h * d.out_w + k.width - 1) / k.width;
-  const int64_t bands = d.vectorised() ? std::min(pixel_bands(plane, pool), rows) : 1;
-  const int64_t fit =
-      std::max<int64_t>(1, kExpandedTile / std::max<int64_t>(g.granularity * g.m, 1));
+  const int64_t rows = band_length(d, k.width), width = k.width;
+  const int64_t plane = (d.out_h * d.out_w + width - 1) / width, tile = g.granularity * g.m;
+  int64_t bands = d.vectorised() ? std::min(pixel_bands(plane, pool), rows) : 1;
+  if (d.vectorised() && !d.flat(width)) {
+    const int64_t most = std::max<int64_t>(1, rows / kLeastRows);
+    bands = std::max(bands, std::min(most, (tile + kNear - 1) / kNear));
+  }
+  const int64_t fit = std::max<int64_t>(1, kNear * bands / std::max<int64_t>(tile, 1));
   const int64_t each = std::min(fit, std::max<int64_t>(1, g.tiles * bands / (4 * pool)));
-  const int64_t chunks = (g.tiles + each - 1) / each, step = (rows + bands - 1) / bands;
+  const int64_t chunks = (g.tiles + each - 1) / each;
   for_each_unit(bands * chunks, pool, [&](int64_t unit) {
-    const int64_t band = unit / chunks * step, band_end = std::min(band + step, rows);
-    if (band >= band_end) return;
+    const int64_t band = unit / chunks, band_begin = rows * band / bands,
+                  band_end = rows * (band + 1) / bands;
     const int64_t begin = unit % chunks * each, end = std::min(begin + each, g.tiles);
     const int64_t first = g.first_column(begin), last = g.first_column(end);
-    const PixelRange read = band_input(d, k.width, band, band_end);
-    // Both kernels address planes by feature, so the planes' base is moved back by those in front.
-    float* planes = scratch((last - first) * g.m) - first * g.m;
+    const PixelRange read = band_input(d, width, band_begin, band_end);
+    const TileSpan span = {0, read.begin / width, (read.end + width - 1) / width, begin, end};
+    // Whole cache lines, so that stores do not straddle two.
+    const int64_t from = span.begin * width, pitch = (span.end * width - from + 15) / 16 * 16;
+    // Both kernels address planes by feature and pixel, so the planes' base is moved back.
+    float* planes = scratch((last - first) * pitch) - first * pitch - from;
     TileGemm expand = g;
     expand.out = planes;
-    const int64_t vecs = (read.end + k.width - 1) / k.width;
-    k.tile_gemm_feature_major(expand, {0, read.begin / k.width, vecs, begin, end}, nullptr);
+    expand.out_gap = pitch - g.m;
+    k.tile_gemm_feature_major(expand, span, nullptr);
     DepthwiseTaps taps = d;
     taps.x = planes;
-    k.depthwise_taps(taps, {first, last, band, band_end}, tap_list(d));
+    taps.x_gap = pitch - g.m;
+    k.depthwise_taps(taps, {first, last, band_begin, band_end}, tap_list(d));
   });
 }
 

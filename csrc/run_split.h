@@ -18,7 +18,8 @@ constexpr int64_t kMostSums = 64 * 1024;  // floats of a part of K
 inline bool splits_k(const TileGemm& a, bool feature_major, int64_t pool) {
   constexpr int64_t kLeast = 32;  // input features of a part
   return pool > 1 && feature_major && a.k >= 2 * a.n && a.k >= kLeast * pool &&
-         a.kept % a.granularity == 0 && a.n * a.m <= kMostSums &&
+         a.kept % a.granularity == 0 && a.n * a.ldo() <= kMostSums &&
+         (a.residual == nullptr || a.residual_gap == a.out_gap) &&
          !uses_panel(a, feature_major, kernels().width);
 }
 
@@ -58,7 +59,7 @@ inline void run_tile_gemm_split(const TileGemm& a, float* sums, int64_t pool) {
                               a.gate ? scratch(a.tile_ptr[a.tiles] * a.granularity) : nullptr);
   });
   const PartialSums total = {sums, pool, kSumsStride, a.residual, a.out, a.activation};
-  const int64_t count = a.n * a.m;
+  const int64_t count = a.n * a.ldo();
   for_each_unit(pool, pool, [&](int64_t part) {
     k.partial_sums(total, count * part / pool, count * (part + 1) / pool);
   });

@@ -205,8 +205,8 @@ void depthwise_taps(const DepthwiseTaps& a, const PlaneSpan& span, Tap* taps) {
     const int64_t c = i % a.channels;
     typename D::Plane p;
     p.args = &a;
-    p.x = a.x + i * a.height * a.width;
-    p.out = a.out + i * size;
+    p.x = a.x + i * (a.height * a.width + a.x_gap);
+    p.out = a.out + i * (size + a.out_gap);
     p.taps = taps;
     p.bias = a.bias ? a.bias[c] : 0.0f;
     p.clamp = clamp_of(a.activation);

@@ -55,6 +55,8 @@ template <class T>
 struct DepthwiseTapsOf : DepthwiseShape {
   const T* x;  // (batch, channels, height, width)
   T* out;      // (batch, channels, out_h, out_w)
+  // Float: numbers from the end of a plane to the next one's start, as in TileGemmOf.
+  int64_t x_gap = 0, out_gap = 0;
 };
 
 using DepthwiseTaps = DepthwiseTapsOf<float>;

@@ -91,7 +91,7 @@ void tile_conv(const TileConv& a, const ConvSpan& span, const float* copy) {
     s.table = a.table;
     return s;
   };
-  const auto each = [&](typename M::Strip s, const auto& f) {
+  const auto each = [&](typename M::Strip& s, const auto& f) {
     const float* x = s.x;
     M::each_strip(a, tiles, values, s, [&](const typename M::Strip& strip, int features) {
       if (a.groups == 1) return f(strip, features);
@@ -126,7 +126,8 @@ void tile_conv(const TileConv& a, const ConvSpan& span, const float* copy) {
     first += here;
   }
   if (edge > 0) {
-    each(strip_at(length - edge, rows * a.out_w - edge, edge),
+    auto s = strip_at(length - edge, rows * a.out_w - edge, edge);
+    each(s,
          [&](const typename M::Strip& strip, int features) { kEdges[edge - 1](strip, features); });
   }
 }

@@ -49,9 +49,9 @@ struct FeatureMajor {
     const float* bias;      // whole vector or null
     const float* residual;  // at the block's first pixel of feature 0, or null
     float* out;             // same
-    int64_t ldo;
-    int64_t tail;   // lanes of the last vector that exist
-    int64_t count;  // pixels of the result in the block
+    int64_t ldr, ldo;       // from feature to feature
+    int64_t tail;           // lanes of the last vector that exist
+    int64_t count;          // pixels of the result in the block
     Clamp clamp;
     Activation activation;
   };
@@ -96,12 +96,12 @@ struct FeatureMajor {
         for (int v = 0; v < Vecs; ++v) acc[r][v] = V::fma(weight, x[v], acc[r][v]);
       }
     }
-    const int64_t ldo = s.ldo;
+    const int64_t ldr = s.ldr, ldo = s.ldo;
     constexpr int64_t kLast = (Vecs - 1) * kW;
     if (const float* residual = s.residual) {
       FXPRUNE_UNROLL
       for (int r = 0; r < Rows; ++r) {
-        const float* from = residual + columns[r] * ldo;
+        const float* from = residual + columns[r] * ldr;
         if (S == Source::kTaps) {
           for (int v = 0; v < Vecs; ++v)
             acc[r][v] = V::add(acc[r][v], V::spread(from + s.lanes[v].to, s.lanes[v].bits));
@@ -203,7 +203,7 @@ struct FeatureMajor {
       for (int r = 0; r < rows; ++r) {
         const int64_t feature = s.columns[r];
         if (s.bias) y[r] += s.bias[feature];
-        if (s.residual) y[r] += s.residual[feature * s.ldo + p];
+        if (s.residual) y[r] += s.residual[feature * s.ldr + p];
         y[r] = y[r] < s.clamp.low ? s.clamp.low : y[r] > s.clamp.high ? s.clamp.high : y[r];
       }
       if (!is_clamp(s.activation)) activate<V>(s.activation, y, rows);
@@ -228,11 +228,11 @@ struct FeatureMajor {
   // tile.
   static Strip strip_at(const TileGemm& a, int64_t image, int64_t pixel, int64_t pixels) {
     Strip s{};
-    s.x = a.x + image * a.k * a.m + pixel;
-    s.ldx = s.ldo = a.m;
+    s.x = a.x + image * a.k * a.ldx() + pixel;
+    s.ldx = a.ldx(), s.ldr = a.ldr(), s.ldo = a.ldo();
     s.bias = a.bias;
-    s.residual = a.residual ? a.residual + image * a.n * a.m + pixel : nullptr;
-    s.out = a.out + image * a.n * a.m + pixel;
+    s.residual = a.residual ? a.residual + image * a.n * a.ldr() + pixel : nullptr;
+    s.out = a.out + image * a.n * a.ldo() + pixel;
     s.tail = (pixels - 1) % kW + 1;
     s.count = pixels;
     s.clamp = clamp_of(a.activation);
@@ -242,9 +242,9 @@ struct FeatureMajor {
 
   // Calls f(strip, rows) for each strip of the span's tiles, then for each output feature that no
   // column covers, which is a strip without input features. `values` points at the weights of the
-  // span's first tile.
+  // span's first tile. Fills `s` in place: a copy would wait for the results that are being stored.
   template <class F>
-  static void each_strip(const TileGemm& a, const TileSpan& span, const float* values, Strip s,
+  static void each_strip(const TileGemm& a, const TileSpan& span, const float* values, Strip& s,
                          const F& f) {
     const int64_t origin = a.tile_ptr[span.tile_begin];
     for (int64_t t = span.tile_begin; t < span.tile_end; ++t) {
@@ -312,7 +312,7 @@ void tile_gemm_feature_major(const TileGemm& a, const TileSpan& span, float* scr
   for (int64_t b = 0; b < blocks; ++b) {
     const int here = static_cast<int>(vecs / blocks + (b < vecs % blocks));
     const int64_t pixel = first * M::kW;
-    const auto s = M::strip_at(a, span.image, pixel, std::min<int64_t>(here * M::kW, a.m - pixel));
+    auto s = M::strip_at(a, span.image, pixel, std::min<int64_t>(here * M::kW, a.m - pixel));
     bool prefetch = far;
     M::each_strip(a, span, values, s, [&](const typename M::Strip& strip, int rows) {
       (prefetch && rows == M::kRows ? kPrefetching[here - 1]
@@ -323,7 +323,7 @@ void tile_gemm_feature_major(const TileGemm& a, const TileSpan& span, float* scr
   }
   if (edge > 0) {
     static constexpr auto kEdges = M::template edges<Source::kRows>();
-    const auto s = M::strip_at(a, span.image, a.m - edge, edge);
+    auto s = M::strip_at(a, span.image, a.m - edge, edge);
     M::each_strip(a, span, values, s,
                   [&](const typename M::Strip& strip, int rows) { kEdges[edge - 1](strip, rows); });
   }
