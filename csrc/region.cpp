@@ -96,39 +96,45 @@ class Region {
     return v.base != nullptr ? v.base + image * floats(v.shape) : arena + v.offset;
   }
 
-  // Floats that hold the sums of split products.
-  int64_t sums(int64_t pool) const {
-    bool any = false;
-    for (const Step& step : program_.steps()) any = any || splits(step, pool);
-    return any ? pool * kSumsStride : 0;
+  int64_t gap(int64_t id) const { return id < 0 ? 0 : program_.values()[id].gap; }
+
+  // The product of a step, ready to run.
+  TileGemmOf<T> product(const Step& step, int64_t image, T* arena) const {
+    TileGemmOf<T> a = step.gemm;
+    a.x = at(step.x, image, arena), a.out = at(step.out, image, arena);
+    if (step.residual >= 0) a.residual = at(step.residual, image, arena);
+    if (step.gate >= 0) a.gate = at(step.gate, image, arena);
+    a.x_gap = gap(step.x), a.residual_gap = gap(step.residual), a.out_gap = gap(step.out);
+    return a;
   }
-  static bool splits(const Step& step, int64_t pool) {
-    if constexpr (kBf16) {
-      return false;
-    } else {
-      return step.code == Step::kGemm && splits_k(step.gemm, step.feature_major, pool);
+  DepthwiseTapsOf<T> depthwise(const Step& step, int64_t image, T* arena) const {
+    DepthwiseTapsOf<T> a = step.depthwise;
+    a.x = at(step.x, image, arena), a.out = at(step.out, image, arena);
+    a.x_gap = gap(step.x), a.out_gap = gap(step.out);
+    return a;
+  }
+
+  // Floats that hold the sums of split products, whichever are.
+  int64_t sums(int64_t pool) const {
+    if constexpr (!kBf16) {
+      for (const Step& step : program_.steps())
+        if (step.code == Step::kGemm && splits_k(step.gemm, step.feature_major, pool))
+          return pool * kSumsStride;
     }
+    return 0;
   }
 
   void run_image(int64_t image, T* arena, int64_t pool) const {
     const std::vector<Step>& steps = program_.steps();
     for (size_t s = 0; s < steps.size(); ++s) {
       if (steps[s].feeds_next) {
-        run_pair(steps[s], steps[s + 1], image, arena, pool);
+        run_expand_depthwise(product(steps[s], image, arena), depthwise(steps[s + 1], image, arena),
+                             pool);
         ++s;
       } else {
         run_step(steps[s], image, arena, pool);
       }
     }
-  }
-
-  void run_pair(const Step& expand, const Step& depthwise, int64_t image, T* arena,
-                int64_t pool) const {
-    TileGemmOf<T> g = expand.gemm;
-    g.x = at(expand.x, image, arena);
-    DepthwiseTapsOf<T> d = depthwise.depthwise;
-    d.out = at(depthwise.out, image, arena);
-    run_expand_depthwise(g, d, pool);
   }
 
   void run_step(const Step& step, int64_t image, T* arena, int64_t pool) const {
@@ -142,17 +148,14 @@ class Region {
         run_channel_mean(x + begin * size, out + begin, end - begin, size);
       });
     } else if (step.code == Step::kDepthwise) {
-      DepthwiseTapsOf<T> a = step.depthwise;
-      a.x = x, a.out = out;
+      const DepthwiseTapsOf<T> a = depthwise(step, image, arena);
       if (a.channels > 0) run_depthwise(a, pool);
     } else if (step.code == Step::kGemm) {
-      TileGemmOf<T> a = step.gemm;
-      a.x = x, a.out = out;
-      if (step.residual >= 0) a.residual = at(step.residual, image, arena);
-      if (step.gate >= 0) a.gate = at(step.gate, image, arena);
+      const TileGemmOf<T> a = product(step, image, arena);
       if (a.m == 0 || a.n == 0) return;
       if constexpr (!kBf16) {
-        if (splits(step, pool)) return run_tile_gemm_split(a, arena + program_.arena(), pool);
+        if (splits_k(a, step.feature_major, pool))
+          return run_tile_gemm_split(a, arena + program_.arena(), pool);
       }
       run_tile_gemm(a, step.feature_major, pool);
     } else if constexpr (!kBf16) {

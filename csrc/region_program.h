@@ -50,6 +50,7 @@ struct ValueOf {
   int64_t uses = 0;
   int64_t last_use = -1;  // step, or the number of steps for a result
   int64_t offset = -1;    // in the arena, for values that are neither input nor result
+  int64_t gap = 0;        // numbers between two features' pixels there
   T* base = nullptr;      // of image 0, for inputs and results
 };
 
@@ -112,6 +113,7 @@ class RegionProgram {
       v.last_use = static_cast<int64_t>(steps_.size());
     }
     fuse();
+    align();
     plan();
   }
 
@@ -281,6 +283,29 @@ class RegionProgram {
     }
   }
 
+  // Features begin at cache lines where every kernel that reads or writes the value can do with
+  // that: vectors then do not straddle two lines.
+  void align() {
+    if (kBf16) return;
+    for (const Step& step : steps_) {
+      Value& v = values_[step.out];
+      const int64_t pixels = v.shape.size() == 3 ? v.shape[1] * v.shape[2] : 0;
+      if (v.base == nullptr && pixels > kLine) v.gap = (kLine - pixels % kLine) % kLine;
+    }
+    for (const Step& step : steps_) {
+      if (takes_gaps(step)) continue;
+      for (const int64_t id : {step.x, step.residual, step.out})
+        if (id >= 0) values_[id].gap = 0;
+    }
+  }
+  static bool takes_gaps(const Step& step) {
+    return step.code == Step::kDepthwise || (step.code == Step::kGemm && step.feature_major &&
+                                             !uses_panel(step.gemm, true, kernels().width));
+  }
+  static int64_t numbers(const Value& v) {
+    return floats(v.shape) + (v.shape.empty() ? 0 : v.shape[0] * v.gap);
+  }
+
   // Offsets by first fit: a value's room is free again after its last use. Results of depthwise
   // steps have a zone of their own, which is cut by feature alike from step to step: a core writes
   // where it wrote before, and need not take the lines from another one.
@@ -298,8 +323,7 @@ class RegionProgram {
       Value& v = values_[steps_[s].out];
       if ((steps_[s].code == Step::kDepthwise) != depthwise) continue;
       if (v.base != nullptr || steps_[s].feeds_next) continue;
-      const int64_t now = static_cast<int64_t>(s),
-                    size = (floats(v.shape) + kLine - 1) / kLine * kLine;
+      const int64_t now = static_cast<int64_t>(s), size = (numbers(v) + kLine - 1) / kLine * kLine;
       taken.erase(
           std::remove_if(taken.begin(), taken.end(), [&](const Room& r) { return r.until < now; }),
           taken.end());
