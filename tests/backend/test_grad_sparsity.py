@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import NoGradientPruned
-from fxprune.gradients import gradient_clock, ratio_at
+from fxprune.gradients import GradientTimes, gradient_clock, ratio_at
 from tests.oracle import FORCED, integer_model, integers
 from tests.sdgp import gradients, watched
 
@@ -235,7 +235,7 @@ def test_a_checkpointed_block_keeps_its_own_gradient() -> None:
 
 
 def test_auto_prunes_only_what_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {"0": (1.0, 3.0), "2": (2.0, 1.0), "5": (1.0, 1.01)}
+    times = {"0": GradientTimes(3.0, 1.0), "2": GradientTimes(1.0, 3.0, 2.0), "5": GradientTimes(1.01, 1.0)}
     names = iter(times)
     monkeypatch.setattr(MeasureGradient, "__call__", lambda self, *layer: times[next(names)])
     model, x = small(), image().requires_grad_()
