@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 import statistics
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -91,7 +91,8 @@ class GradientClock:
         self._calls = 0  # in the step before
 
     def start(self) -> None:
-        """Begin to count; safe to call again."""
+        """Begin to count, and forget how long earlier steps took; safe to call again."""
+        self._ends.clear()
         if self._hook is None:
             self._hook = register_optimizer_step_post_hook(self._stepped)
 
@@ -120,7 +121,7 @@ class GradientClock:
     def _stepped(self, *_: Any) -> None:
         self.step += 1
         self._calls, self.call = self.call, 0
-        self._ends.append(time.perf_counter())
+        self._ends.append(perf_counter())
 
 
 gradient_clock = GradientClock()
