@@ -3,6 +3,7 @@
 #pragma once
 
 #include "fxprune/cuda/depthwise_taps.cuh"
+#include "fxprune/cuda/nm_prune.cuh"
 #include "fxprune/cuda/tile_gemm.cuh"
 #include "fxprune/cuda/tile_pack.cuh"
 
@@ -16,6 +17,7 @@ void transpose_cuda(const TransposeArgs& a, int element_bytes, void* stream);
 // rows: kept K rows of all tiles.
 void tile_pack_cuda(const TilePackArgs& a, int64_t rows, int element_bytes, bool unpack,
                     void* stream);
+void nm_prune_cuda(const NmPruneArgs& a, Element element, void* stream);
 // hopper: whether the sm_90a kernels may run.
 void tile_gemm_cuda(const TileGemmArgs& a, Element element, bool hopper, void* stream);
 

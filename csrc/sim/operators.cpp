@@ -42,6 +42,10 @@ void tile_pack_cuda(const TilePackArgs& a, int64_t rows, int element_bytes, bool
   tile_pack<uint16_t>(simulator, a, rows, unpack);
 }
 
+void nm_prune_cuda(const NmPruneArgs& a, Element element, void*) {
+  with_element(element, [&](auto t) { nm_prune<decltype(t)>(simulator, a); });
+}
+
 void tile_gemm_cuda(const TileGemmArgs& a, Element element, bool hopper, void*) {
   with_element(element, [&](auto t) { tile_gemm<decltype(t)>(simulator, a, {hopper, 3}); });
 }

@@ -11,7 +11,7 @@ from .cpu import operator
 from .impl import Impl
 
 # The other operators have no CUDA kernel: their layers stay dense on a GPU.
-OPERATORS = ("depthwise_taps", "tile_gemm", "tile_pack", "tile_unpack")
+OPERATORS = ("depthwise_taps", "nm_prune", "tile_gemm", "tile_pack", "tile_unpack")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST = (8, 0)  # compute capability of the code in the library
 
@@ -37,4 +37,11 @@ def supports(x: Any, weight: Any = None) -> str | None:
     return None
 
 
-IMPLS = tuple(Impl(name, "cuda", operator(name), supports) for name in OPERATORS)
+def supports_gradient(grad: Any, key: Any = None) -> str | None:
+    """As :func:`supports`; ``key`` holds counters, on the CPU or on the GPU."""
+    return supports(grad)
+
+
+IMPLS = tuple(
+    Impl(name, "cuda", operator(name), supports_gradient if name == "nm_prune" else supports) for name in OPERATORS
+)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fxprune.ops.activation import NAMES
+from fxprune.ops.nm_prune import FUNCTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 # operators.cpp is for the binding, which needs torch (test_binding.py)
@@ -34,7 +35,7 @@ FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)
 # the functions that return a text or null
-MESSAGES = ("depthwise", "tile_image", "tile_gemm", "tile_pack", "transpose", "case", "run_case")
+MESSAGES = ("nm_prune", "depthwise", "tile_image", "tile_gemm", "tile_pack", "transpose", "case", "run_case")
 SEEDS = (0, 1, 2)  # threads in order, in reverse, shuffled
 
 
@@ -64,24 +65,29 @@ def build() -> Path:
         pytest.skip("the simulator switches stacks in x86-64 assembly")
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"no C++ compiler ({compiler[0]})")
-    headers = [p for folder in ("csrc/sim", "csrc/include/fxprune") for p in (ROOT / folder).rglob("*") if p.is_file()]
-    digest = hashlib.sha256(" ".join([*compiler, *FLAGS]).encode())
-    for path in sorted({*headers, *SOURCES}):
-        digest.update(path.read_bytes())
-    folder = ROOT / "build" / f"sim-{digest.hexdigest()[:12]}"
-    target = folder / "simulator.so"
+    include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
+
+    def compile_one(source: Path) -> Path:
+        """Compile a source unless it, what it includes and the command are those of an object that is there."""
+        command = [*compiler, *FLAGS, *include]
+        listing = subprocess.run([*command, "-MM", str(source)], check=True, capture_output=True, text=True).stdout
+        digest = hashlib.sha256(repr(command).encode())
+        for name in listing.replace("\\\n", " ").partition(":")[2].split():
+            digest.update(Path(name).read_bytes())
+        built = folder / f"{source.stem}-{digest.hexdigest()[:12]}.o"
+        if not built.is_file():
+            scratch = built.with_suffix(f".{os.getpid()}")
+            subprocess.run([*command, "-c", str(source), "-o", str(scratch)], check=True)
+            scratch.replace(built)
+        return built
+
+    folder = ROOT / "build" / "sim"
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        objects = [str(path) for path in pool.map(compile_one, SOURCES)]
+    target = folder / f"simulator-{hashlib.sha256(repr(objects).encode()).hexdigest()[:12]}.so"
     if not target.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
-
-        def compile_one(source: Path) -> str:
-            built = folder / f"{source.stem}.{os.getpid()}.o"
-            subprocess.run([*compiler, *FLAGS, *include, "-c", str(source), "-o", str(built)], check=True)
-            return str(built)
-
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            objects = list(pool.map(compile_one, SOURCES))
-        scratch = folder / f"simulator.{os.getpid()}.tmp"
+        scratch = target.with_suffix(f".{os.getpid()}")
         subprocess.run([*compiler, *FLAGS, "-shared", *objects, "-o", str(scratch)], check=True)
         scratch.replace(target)
     return target
@@ -193,4 +199,19 @@ def tile_pack(
     sizes = longs(k, len(columns), granularity, len(tile_ptr) - 1, len(index))
     tensors = [pointer(t) for t in (given, out, index, tile_ptr, columns)]
     finish(library().fxprune_sim_tile_pack(given.element_size(), unpack, *tensors, sizes), () if unpack else (out,))
+    return out
+
+
+def nm_prune(
+    grad: Tensor, key: Tensor, n: int, m: int, groups: int, function: str, layer: int, *, row_major: bool, seed: int = 0,
+    plant: Plant = Plant.NONE,
+) -> Tensor:  # fmt: skip
+    """``fxprune::nm_prune`` on the simulator; grad: (B, C, S), or (B, S, C) when ``row_major``."""
+    out = shifted(torch.empty_like(grad), 0)
+    batch, channels, positions = (grad.shape[0], *((grad.shape[2], grad.shape[1]) if row_major else grad.shape[1:]))
+    factors = torch.empty(batch, channels)
+    begin(seed, plant, (grad, key), (out, factors))
+    sizes = longs(len(key), layer, FUNCTIONS.index(function), row_major, batch, channels, positions, groups, n, m)
+    operands = [pointer(t) for t in (grad, key, factors, out)]
+    finish(library().fxprune_sim_nm_prune(TYPES[grad.dtype], *operands, sizes), (out,))
     return out

@@ -44,8 +44,8 @@ def call() -> Callable[..., Tensor]:
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-DFXPRUNE_SIMULATED"]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-isystem{package / 'include'}"]
     flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
-    names = ("cuda/ops.cpp", "sim/operators.cpp", "sim/machine.cpp", "sim/asynchronous.cpp", "sim/shadow.cpp")
-    sources = [ROOT / "csrc" / name for name in (*names, "sim/tensor_core.cpp")]
+    names = ("operators", "machine", "asynchronous", "shadow", "tensor_core")
+    sources = [*sorted((ROOT / "csrc/cuda").glob("*.cpp")), *(ROOT / f"csrc/sim/{name}.cpp" for name in names)]
     digest = hashlib.sha256(repr([compiler, flags, torch.__version__]).encode())
     for path in sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp")):
         digest.update(path.read_bytes())
