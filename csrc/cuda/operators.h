@@ -18,6 +18,7 @@ void transpose_cuda(const TransposeArgs& a, int element_bytes, void* stream);
 void tile_pack_cuda(const TilePackArgs& a, int64_t rows, int element_bytes, bool unpack,
                     void* stream);
 void nm_prune_cuda(const NmPruneArgs& a, Element element, void* stream);
+void tile_conv_cuda(const TileGemmArgs& a, Element element, void* stream);
 // hopper: whether the sm_90a kernels may run.
 void tile_gemm_cuda(const TileGemmArgs& a, Element element, bool hopper, void* stream);
 

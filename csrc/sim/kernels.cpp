@@ -7,6 +7,24 @@
 using namespace fxprune;
 using namespace fxprune::gpu;
 
+namespace {
+
+TileGemmArgs tile_args(void* const* tensors, const int64_t* sizes) {
+  TileGemmArgs a{};
+  const void** const pointers[] = {&a.x, &a.values, &a.image};
+  for (int i = 0; i < 3; ++i) *pointers[i] = tensors[i];
+  const int32_t** const lists[] = {&a.index, &a.tile_ptr, &a.columns};
+  for (int i = 0; i < 3; ++i) *lists[i] = static_cast<const int32_t*>(tensors[3 + i]);
+  a.bias = tensors[6], a.residual = tensors[7], a.gate = tensors[8], a.out = tensors[9];
+  int64_t* const fields[] = {&a.batch, &a.m,    &a.k,           &a.n,
+                             &a.kept,  &a.rows, &a.granularity, &a.tiles};
+  for (int i = 0; i < 8; ++i) *fields[i] = sizes[i];
+  a.activation = static_cast<Activation>(sizes[8]);
+  return a;
+}
+
+}  // namespace
+
 #pragma GCC visibility push(default)
 extern "C" {
 
@@ -57,19 +75,26 @@ const char* fxprune_sim_tile_image(const void* values, const int32_t* tile_ptr, 
 // k, n, kept, rows, granularity, tiles, activation, whether sm_90a kernels may run, processors.
 const char* fxprune_sim_tile_gemm(int type, void* const* tensors, const int64_t* sizes) {
   return guarded([&] {
-    TileGemmArgs a{};
-    const void** const pointers[] = {&a.x, &a.values, &a.image};
-    for (int i = 0; i < 3; ++i) *pointers[i] = tensors[i];
-    const int32_t** const lists[] = {&a.index, &a.tile_ptr, &a.columns};
-    for (int i = 0; i < 3; ++i) *lists[i] = static_cast<const int32_t*>(tensors[3 + i]);
-    a.bias = tensors[6], a.residual = tensors[7], a.gate = tensors[8], a.out = tensors[9];
-    int64_t* const fields[] = {&a.batch, &a.m,    &a.k,           &a.n,
-                               &a.kept,  &a.rows, &a.granularity, &a.tiles};
-    for (int i = 0; i < 8; ++i) *fields[i] = sizes[i];
-    a.activation = static_cast<Activation>(sizes[8]);
+    const TileGemmArgs a = tile_args(tensors, sizes);
     const Gpu gpu{sizes[9] != 0, static_cast<int>(sizes[10])};
     Simulator simulator;
     with_type(type, [&](auto t) { tile_gemm<decltype(t)>(simulator, a, gpu); });
+  });
+}
+
+// tensors: as above, without a gate. sizes: as above up to the activation, then channels, groups,
+// height, width, out_w, and kernel, stride, padding and dilation, each (h, w).
+const char* fxprune_sim_tile_conv(int type, void* const* tensors, const int64_t* sizes) {
+  return guarded([&] {
+    TileGemmArgs a = tile_args(tensors, sizes);
+    TileWindow& w = a.window;
+    w.channels = sizes[9], w.groups = sizes[10];
+    int* const fields[] = {&w.height,   &w.width,      &w.out_w,     &w.kernel_h,
+                           &w.kernel_w, &w.stride_h,   &w.stride_w,  &w.pad_h,
+                           &w.pad_w,    &w.dilation_h, &w.dilation_w};
+    for (int i = 0; i < 11; ++i) *fields[i] = static_cast<int>(sizes[11 + i]);
+    Simulator simulator;
+    with_type(type, [&](auto t) { tile_conv<decltype(t)>(simulator, a); });
   });
 }
 

@@ -11,7 +11,7 @@ from .cpu import operator
 from .impl import Impl
 
 # The other operators have no CUDA kernel: their layers stay dense on a GPU.
-OPERATORS = ("depthwise_taps", "nm_prune", "tile_gemm", "tile_pack", "tile_unpack")
+OPERATORS = ("depthwise_taps", "nm_prune", "tile_conv", "tile_gemm", "tile_pack", "tile_unpack")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST = (8, 0)  # compute capability of the code in the library
 

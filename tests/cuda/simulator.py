@@ -35,7 +35,7 @@ FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)
 # the functions that return a text or null
-MESSAGES = ("nm_prune", "depthwise", "tile_image", "tile_gemm", "tile_pack", "transpose", "case", "run_case")
+MESSAGES = ("nm_prune", "tile_conv", "depthwise", "tile_image", "tile_gemm", "tile_pack", "transpose", "case", "run_case")
 SEEDS = (0, 1, 2)  # threads in order, in reverse, shuffled
 
 
@@ -167,15 +167,42 @@ def tile_gemm(
 ) -> Tensor:  # fmt: skip
     """Feature-major ``fxprune::tile_gemm`` on the simulator; x: (B, K, M) -> (B, N, M)."""
     out = shifted(torch.full((x.shape[0], n, x.shape[2]), float("nan"), dtype=x.dtype), shift)
+    packed = (values, index, tile_ptr, columns, bias, residual, gate)
+    numbers = (NAMES.index(activation), int(hopper), processors)
+    return _tiles("tile_gemm", x, packed, out, (x.shape[2], x.shape[1], n), granularity, numbers, seed, plant)
+
+
+def tile_conv(
+    x: Tensor, values: Tensor, index: Tensor, tile_ptr: Tensor, columns: Tensor, bias: Tensor | None,
+    residual: Tensor | None, n: int, granularity: int, kernel: list[int], stride: list[int], padding: list[int],
+    dilation: list[int], groups: int, activation: str = "none", *, seed: int = 0, plant: Plant = Plant.NONE,
+) -> Tensor:  # fmt: skip
+    """``fxprune::tile_conv`` on the simulator."""
+    size = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+    out = shifted(torch.full((x.shape[0], n, *size), float("nan"), dtype=x.dtype), 0)
+    packed = (values, index, tile_ptr, columns, bias, residual, None)
+    k = x.shape[1] // groups * kernel[0] * kernel[1]
+    window = (x.shape[1], groups, *x.shape[2:], size[1], *kernel, *stride, *padding, *dilation)
+    numbers = (NAMES.index(activation), *window)
+    return _tiles("tile_conv", x, packed, out, (size[0] * size[1], k, n), granularity, numbers, seed, plant)
+
+
+def _tiles(
+    name: str, x: Tensor, packed: tuple[Tensor | None, ...], out: Tensor, shape: tuple[int, int, int], granularity: int,
+    numbers: tuple[int, ...], seed: int, plant: Plant,
+) -> Tensor:  # fmt: skip
+    """Run a kernel on a tile-packed weight; packed: values, index, tile_ptr, columns, bias, residual, gate; shape: M, K, N."""
+    values, index, tile_ptr, columns = packed[:4]
+    assert values is not None and index is not None and tile_ptr is not None and columns is not None
     image = None
     if x.dtype != torch.float32:
         image = tile_image(values, tile_ptr, len(index), granularity, len(columns))
-    read = (x, values, image, index, tile_ptr, columns, bias, residual, gate)
+    read = (x, values, image, *packed[1:])
     begin(seed, plant, read, (out,))
-    sizes = [x.shape[0], x.shape[2], x.shape[1], n, len(columns), len(index), granularity, len(tile_ptr) - 1]
+    sizes = (x.shape[0], *shape, len(columns), len(index), granularity, len(tile_ptr) - 1)
     tensors = (ctypes.c_void_p * 10)(*[pointer(t) for t in (*read, out)])
-    numbers = longs(*sizes, NAMES.index(activation), int(hopper), processors)
-    finish(library().fxprune_sim_tile_gemm(TYPES[x.dtype], tensors, numbers), (out,))
+    call = getattr(library(), f"fxprune_sim_{name}")
+    finish(call(TYPES[x.dtype], tensors, longs(*sizes, *numbers)), (out,))
     return out
 
 

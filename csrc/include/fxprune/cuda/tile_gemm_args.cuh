@@ -13,8 +13,16 @@
 
 namespace fxprune::gpu {
 
+// The window of a convolution whose GEMM this is: K rows are (channel of a group, dy, dx), tokens
+// are output pixels. Every tile lies inside one group.
+struct TileWindow {
+  int64_t channels, groups;
+  int height, width, out_w;
+  int kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+};
+
 struct TileGemmArgs {
-  const void* x;            // (batch, k, m)
+  const void* x;            // (batch, k, m), or (batch, channels, height, width) under a window
   const void* values;       // packed, as the operator gets it
   const void* image;        // TileImage, 16-bit kernels only
   const int32_t* index;     // kept K rows, tile after tile
@@ -27,6 +35,7 @@ struct TileGemmArgs {
   int64_t batch, m, k, n, kept, rows, granularity, tiles;
   Activation activation;
   bool vector;  // 16-byte accesses to rows of x, residual and out are aligned
+  TileWindow window;
 
   FXPRUNE_BOTH TileImage layout() const { return {tiles, rows, granularity}; }
 };
