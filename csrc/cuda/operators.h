@@ -3,6 +3,7 @@
 #pragma once
 
 #include "fxprune/cuda/depthwise_taps.cuh"
+#include "fxprune/cuda/dsconv.cuh"
 #include "fxprune/cuda/nm_prune.cuh"
 #include "fxprune/cuda/tile_gemm.cuh"
 #include "fxprune/cuda/tile_pack.cuh"
@@ -17,6 +18,10 @@ void transpose_cuda(const TransposeArgs& a, int element_bytes, void* stream);
 // rows: kept K rows of all tiles.
 void tile_pack_cuda(const TilePackArgs& a, int64_t rows, int element_bytes, bool unpack,
                     void* stream);
+// element: kHalf or kBfloat.
+void dsconv_cuda(const DsconvArgs& a, Element element, void* stream);
+// What a block of the current device may have.
+int64_t most_shared_bytes();
 void nm_prune_cuda(const NmPruneArgs& a, Element element, void* stream);
 void tile_conv_cuda(const TileGemmArgs& a, Element element, void* stream);
 // hopper: whether the sm_90a kernels may run.

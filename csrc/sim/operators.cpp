@@ -42,6 +42,15 @@ void tile_pack_cuda(const TilePackArgs& a, int64_t rows, int element_bytes, bool
   tile_pack<uint16_t>(simulator, a, rows, unpack);
 }
 
+void dsconv_cuda(const DsconvArgs& a, Element element, void*) {
+  if (element == Element::kHalf) return dsconv<Half>(simulator, a);
+  dsconv<Bfloat>(simulator, a);
+}
+
+int64_t most_shared_bytes() {
+  return 99 << 10;  // of the smallest GPU of compute capability 8
+}
+
 void nm_prune_cuda(const NmPruneArgs& a, Element element, void*) {
   with_element(element, [&](auto t) { nm_prune<decltype(t)>(simulator, a); });
 }

@@ -6,12 +6,17 @@ from typing import Any
 
 import torch
 
+from ...context import Unit
 from .. import library
 from .cpu import operator
 from .impl import Impl
 
 # The other operators have no CUDA kernel: their layers stay dense on a GPU.
 OPERATORS = ("depthwise_taps", "nm_prune", "tile_conv", "tile_gemm", "tile_pack", "tile_unpack")
+# The tensor cores' kernels take 64 output features at a time, two panels of them on Hopper, and K rows by 32; a tile
+# that is narrower runs as wide. Depthwise, each channel has its own taps.
+_WIDE = Unit(granularity=128, k_step=32, column_step=64)
+UNITS = {"depthwise": Unit(granularity=32), "pointwise": _WIDE, "conv": _WIDE, "linear": _WIDE, "rnn": _WIDE}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST = (8, 0)  # compute capability of the code in the library
 

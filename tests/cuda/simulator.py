@@ -35,7 +35,7 @@ FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)
 # the functions that return a text or null
-MESSAGES = ("nm_prune", "tile_conv", "depthwise", "tile_image", "tile_gemm", "tile_pack", "transpose", "case", "run_case")
+MESSAGES = ("dsconv", "nm_prune", "tile_conv", "depthwise", "tile_image", "tile_gemm", "tile_pack", "transpose", "case", "run_case")
 SEEDS = (0, 1, 2)  # threads in order, in reverse, shuffled
 
 
@@ -241,4 +241,22 @@ def nm_prune(
     sizes = longs(len(key), layer, FUNCTIONS.index(function), row_major, batch, channels, positions, groups, n, m)
     operands = [pointer(t) for t in (grad, key, factors, out)]
     finish(library().fxprune_sim_nm_prune(TYPES[grad.dtype], *operands, sizes), (out,))
+    return out
+
+
+def dsconv(
+    x: Tensor, weight: Tensor, taps: Tensor, depthwise_bias: Tensor | None, values: Tensor, index: Tensor, tile_ptr: Tensor,
+    columns: Tensor, bias: Tensor | None, residual: Tensor | None, kernel: int, stride: int, n: int, granularity: int,
+    depthwise_activation: str = "none", activation: str = "none", *, seed: int = 0, plant: Plant = Plant.NONE,
+) -> Tensor:  # fmt: skip
+    """``fxprune::dsconv`` on the simulator, padding kernel // 2; x: (B, C, H, W) in 16 bits."""
+    size = [(s - 1) // stride + 1 for s in x.shape[2:]]
+    out = shifted(torch.full((x.shape[0], n, *size), float("nan"), dtype=x.dtype), 0)
+    image = tile_image(values, tile_ptr, len(index), granularity, len(columns))
+    read = (x, weight, taps, depthwise_bias, image, index, tile_ptr, columns, bias, residual)
+    begin(seed, plant, read, (out,))
+    counts = (n, len(columns), len(index), granularity, len(tile_ptr) - 1, NAMES.index(activation))
+    sizes = longs(*x.shape, *size, kernel, stride, NAMES.index(depthwise_activation), *counts)
+    tensors = (ctypes.c_void_p * 11)(*[pointer(t) for t in (*read, out)])
+    finish(library().fxprune_sim_dsconv(TYPES[x.dtype], tensors, sizes), (out,))
     return out

@@ -81,7 +81,8 @@ def test_samples(call: Callable[..., Tensor], op: Operator, args: tuple[Any, ...
 @pytest.mark.parametrize(("op", "args", "message"), BAD)
 def test_bad_samples(call: Callable[..., Tensor], op: Operator, args: tuple[Any, ...], message: str) -> None:
     """Whatever shapes and types tell is refused. What values tell is not looked at, and not run here."""
-    if message in ON_THE_HOST:
+    # a missing value may be a kept row of the last tile, where that is one feature narrower
+    if message in ON_THE_HOST or (op.name, message) == ("tile_conv", "values"):
         pytest.skip("told by values, or legal on a GPU")
     with pytest.raises(RuntimeError, match=message):
         call(op.name, *args)

@@ -62,13 +62,6 @@ constexpr bool uses_image() {
   return sizeof(T) == 2;
 }
 
-template <class T, class Launcher>
-void tile_rest(Launcher& launcher, const TileGemmArgs& a) {
-  if (a.kept == a.n) return;
-  const int64_t grid[3] = {(a.batch * a.m + 1023) / 1024, a.n < 65535 ? a.n : 65535, 1};
-  launcher.template launch<TileRest<T>>(grid, 0, a);
-}
-
 // Runs a kernel over all items in blocks of one, but at most so many.
 template <class Kernel, class Launcher>
 void launch_items(Launcher& launcher, const TileGemmArgs& a, int features, int64_t most_blocks) {

@@ -106,15 +106,18 @@ FXPRUNE_GPU void gather_columns(const float (&v)[4][2], float (&out)[8]) {
   }
 }
 
-// Finishes eight tokens from `token` on of the output feature in column `column` of the tile.
-template <class T>
-FXPRUNE_GPU void finish_tokens(const TileGemmArgs& a, const TileItem& item, int64_t column,
-                               int64_t token, float (&v)[8]) {
+// The output feature in column `column` of the item's tile, -1 behind its last one.
+FXPRUNE_GPU int64_t feature_of(const TileGemmArgs& a, const TileItem& item, int64_t column) {
   const int64_t at = item.tile * a.granularity + column;
-  if (column >= a.granularity || at >= a.kept || token >= a.m) return;
-  const int64_t feature = load_global<int32_t>(a.columns + at);
-  const int64_t start = (item.image * a.n + feature) * a.m + token;
-  const int64_t count = a.m - token;
+  if (column >= a.granularity || at >= a.kept) return -1;
+  return load_global<int32_t>(a.columns + at);
+}
+
+// Finishes the first `count` of eight results in a row of output feature `feature`, from element
+// `start` of the output on.
+template <class T>
+FXPRUNE_GPU void finish_run(const TileGemmArgs& a, int64_t feature, int64_t start, int64_t count,
+                            float (&v)[8]) {
   constexpr int kPack = Pack<T>::kCount;
   if (a.bias != nullptr) {
     const float bias = to_float(load_global<T>(static_cast<const T*>(a.bias) + feature));
@@ -154,6 +157,15 @@ FXPRUNE_GPU void finish_tokens(const TileGemmArgs& a, const TileItem& item, int6
   }
 }
 
+// The same for eight tokens from `token` on of the feature in column `column` of the tile.
+template <class T>
+FXPRUNE_GPU void finish_tokens(const TileGemmArgs& a, const TileItem& item, int64_t column,
+                               int64_t token, float (&v)[8]) {
+  const int64_t feature = feature_of(a, item, column);
+  if (feature < 0 || token >= a.m) return;
+  finish_run<T>(a, feature, (item.image * a.n + feature) * a.m + token, a.m - token, v);
+}
+
 // Output features that no tile holds: act(bias + residual). One thread an element of them.
 template <class T>
 struct TileRest {
@@ -189,5 +201,12 @@ struct TileRest {
     }
   }
 };
+
+template <class T, class Launcher>
+void tile_rest(Launcher& launcher, const TileGemmArgs& a) {
+  if (a.kept == a.n) return;
+  const int64_t grid[3] = {(a.batch * a.m + 1023) / 1024, a.n < 65535 ? a.n : 65535, 1};
+  launcher.template launch<TileRest<T>>(grid, 0, a);
+}
 
 }  // namespace fxprune::gpu
