@@ -2,7 +2,7 @@
 // stream of the current device and returns; each throws std::runtime_error when CUDA refuses.
 #pragma once
 
-#include "fxprune/cuda/depthwise_taps.cuh"
+#include "fxprune/cuda/depthwise_pool.cuh"
 #include "fxprune/cuda/dsconv.cuh"
 #include "fxprune/cuda/nm_prune.cuh"
 #include "fxprune/cuda/tile_gemm.cuh"
@@ -13,6 +13,8 @@ namespace fxprune::gpu {
 enum class Element : int { kFloat, kHalf, kBfloat };
 
 void depthwise_taps_cuda(const DepthwiseArgs& a, Element element, void* stream);
+// mean: (batch, channels); a.pool has room for pool_parts(a) sums per plane.
+void depthwise_pool_cuda(const DepthwiseArgs& a, Element element, void* mean, void* stream);
 void tile_image_cuda(const TileImageArgs& a, void* stream);
 void transpose_cuda(const TransposeArgs& a, int element_bytes, void* stream);
 // rows: kept K rows of all tiles.

@@ -8,17 +8,19 @@
 #include <cstdlib>
 #include <string>
 
-#include "cuda/structure.h"
+#include "cuda/parts.h"
 
-namespace fxprune {
-namespace {
+namespace fxprune::on_gpu {
 
 using gpu::Element;
 
-Tensor depthwise_taps(const Tensor& x_in, const Tensor& weight_in, const Tensor& taps_in,
-                      const OptionalTensor& bias_in, const IntList& kernel_size,
-                      const IntList& stride, const IntList& padding, const IntList& dilation,
-                      const Text& activation) {
+namespace {
+
+// The depthwise convolution; with `mean`, also that of its planes.
+Tensor depthwise(const Tensor& x_in, const Tensor& weight_in, const Tensor& taps_in,
+                 const OptionalTensor& bias_in, const IntList& kernel_size, const IntList& stride,
+                 const IntList& padding, const IntList& dilation, const Text& activation,
+                 OptionalTensor* mean) {
   check_windows(kernel_size, stride, padding, dilation);
   check_cuda_tensor(x_in, "x");
   const Element element = check_element(x_in);
@@ -36,6 +38,7 @@ Tensor depthwise_taps(const Tensor& x_in, const Tensor& weight_in, const Tensor&
   const Tensor x = like_input(x_in, "x", x_in), weight = like_input(weight_in, "weight", x_in),
                taps = list_input(taps_in, "taps", x_in, element_types().int64, "int64");
   Tensor out = empty_like(x, {g.batch, g.channels, g.out_h, g.out_w}, type_of(x));
+  if (mean != nullptr) *mean = empty_like(x, {g.batch, g.channels}, type_of(x));
   if (out.numel() == 0) return out;
 
   gpu::DepthwiseArgs a{};
@@ -52,8 +55,34 @@ Tensor depthwise_taps(const Tensor& x_in, const Tensor& weight_in, const Tensor&
   copy_windows(g, &a);
   a.activation = chosen;
   const OnDeviceOf guard(x);
-  gpu::depthwise_taps_cuda(a, element, current_stream(x));
+  void* const stream = current_stream(x);
+  if (mean == nullptr) {
+    gpu::depthwise_taps_cuda(a, element, stream);
+    return out;
+  }
+  Tensor sums = empty_like(x, {g.batch, g.channels, gpu::pool_parts(a)}, element_types().float32);
+  a.pool = static_cast<float*>(sums.mutable_data_ptr());
+  gpu::depthwise_pool_cuda(a, element, (*mean)->mutable_data_ptr(), stream);
   return out;
+}
+
+}  // namespace
+
+Tensor depthwise_taps(const Tensor& x, const Tensor& weight, const Tensor& taps,
+                      const OptionalTensor& bias, const IntList& kernel_size, const IntList& stride,
+                      const IntList& padding, const IntList& dilation, const Text& activation) {
+  return depthwise(x, weight, taps, bias, kernel_size, stride, padding, dilation, activation,
+                   nullptr);
+}
+
+std::vector<Tensor> depthwise_pool(const Tensor& x, const Tensor& weight, const Tensor& taps,
+                                   const OptionalTensor& bias, const IntList& kernel_size,
+                                   const IntList& stride, const IntList& padding,
+                                   const IntList& dilation, const Text& activation) {
+  OptionalTensor mean;
+  const Tensor y =
+      depthwise(x, weight, taps, bias, kernel_size, stride, padding, dilation, activation, &mean);
+  return {y, *mean};
 }
 
 // Rows (m, k) -> (k, m) in memory of its own.
@@ -177,16 +206,16 @@ Tensor tile_unpack(const Tensor& values, const Tensor& index, const Tensor& tile
   return pack(values, structure, in_features, out, true);
 }
 
-}  // namespace
-}  // namespace fxprune
+}  // namespace fxprune::on_gpu
 
 #ifdef FXPRUNE_SIMULATED
 STABLE_TORCH_LIBRARY_IMPL(fxprune_simulated, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(fxprune, CUDA, m) {
 #endif
-  m.impl("depthwise_taps", TORCH_BOX(&fxprune::depthwise_taps));
-  m.impl("tile_gemm", TORCH_BOX(&fxprune::tile_gemm));
-  m.impl("tile_pack", TORCH_BOX(&fxprune::tile_pack));
-  m.impl("tile_unpack", TORCH_BOX(&fxprune::tile_unpack));
+  m.impl("depthwise_taps", TORCH_BOX(&fxprune::on_gpu::depthwise_taps));
+  m.impl("depthwise_pool", TORCH_BOX(&fxprune::on_gpu::depthwise_pool));
+  m.impl("tile_gemm", TORCH_BOX(&fxprune::on_gpu::tile_gemm));
+  m.impl("tile_pack", TORCH_BOX(&fxprune::on_gpu::tile_pack));
+  m.impl("tile_unpack", TORCH_BOX(&fxprune::on_gpu::tile_unpack));
 }

@@ -1,5 +1,5 @@
 // The GPU operators on the simulator, as C functions for the tests (see entry.h).
-#include "fxprune/cuda/depthwise_taps.cuh"
+#include "fxprune/cuda/depthwise_pool.cuh"
 #include "fxprune/cuda/tile_gemm.cuh"
 #include "fxprune/cuda/tile_pack.cuh"
 #include "sim/entry.h"
@@ -8,6 +8,17 @@ using namespace fxprune;
 using namespace fxprune::gpu;
 
 namespace {
+
+DepthwiseArgs depthwise_args(const int64_t* g) {
+  DepthwiseArgs a{};
+  a.batch = g[0], a.channels = g[1];
+  int* const fields[] = {&a.height,   &a.width,      &a.out_h,     &a.out_w,    &a.tap_words,
+                         &a.kernel_h, &a.kernel_w,   &a.stride_h,  &a.stride_w, &a.pad_h,
+                         &a.pad_w,    &a.dilation_h, &a.dilation_w};
+  for (int i = 0; i < 13; ++i) *fields[i] = static_cast<int>(g[2 + i]);
+  a.activation = static_cast<Activation>(g[15]);
+  return a;
+}
 
 TileGemmArgs tile_args(void* const* tensors, const int64_t* sizes) {
   TileGemmArgs a{};
@@ -42,20 +53,25 @@ bool fxprune_sim_all_written(const void* data) {
 
 // geometry: batch, channels, height, width, out_h, out_w, tap_words, then kernel, stride, padding
 // and dilation, each (h, w), then the activation.
+// pool and mean: as depthwise_pool() takes them, or null for the convolution alone.
 const char* fxprune_sim_depthwise(int type, const void* x, const void* weight, const uint64_t* taps,
-                                  const void* bias, void* out, const int64_t* g) {
+                                  const void* bias, void* out, float* pool, void* mean,
+                                  const int64_t* g) {
   return guarded([&] {
-    DepthwiseArgs a{};
-    a.x = x, a.weight = weight, a.taps = taps, a.bias = bias, a.out = out;
-    a.batch = g[0], a.channels = g[1];
-    int* const fields[] = {&a.height,   &a.width,      &a.out_h,     &a.out_w,    &a.tap_words,
-                           &a.kernel_h, &a.kernel_w,   &a.stride_h,  &a.stride_w, &a.pad_h,
-                           &a.pad_w,    &a.dilation_h, &a.dilation_w};
-    for (int i = 0; i < 13; ++i) *fields[i] = static_cast<int>(g[2 + i]);
-    a.activation = static_cast<Activation>(g[15]);
+    DepthwiseArgs a = depthwise_args(g);
+    a.x = x, a.weight = weight, a.taps = taps, a.bias = bias, a.out = out, a.pool = pool;
     Simulator simulator;
-    with_type(type, [&](auto t) { depthwise_taps<decltype(t)>(simulator, a); });
+    with_type(type, [&](auto t) {
+      using T = decltype(t);
+      if (pool == nullptr) return depthwise_taps<T>(simulator, a);
+      depthwise_pool<T>(simulator, a, mean);
+    });
   });
+}
+
+// The sums per plane that `pool` must have room for.
+int64_t fxprune_sim_pool_parts(const int64_t* g) {
+  return pool_parts(depthwise_args(g));
 }
 
 // shape: tiles, kept K rows of all tiles, granularity, kept output features.

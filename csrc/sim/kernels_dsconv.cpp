@@ -9,6 +9,12 @@ using namespace fxprune::gpu;
 #pragma GCC visibility push(default)
 extern "C" {
 
+int64_t fxprune_sim_dsconv_bytes(int64_t channels, int kernel, int stride) {
+  DepthwiseArgs a{};
+  a.channels = channels, a.kernel_h = kernel, a.stride_h = stride;
+  return dsconv_bytes(a);
+}
+
 // tensors: x, weight, taps, depthwise bias, image, index, tile_ptr, columns, bias, residual, out.
 // sizes: batch, channels, height, width, out_h, out_w, kernel, stride, depthwise activation, n,
 // kept, rows, granularity, tiles, activation.

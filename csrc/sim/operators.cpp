@@ -28,6 +28,10 @@ void depthwise_taps_cuda(const DepthwiseArgs& a, Element element, void*) {
   with_element(element, [&](auto t) { depthwise_taps<decltype(t)>(simulator, a); });
 }
 
+void depthwise_pool_cuda(const DepthwiseArgs& a, Element element, void* mean, void*) {
+  with_element(element, [&](auto t) { depthwise_pool<decltype(t)>(simulator, a, mean); });
+}
+
 void tile_image_cuda(const TileImageArgs& a, void*) {
   tile_image(simulator, a);
 }

@@ -12,7 +12,9 @@ from .cpu import operator
 from .impl import Impl
 
 # The other operators have no CUDA kernel: their layers stay dense on a GPU.
-OPERATORS = ("depthwise_taps", "nm_prune", "tile_conv", "tile_gemm", "tile_pack", "tile_unpack")
+OPERATORS = (
+    "depthwise_taps", "depthwise_pool", "dsconv", "nm_prune", "tile_conv", "tile_gemm", "tile_pack", "tile_unpack",
+)  # fmt: skip
 # The tensor cores' kernels take 64 output features at a time, two panels of them on Hopper, and K rows by 32; a tile
 # that is narrower runs as wide. Depthwise, each channel has its own taps.
 _WIDE = Unit(granularity=128, k_step=32, column_step=64)
@@ -40,6 +42,14 @@ def supports(x: Any, weight: Any = None) -> str | None:
     if isinstance(x, torch.Tensor) and (found := torch.cuda.get_device_capability(x.device)) < OLDEST:
         return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}, got {found[0]}.{found[1]}"
     return None
+
+
+def dsconv_bytes(channels: int, kernel: int, stride: int) -> int:
+    """Return the shared memory that the fused depthwise-separable kernel needs for 8x8 pixels (Dsconv::shared_bytes)."""
+    rows, pitch = 7 * stride + kernel, 16 + 8 * stride  # of a staged plane with its halo
+    planes = -(-64 * kernel * kernel * 4 // 16) * 16 + 64 * rows * pitch * 2
+    ring = 4 * (32 * 64 * 2 + 32 * 4)
+    return (channels + 1) * 128 + max(planes, ring)
 
 
 def supports_gradient(grad: Any, key: Any = None) -> str | None:

@@ -35,7 +35,18 @@ FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)
 # the functions that return a text or null
-MESSAGES = ("dsconv", "nm_prune", "tile_conv", "depthwise", "tile_image", "tile_gemm", "tile_pack", "transpose", "case", "run_case")
+MESSAGES = (
+    "dsconv",
+    "nm_prune",
+    "tile_conv",
+    "depthwise",
+    "tile_image",
+    "tile_gemm",
+    "tile_pack",
+    "transpose",
+    "case",
+    "run_case",
+)
 SEEDS = (0, 1, 2)  # threads in order, in reverse, shuffled
 
 
@@ -100,6 +111,9 @@ def library() -> ctypes.CDLL:
         getattr(loaded, f"fxprune_sim_{name}").restype = ctypes.c_char_p
     loaded.fxprune_sim_all_written.restype = ctypes.c_bool
     loaded.fxprune_sim_tile_image_bytes.restype = ctypes.c_int64
+    loaded.fxprune_sim_pool_parts.restype = ctypes.c_int64
+    loaded.fxprune_sim_dsconv_bytes.restype = ctypes.c_int64
+    loaded.fxprune_sim_dsconv_bytes.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_int]
     return loaded
 
 
@@ -142,13 +156,36 @@ def depthwise_taps(
     padding: list[int], dilation: list[int], activation: str = "none", *, seed: int = 0, plant: Plant = Plant.NONE,
 ) -> Tensor:  # fmt: skip
     """``fxprune::depthwise_taps`` on the simulator."""
+    window = (kernel, stride, padding, dilation)
+    return _depthwise(x, weight, taps, bias, window, activation, False, seed, plant)[0]
+
+
+def depthwise_pool(
+    x: Tensor, weight: Tensor, taps: Tensor, bias: Tensor | None, kernel: list[int], stride: list[int],
+    padding: list[int], dilation: list[int], activation: str = "none", *, seed: int = 0, plant: Plant = Plant.NONE,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``fxprune::depthwise_pool`` on the simulator."""
+    window = (kernel, stride, padding, dilation)
+    return _depthwise(x, weight, taps, bias, window, activation, True, seed, plant)
+
+
+def _depthwise(
+    x: Tensor, weight: Tensor, taps: Tensor, bias: Tensor | None, window: tuple[list[int], ...], activation: str, pool: bool,
+    seed: int, plant: Plant,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    kernel, stride, padding, dilation = window
     size = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     out = shifted(torch.full((x.shape[0], x.shape[1], *size), float("nan"), dtype=x.dtype), 0)
-    geometry = [*x.shape, *size, taps.shape[1], *kernel, *stride, *padding, *dilation, NAMES.index(activation)]
-    begin(seed, plant, (x, weight, taps, bias), (out,))
-    operands = [pointer(t) for t in (x, weight, taps, bias, out)]
-    finish(library().fxprune_sim_depthwise(TYPES[x.dtype], *operands, longs(*geometry)), (out,))
-    return out
+    numbers = [*x.shape, *size, taps.shape[1], *kernel, *stride, *padding, *dilation, NAMES.index(activation)]
+    geometry = longs(*numbers)
+    parts = library().fxprune_sim_pool_parts(geometry)
+    sums, mean = torch.full((*x.shape[:2], parts), float("nan")), torch.full(x.shape[:2], float("nan"), dtype=x.dtype)
+    pooled = [sums, mean] if pool else [None, None]
+    begin(seed, plant, (x, weight, taps, bias), (out, *(t for t in pooled if t is not None)))
+    operands = [pointer(t) for t in (x, weight, taps, bias, out, *pooled)]
+    written = (out, sums, mean) if pool else (out,)
+    finish(library().fxprune_sim_depthwise(TYPES[x.dtype], *operands, geometry), written)
+    return out, mean
 
 
 def tile_image(values: Tensor, tile_ptr: Tensor, rows: int, granularity: int, kept: int, *, seed: int = 0) -> Tensor:
@@ -191,7 +228,10 @@ def _tiles(
     name: str, x: Tensor, packed: tuple[Tensor | None, ...], out: Tensor, shape: tuple[int, int, int], granularity: int,
     numbers: tuple[int, ...], seed: int, plant: Plant,
 ) -> Tensor:  # fmt: skip
-    """Run a kernel on a tile-packed weight; packed: values, index, tile_ptr, columns, bias, residual, gate; shape: M, K, N."""
+    """Run a kernel on a tile-packed weight.
+
+    packed: values, index, tile_ptr, columns, bias, residual, gate; shape: M, K, N.
+    """
     values, index, tile_ptr, columns = packed[:4]
     assert values is not None and index is not None and tile_ptr is not None and columns is not None
     image = None

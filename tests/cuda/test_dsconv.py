@@ -16,8 +16,8 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def check(
-    shape: tuple[int, int, int, int], n: int, g: int, kernel: int = 3, stride: int = 1, *, dtype: torch.dtype = torch.bfloat16,
-    keep: float = 0.5, columns: float = 1.0, residual: bool = False, inner: str = "none", outer: str = "none",
+    shape: tuple[int, int, int, int], n: int, g: int, kernel: int = 3, stride: int = 1, *,
+    dtype: torch.dtype = torch.bfloat16, keep: float = 0.5, columns: float = 1.0, residual: bool = False, inner: str = "none", outer: str = "none",
     seed: int = 0, shift: int = 0, empty_tile: bool = False, plant: Plant = Plant.NONE,
 ) -> None:  # fmt: skip
     """Compare with dense torch in fp64. What lies between the convolutions stays small enough to be exact in 16 bits."""

@@ -221,15 +221,7 @@ struct Dsconv {
   }
 };
 
-// True for the windows that the kernel has.
-FXPRUNE_BOTH bool dsconv_window(const DepthwiseArgs& a) {
-  const int k = a.kernel_h, s = a.stride_h;
-  return k == a.kernel_w && s == a.stride_w && a.pad_h == k / 2 && a.pad_w == k / 2 &&
-         a.dilation_h == 1 && a.dilation_w == 1 && (k == 3 || k == 5 || k == 7) &&
-         (s == 1 || s == 2);
-}
-
-// Calls work(Dsconv) with the kernel for a window that dsconv_window() allows.
+// Calls work(Dsconv) with the kernel for a window that has_tiles() allows.
 template <class T, class Work>
 auto with_dsconv(const DepthwiseArgs& a, Work work) {
   if (a.stride_h == 1) {
