@@ -77,10 +77,8 @@ class Measure:
         return repr((match.kind, shape, match.matrix_shape, *window, unit, round(kept * 20), *on))
 
     def _time(self, match: Match, mask: LayerMask | None, inputs: Weight | None) -> tuple[list[float], bool]:
-        sizes, unit = (
-            [cost.hint(s) for s in match.geometry.x],
-            self._units(match.kind, match.value.dtype, match.value.device.type),
-        )
+        sizes = [cost.hint(s) for s in match.geometry.x]
+        unit = self._units(match.kind, match.value.dtype, match.value.device.type)
         with torch.inference_mode():
             if inputs is not None:
                 runs = recurrent_calls(inputs, (match, mask), unit, *sizes[:2])

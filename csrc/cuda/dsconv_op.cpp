@@ -2,7 +2,7 @@
 // run (float, other windows, more channels than shared memory holds) the two parts run in turn.
 #include "cuda/parts.h"
 
-namespace fxprune::on_gpu {
+namespace fxprune::cuda_ops {
 namespace {
 
 Tensor dsconv(const Tensor& x_in, const Tensor& weight_in, const Tensor& taps_in,
@@ -71,12 +71,12 @@ Tensor dsconv(const Tensor& x_in, const Tensor& weight_in, const Tensor& taps_in
 }
 
 }  // namespace
-}  // namespace fxprune::on_gpu
+}  // namespace fxprune::cuda_ops
 
 #ifdef FXPRUNE_SIMULATED
 STABLE_TORCH_LIBRARY_IMPL(fxprune_simulated, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(fxprune, CUDA, m) {
 #endif
-  m.impl("dsconv", TORCH_BOX(&fxprune::on_gpu::dsconv));
+  m.impl("dsconv", TORCH_BOX(&fxprune::cuda_ops::dsconv));
 }

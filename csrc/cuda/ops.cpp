@@ -10,7 +10,7 @@
 
 #include "cuda/parts.h"
 
-namespace fxprune::on_gpu {
+namespace fxprune::cuda_ops {
 
 using gpu::Element;
 
@@ -206,16 +206,16 @@ Tensor tile_unpack(const Tensor& values, const Tensor& index, const Tensor& tile
   return pack(values, structure, in_features, out, true);
 }
 
-}  // namespace fxprune::on_gpu
+}  // namespace fxprune::cuda_ops
 
 #ifdef FXPRUNE_SIMULATED
 STABLE_TORCH_LIBRARY_IMPL(fxprune_simulated, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(fxprune, CUDA, m) {
 #endif
-  m.impl("depthwise_taps", TORCH_BOX(&fxprune::on_gpu::depthwise_taps));
-  m.impl("depthwise_pool", TORCH_BOX(&fxprune::on_gpu::depthwise_pool));
-  m.impl("tile_gemm", TORCH_BOX(&fxprune::on_gpu::tile_gemm));
-  m.impl("tile_pack", TORCH_BOX(&fxprune::on_gpu::tile_pack));
-  m.impl("tile_unpack", TORCH_BOX(&fxprune::on_gpu::tile_unpack));
+  m.impl("depthwise_taps", TORCH_BOX(&fxprune::cuda_ops::depthwise_taps));
+  m.impl("depthwise_pool", TORCH_BOX(&fxprune::cuda_ops::depthwise_pool));
+  m.impl("tile_gemm", TORCH_BOX(&fxprune::cuda_ops::tile_gemm));
+  m.impl("tile_pack", TORCH_BOX(&fxprune::cuda_ops::tile_pack));
+  m.impl("tile_unpack", TORCH_BOX(&fxprune::cuda_ops::tile_unpack));
 }

@@ -3,7 +3,7 @@
 
 #include "cuda/structure.h"
 
-namespace fxprune::on_gpu {
+namespace fxprune::cuda_ops {
 
 Tensor depthwise_taps(const Tensor& x_in, const Tensor& weight_in, const Tensor& taps_in,
                       const OptionalTensor& bias_in, const IntList& kernel_size,
@@ -16,4 +16,4 @@ Tensor tile_gemm(const Tensor& x_in, const Tensor& values_in, const Tensor& inde
                  int64_t out_features, int64_t granularity, int64_t feature_dim,
                  const Text& activation);
 
-}  // namespace fxprune::on_gpu
+}  // namespace fxprune::cuda_ops

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from tests.cuda.activations import EXACT
 from tests.cuda.simulator import SEEDS, Fault, Plant, dsconv, shifted
@@ -15,30 +18,36 @@ from tests.integers import bitmap, generator, tiles
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def check(
-    shape: tuple[int, int, int, int], n: int, g: int, kernel: int = 3, stride: int = 1, *,
-    dtype: torch.dtype = torch.bfloat16, keep: float = 0.5, columns: float = 1.0, residual: bool = False, inner: str = "none", outer: str = "none",
-    seed: int = 0, shift: int = 0, empty_tile: bool = False, plant: Plant = Plant.NONE,
-) -> None:  # fmt: skip
-    """Compare with dense torch in fp64. What lies between the convolutions stays small enough to be exact in 16 bits."""
+def case(
+    shape: tuple[int, int, int, int], n: int, g: int, kernel: int = 3, stride: int = 1, *, keep: float = 0.5,
+    columns: float = 1.0, residual: bool = False, inner: str = "none", outer: str = "none", empty_tile: bool = False,
+) -> tuple[list[Any], Tensor]:  # fmt: skip
+    """Return the operator's arguments and the result in fp64; what lies between the convolutions is exact in 16 bits."""
     gen = generator(*shape, n, g, kernel, stride)
-    channels = shape[1]
-    mask = torch.rand(channels, kernel * kernel, generator=gen) < 0.4
+    channels, count = shape[1], kernel * kernel
+    mask = torch.rand(channels, count, generator=gen) < 0.4
     x = torch.randint(-1, 2, shape, generator=gen).float()
-    weight = torch.randint(-2, 3, (channels, kernel * kernel), generator=gen).float()
+    weight = torch.randint(-2, 3, (channels, count), generator=gen).float()
     first_bias, bias = (torch.randint(-3, 4, (c,), generator=gen).float() for c in (channels, n))
-    dense, (values, *structure) = tiles(gen, n, channels, g, keep, columns, empty_tile)
+    dense, packed = tiles(gen, n, channels, g, keep, columns, empty_tile)
     window = (weight * mask).view(channels, 1, kernel, kernel)
     between = EXACT[inner](F.conv2d(x, window, first_bias, stride, kernel // 2, 1, channels))
     y = torch.einsum("nc,bchw->bnhw", dense.double(), between.double()) + bias.view(-1, 1, 1)
     extra = torch.randint(-4, 5, y.shape, generator=gen).float() if residual else None
-    expected = EXACT[outer](y if extra is None else y + extra).float().to(dtype)
-    given_x = shifted(x.to(dtype), shift)
-    got = dsconv(
-        given_x, weight.to(dtype), bitmap(mask), first_bias.to(dtype), values.to(dtype), *structure, bias.to(dtype),
-        None if extra is None else extra.to(dtype), kernel, stride, n, g, inner, outer, seed=seed, plant=plant,
-    )  # fmt: skip
-    assert torch.equal(got, expected), f"{shape} n {n} g {g} k {kernel} s {stride} {dtype} keep {keep} seed {seed}"
+    y = EXACT[outer](y if extra is None else y + extra)
+    windows = ([kernel] * 2, [stride] * 2, [kernel // 2] * 2, [1, 1])
+    return [x, weight, bitmap(mask), first_bias, *packed, bias, extra, *windows, n, g, inner, outer], y
+
+
+def check(
+    *args: Any, dtype: torch.dtype = torch.bfloat16, seed: int = 0, shift: int = 0, plant: Plant = Plant.NONE, **more: Any
+) -> None:
+    """Run a :func:`case` and compare."""
+    arguments, y = case(*args, **more)
+    x, *rest = (a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
+    operands, ((kernel, _), (stride, _), _, _), last = rest[:9], rest[9:13], rest[13:]
+    got = dsconv(shifted(x, shift), *operands, kernel, stride, *last, seed=seed, plant=plant)
+    assert torch.equal(got, y.float().to(dtype)), f"{args} {more} {dtype} seed {seed}"
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

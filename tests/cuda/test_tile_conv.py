@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,11 +27,12 @@ def grouped(n: int, k: int, g: int, groups: int, keep: float, columns: float) ->
     return weight, [values, index, ptr, kept.int()]
 
 
-def check(
+def case(
     shape: tuple[int, int, int, int], n: int, g: int, kernel: tuple[int, int], stride: int = 1, padding: int = 0,
-    dilation: int = 1, groups: int = 1, *, dtype: torch.dtype = torch.bfloat16, keep: float = 0.5, columns: float = 1.0,
-    residual: bool = False, activation: str = "none", seed: int = 0, plant: Plant = Plant.NONE,
-) -> None:  # fmt: skip
+    dilation: int = 1, groups: int = 1, *, keep: float = 0.5, columns: float = 1.0, residual: bool = False,
+    activation: str = "none",
+) -> tuple[list[Any], Tensor]:  # fmt: skip
+    """Return the operator's arguments and the result in fp64."""
     k = shape[1] // groups * kernel[0] * kernel[1]
     weight, packed = grouped(n, k, g, groups, keep, columns)
     gen = generator(*shape, n, g, *kernel)
@@ -37,14 +40,17 @@ def check(
     window = weight.view(n, shape[1] // groups, *kernel)
     y = F.conv2d(x.double(), window.double(), bias.double(), stride, padding, dilation, groups)
     extra = integers(gen, *y.shape) if residual else None
-    expected = EXACT[activation](y if extra is None else y + extra).float().to(dtype)
-    values, *structure = packed
-    operands = [t if t is None else t.to(dtype) for t in (bias, extra)]
+    y = EXACT[activation](y if extra is None else y + extra)
     windows = ([*kernel], [stride] * 2, [padding] * 2, [dilation] * 2)
-    got = tile_conv(
-        x.to(dtype), values.to(dtype), *structure, *operands, n, g, *windows, groups, activation, seed=seed, plant=plant
-    )
-    assert torch.equal(got, expected), f"{shape} n {n} g {g} {kernel} {stride} {padding} {dilation} {groups} {dtype}"
+    return [x, *packed, bias, extra, n, g, *windows, groups, activation], y
+
+
+def check(*args: Any, dtype: torch.dtype = torch.bfloat16, seed: int = 0, plant: Plant = Plant.NONE, **more: Any) -> None:
+    """Run a :func:`case` and compare."""
+    arguments, y = case(*args, **more)
+    typed = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+    got = tile_conv(*typed, seed=seed, plant=plant)
+    assert torch.equal(got, y.float().to(dtype)), f"{args} {more} {dtype} seed {seed}"
 
 
 @pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
