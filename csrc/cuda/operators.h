@@ -2,6 +2,7 @@
 // stream of the current device and returns; each throws std::runtime_error when CUDA refuses.
 #pragma once
 
+#include "fxprune/cuda/depthwise_gradients.cuh"
 #include "fxprune/cuda/depthwise_pool.cuh"
 #include "fxprune/cuda/dsconv.cuh"
 #include "fxprune/cuda/nm_prune.cuh"
@@ -15,6 +16,9 @@ enum class Element : int { kFloat, kHalf, kBfloat };
 void depthwise_taps_cuda(const DepthwiseArgs& a, Element element, void* stream);
 // mean: (batch, channels); a.pool has room for pool_parts(a) sums per plane.
 void depthwise_pool_cuda(const DepthwiseArgs& a, Element element, void* mean, void* stream);
+// Pointers as in depthwise_gradients.cuh.
+void depthwise_grad_input_cuda(const DepthwiseArgs& a, Element element, void* stream);
+void depthwise_grad_weight_cuda(const DepthwiseArgs& a, Element element, void* stream);
 void tile_image_cuda(const TileImageArgs& a, void* stream);
 void transpose_cuda(const TransposeArgs& a, int element_bytes, void* stream);
 // rows: kept K rows of all tiles.

@@ -1,4 +1,5 @@
 // The GPU operators on the simulator, as C functions for the tests (see entry.h).
+#include "fxprune/cuda/depthwise_gradients.cuh"
 #include "fxprune/cuda/depthwise_pool.cuh"
 #include "fxprune/cuda/tile_gemm.cuh"
 #include "fxprune/cuda/tile_pack.cuh"
@@ -65,6 +66,24 @@ const char* fxprune_sim_depthwise(int type, const void* x, const void* weight, c
       using T = decltype(t);
       if (pool == nullptr) return depthwise_taps<T>(simulator, a);
       depthwise_pool<T>(simulator, a, mean);
+    });
+  });
+}
+
+// The gradient of the input (weight: the weights, x: g) or of the weights (weight: g, x: x).
+const char* fxprune_sim_depthwise_gradient(int type, bool of_input, const void* x,
+                                           const void* weight, const uint64_t* taps, void* out,
+                                           const int64_t* g) {
+  return guarded([&] {
+    DepthwiseArgs a = depthwise_args(g);
+    a.x = x, a.weight = weight, a.taps = taps, a.out = out;
+    a.flipped = of_input && is_reversed_convolution(a);
+    Simulator simulator;
+    with_type(type, [&](auto t) {
+      using T = decltype(t);
+      if (a.flipped) return depthwise_taps<T>(simulator, a);
+      if (of_input) return depthwise_grad_input<T>(simulator, a);
+      depthwise_grad_weight<T>(simulator, a);
     });
   });
 }

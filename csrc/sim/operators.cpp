@@ -32,6 +32,19 @@ void depthwise_pool_cuda(const DepthwiseArgs& a, Element element, void* mean, vo
   with_element(element, [&](auto t) { depthwise_pool<decltype(t)>(simulator, a, mean); });
 }
 
+void depthwise_grad_input_cuda(const DepthwiseArgs& a, Element element, void* stream) {
+  if (is_reversed_convolution(a)) {
+    DepthwiseArgs reversed = a;
+    reversed.flipped = true;
+    return depthwise_taps_cuda(reversed, element, stream);
+  }
+  with_element(element, [&](auto t) { depthwise_grad_input<decltype(t)>(simulator, a); });
+}
+
+void depthwise_grad_weight_cuda(const DepthwiseArgs& a, Element element, void*) {
+  with_element(element, [&](auto t) { depthwise_grad_weight<decltype(t)>(simulator, a); });
+}
+
 void tile_image_cuda(const TileImageArgs& a, void*) {
   tile_image(simulator, a);
 }

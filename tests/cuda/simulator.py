@@ -36,7 +36,7 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)
 # the functions that return a text or null
 MESSAGES = ("depthwise", "dsconv", "nm_prune", "tile_image", "tile_gemm", "tile_conv", "tile_pack", "transpose")
-MESSAGES += ("case", "run_case")
+MESSAGES += ("depthwise_gradient", "case", "run_case")
 SEEDS = (0, 1, 2)  # threads in order, in reverse, shuffled
 
 
@@ -176,6 +176,22 @@ def _depthwise(
     written = (out, sums, mean) if pool else (out,)
     finish(library().fxprune_sim_depthwise(TYPES[x.dtype], *operands, geometry), written)
     return out, mean
+
+
+def depthwise_gradient(
+    grad: Tensor, given: Tensor, taps: Tensor, size: tuple[int, int], window: tuple[list[int], ...], *, seed: int = 0,
+    plant: Plant = Plant.NONE,
+) -> Tensor:  # fmt: skip
+    """The gradient of the input of size (H, W) (given: the weight) or of the weight (given: x) on the simulator."""
+    of_input = given.dim() == 2
+    shape = (*grad.shape[:2], *size) if of_input else (grad.shape[1], window[0][0] * window[0][1])
+    out = shifted(torch.full(shape, float("nan"), dtype=grad.dtype), 0)
+    geometry = longs(*grad.shape[:2], *size, *grad.shape[2:], taps.shape[1], *(v for pair in window for v in pair), 0)
+    begin(seed, plant, (grad, given, taps), (out,))
+    operands = [pointer(t) for t in ((grad, given) if of_input else (given, grad))]
+    call = library().fxprune_sim_depthwise_gradient
+    finish(call(TYPES[grad.dtype], of_input, *operands, pointer(taps), pointer(out), geometry), (out,))
+    return out
 
 
 def tile_image(values: Tensor, tile_ptr: Tensor, rows: int, granularity: int, kept: int, *, seed: int = 0) -> Tensor:

@@ -29,8 +29,9 @@ struct DepthwiseArgs {
   int height, width, out_h, out_w, tap_words;
   int kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   Activation activation;
-  float*
-      pool;  // (batch, channels, tiles_x * tiles_y): sums of the rounded results by tile, or null
+  // (batch, channels, tiles_x * tiles_y): sums of the rounded results by tile, or null.
+  float* pool;
+  bool flipped;  // DepthwiseTiles only: tap t has the weight and the bit of tap K*K-1-t
   // DepthwiseTiles only: threads of a tile along x and y, images per block, tiles per plane, and
   // how the tile is staged.
   int threads_x, threads_y, images, tiles_x, tiles_y, row_lanes;
@@ -133,7 +134,8 @@ struct DepthwiseTiles {
     char* tile = shared_memory() + Tile::kBefore;
     if (thread() < K * K) {
       const T* weight = static_cast<const T*>(a.weight) + channel * K * K;
-      store_shared<float>(weights + 4 * thread(), to_float(load_global<T>(weight + thread())));
+      const int slot = a.flipped ? K * K - 1 - thread() : thread();
+      store_shared<float>(weights + 4 * slot, to_float(load_global<T>(weight + thread())));
     }
     const int64_t plane = first_image * a.channels + channel;
     const int first_row = top * S - kPad, first_column = left * S - Tile::kLeft;
@@ -145,7 +147,8 @@ struct DepthwiseTiles {
       stage<sizeof(T)>(a, tile, plane, images, first_row, first_column);
     }
     copy_commit();
-    const uint64_t mask = load_global<uint64_t>(a.taps + channel);
+    uint64_t mask = load_global<uint64_t>(a.taps + channel);
+    if (a.flipped) mask = reverse_bits(mask) >> (64 - K * K);
     copy_wait<0>();
     barrier();
 
