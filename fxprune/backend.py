@@ -29,6 +29,8 @@ from fxprune.errors import ConfigError, FxPruneError, RequireSparse, Verificatio
 from fxprune.gradients import gradient_clock, gradient_table, ratio_at, ratios
 from fxprune.left import may_prune
 from fxprune.lowering import calibrate, codegen, library, measure
+from fxprune.lowering.fuse_dsconv import fuse_dsconv
+from fxprune.lowering.fuse_pool import fuse_pool
 from fxprune.lowering.kernels import KernelTables
 from fxprune.lowering.lower import lower
 from fxprune.lowering.measure import Measure
@@ -98,6 +100,8 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         if not changed:
             return dense(inputs, ctx.side)
         ctx.counts["form_regions"] = form_regions(clone, ctx)
+        ctx.counts["fuse_pool"] = fuse_pool(clone, ctx)
+        ctx.counts["fuse_dsconv"] = fuse_dsconv(clone, ctx)
         packs = ctx.weights.appended()
         clone.recompile()
         if config.verify:

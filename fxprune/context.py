@@ -24,7 +24,7 @@ class Kernels(Protocol):
     def supports(self, op: str, match: Match) -> str | None:
         """Return ``None`` when some compiled implementation runs ``match``, else the reasons why not."""
 
-    def unit(self, kind: str, dtype: torch.dtype = ...) -> Unit:
+    def unit(self, kind: str, dtype: torch.dtype = ..., device: str = ...) -> Unit:
         """Return the granularity and steps of the kernel row that runs ``kind``, by default in float32."""
 
     def units(self, matches: Iterable[Match]) -> Callable[[str], Unit]:
