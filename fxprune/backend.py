@@ -42,7 +42,7 @@ from fxprune.report import Table
 from fxprune.staircase import Staircase, grouped, staircases
 from fxprune.symbols import Symbols
 from fxprune.target import search
-from fxprune.weights import Weights, is_state, remember_names
+from fxprune.weights import Weights, is_state, remember_names, states
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,8 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     remember_names(gm)
     symbols = Symbols(example_inputs)
     training = _trains(example_inputs)
+    if training and config.fallback == "tensorrt":
+        raise ConfigError(name="fallback", given="tensorrt", expected="inference: call the model under torch.no_grad()")
     if training and config.grad_sparsity is not None:
         gradient_clock.start()
 
@@ -112,8 +114,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         return Built(run, packs, ctx, ctx.side, _holds(config, training))
 
     def build_later(args: Sequence[Any]) -> Built:
-        nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        state = [is_state(n) or isinstance(value, torch.nn.Parameter) for n, value in zip(nodes, args, strict=True)]
+        state = states(gm, args)
         inputs = [new if fixed else old for new, old, fixed in zip(args, example_inputs, state, strict=True)]
         try:
             with symbols.restored():

@@ -213,9 +213,11 @@ def _export(args: argparse.Namespace) -> int:
     written = fxprune.export(
         subject.model, subject.inputs, args.output, format=args.format, dynamic_shapes=shapes, **dict(args.option)
     )
-    sizes = {"path": str(written.path), "bytes": written.bytes, "dense bytes": written.dense_bytes}
+    about = {"path": str(written.path), "bytes": written.bytes, "dense bytes": written.dense_bytes}
+    if written.partition is not None:
+        about["partition"] = str(written.partition)
     if args.json:
-        return _show(args, written.report, **sizes)
+        return _show(args, written.report, **about)
     print(written)
     return 0
 
