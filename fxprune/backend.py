@@ -24,7 +24,7 @@ from fxprune import dump
 from fxprune.capture import Captured, detect
 from fxprune.compiled import Built, CompiledGraph
 from fxprune.config import Config
-from fxprune.context import BatchSide, Context, Decision, Shrunk, Sizes
+from fxprune.context import BatchSide, Context, Decision, Observer, Shrunk, Sizes
 from fxprune.errors import ConfigError, FxPruneError, RequireSparse, VerificationError
 from fxprune.gradients import gradient_clock, gradient_table, ratio_at, ratios
 from fxprune.left import may_prune
@@ -99,7 +99,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         _report(ctx, time.perf_counter() - start)
         if not changed:
             return dense(inputs, ctx.side)
-        ctx.counts["form_regions"] = form_regions(clone, ctx)
+        chain(clone, ctx)
         packs = ctx.weights.appended()
         clone.recompile()
         if config.verify:
@@ -196,17 +196,20 @@ def rewrite(
     config: Config,
     levels: Mapping[str, float] | None = None,
     sizes: Sizes | None = None,
+    observers: tuple[Observer, ...] = (),
 ) -> tuple[GraphModule, Context, bool]:
     """Run the forward pipeline on a clone of ``gm``; returns (clone, context, whether anything was gained).
 
     levels: sparsity by parameter that a target speed came to. sizes: the symbolic ones of the call it is for, as
-    :class:`Context` holds them; without them everything is decided at the hints.
+    :class:`Context` holds them; without them everything is decided at the hints. observers: see the graph after each pass.
     """
     clone = GraphModule(gm, copy.deepcopy(gm.graph))
     tables = KernelTables()
     training = _trains(example_inputs)
     timer = Measure(config, tables.unit)
     ctx = Context(config, Weights(clone, example_inputs), not training, tables, timer, timer.predict, sizes or {})
+    dumping = (dump.Dump(config.dump, tuple(example_inputs)),) if config.dump else ()
+    ctx.observers = (*observers, *dumping)
     if training:
         ctx.gradient_ratio = ratio_at(config.grad_sparsity, gradient_clock.step)
         ctx.measure_gradient = MeasureGradient(config)
@@ -214,16 +217,15 @@ def rewrite(
         ctx.extra["levels"] = levels
     if (reason := _autocast_reason(gm, training)) is not None:
         ctx.extra["dense_reason"] = reason
-    for number, rewrite_pass in enumerate(FORWARD):
+    ctx.observe(0, "captured", clone)
+    for number, rewrite_pass in enumerate(FORWARD, 1):
         start = time.perf_counter()
-        before = dump.text(clone) if config.dump else ""
         changed = rewrite_pass(clone, ctx)
         ctx.counts[rewrite_pass.__name__] = changed
         ctx.seconds[rewrite_pass.__name__] = time.perf_counter() - start
         if changed:
             _lint(clone, rewrite_pass.__name__)
-        if config.dump:
-            dump.write(config.dump, number, rewrite_pass.__name__, before, clone)
+        ctx.observe(number, rewrite_pass.__name__, clone)
     ctx.seconds["measure"] = timer.seconds
     ctx.counts.update(lower(clone, tables))
     _require(ctx)
@@ -233,6 +235,12 @@ def rewrite(
     if ctx.gradient_key is None:
         ctx.gradient_ratio = None
     return clone, ctx, gained
+
+
+def chain(gm: GraphModule, ctx: Context) -> None:
+    """Form regions, for graphs that run: the step behind the pipeline."""
+    ctx.counts["form_regions"] = form_regions(gm, ctx)
+    ctx.observe(len(FORWARD) + 1, "form_regions", gm)
 
 
 def _lint(gm: GraphModule, stage: str) -> None:

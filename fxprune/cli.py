@@ -166,7 +166,8 @@ def _explain(args: argparse.Namespace) -> int:
         if args.sparsity is not None:
             plan, dense = fxprune.prune(subject.model, subject.inputs, **_asked(args)).plan, subject.model
         stairs = fxprune.levels(subject.model, subject.inputs, autotune="off")
-        report_html.write(args.html, title=args.model, explain=table, levels=stairs, plan=plan, dense=dense)
+        graphs = fxprune.stages(subject.model, subject.inputs, **_asked(args))
+        report_html.write(args.html, title=args.model, explain=table, levels=stairs, plan=plan, dense=dense, stages=graphs)
     return _show(args, table)
 
 

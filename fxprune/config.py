@@ -61,7 +61,7 @@ class Config:
     fallback: what compiles the rest of the graph, and what a failed rewrite falls back to: "inductor", "eager", or
         "tensorrt" (Torch-TensorRT, on a GPU, for inference with ``freeze=True``: an engine holds its weights).
     verify: run the rewritten graph beside the original on the example inputs and compare (slow).
-    dump: folder for the numbered graphs before and after each pass.
+    dump: folder for the graphs before and after each pass, as numbered files that run.
     tolerance: bound of ``verify`` against an fp64 run, relative.
     mode / inductor: Inductor's mode and options for the rest of the graph.
     tensorrt: options of Torch-TensorRT, for ``fallback="tensorrt"`` and ``fxprune.export(format="torch_tensorrt")``.

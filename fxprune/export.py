@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import fxprune
 from fxprune import manifest
-from fxprune.backend import rewrite
+from fxprune.backend import chain, rewrite
 from fxprune.capture import arguments, evaluating
 from fxprune.config import Config
 from fxprune.context import Context
@@ -34,7 +34,6 @@ from fxprune.explain import table_of
 from fxprune.lowering import aoti, onnx, tensorrt
 from fxprune.lowering.attach import attach
 from fxprune.lowering.decompose import decompose
-from fxprune.lowering.region import form_regions
 from fxprune.lowering.tensorrt import Partition
 from fxprune.manifest import Manifest
 from fxprune.plan import Plan
@@ -171,7 +170,7 @@ def sparse_program(
     if not changed:
         return program, ctx
     if not standard:
-        ctx.counts["form_regions"] = form_regions(clone, ctx)
+        chain(clone, ctx)
     sparse = attach(clone, ctx.weights)
     if standard:
         ctx.counts["decompose"] = decompose(sparse)

@@ -1,8 +1,8 @@
 """Hand graphs and programs to Torch-TensorRT, an optional package that needs TensorRT and a GPU.
 
 A program for export holds standard operators only, all of which have converters. In a compile our operators stay where they
-were chosen; Torch-TensorRT runs an operator without a converter by PyTorch, between its engines, and with it our CUDA kernel.
-(Its generated plugins take neither optional tensors nor lists, which our operators have: ``plugins/_generate_plugin.py``.)
+were chosen; Torch-TensorRT runs what has no converter by PyTorch, between its engines, and so our CUDA kernels. (Its
+generated plugins take neither optional tensors nor lists, which our operators have: ``plugins/_generate_plugin.py``.)
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Partition:
     def __str__(self) -> str:
         if self.operators is None:
             return self.text.strip()
-        return f"TensorRT takes {self.operators[0]} of {self.operators[1]} operators, in {self.engines} engine{'s' * (self.engines != 1)}"
+        plural = "" if self.engines == 1 else "s"
+        return f"TensorRT takes {self.operators[0]} of {self.operators[1]} operators, in {self.engines} engine{plural}"
 
 
 def package(what: str = 'format="torch_tensorrt"') -> Any:

@@ -1,5 +1,5 @@
-"""``format="torch_tensorrt"`` and ``fallback="tensorrt"`` on a machine without TensorRT: what is handed over, to functions with
-the signatures of Torch-TensorRT 2.13, and what is said where it is missing. tests/gpu builds engines where it is not."""
+"""TensorRT on a machine without it: what is handed over, to functions with the signatures of Torch-TensorRT 2.13, and what
+is said where it is missing. tests/gpu builds engines where it is not."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fxprune.lowering import tensorrt
 from torch import Tensor, nn
 from torch._dynamo.backends import registry
 from torch.export import Dim, ExportedProgram
@@ -22,7 +23,6 @@ from fxprune import cli
 from fxprune.config import Config
 from fxprune.errors import ConfigError, MissingPackage
 from fxprune.export import sparse_program
-from fxprune.lowering import tensorrt
 from tests.oracle import assert_exact
 from tests.test_export import MODELS
 from tests.toys import image, mlp, mobile, pruned, rows, run
