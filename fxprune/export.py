@@ -75,7 +75,8 @@ class Loaded:
         self._run = run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
+        # nothing is recorded, so the operators' autograd layer would be pure overhead
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
             return self._run(*args, **kwargs)
 
 
@@ -151,7 +152,14 @@ def load(path: str | os.PathLike[str]) -> Loaded:
     except Exception as error:
         reason = f"torch {torch.__version__} cannot read a program of torch {about.torch} ({type(error).__name__}: {error})"
         raise ExportFileError(path=path, reason=reason) from error
-    return Loaded(program.module(), about, plan, program)
+    return Loaded(_direct(program.module()), about, plan, program)
+
+
+def _direct(module: nn.Module) -> nn.Module:
+    """Let the code of a program find its tensors as plain attributes: ``nn.Module`` looks each of them up in Python."""
+    for part in list(module.modules()):
+        part.__dict__.update(part._parameters | part._buffers | part._modules)
+    return module
 
 
 def sparse_program(
