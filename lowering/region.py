@@ -167,7 +167,7 @@ class _Program:
 
 
 def _activations(node: Node) -> list[Node]:
-    positions = {_GEMM: (0, 6, 7), _CONV: (0, 6)}.get(node.target, (0,))
+    positions = (0, 6, 7) if node.target is _GEMM else (0, 6) if node.target is _CONV else (0,)
     return [n for p in positions if isinstance(n := node.args[p], Node)]
 
 
