@@ -29,10 +29,10 @@ class Writer:
         self.x = [self._input(self.rng.randint(1, 12), *side) for _ in range(self.rng.randint(1, 2))]
         self.values = [tuple(t.shape[1:]) for t in self.x]
 
-    def program(self) -> Program:
+    def program(self, conv: bool) -> Program:
         inputs, steps = len(self.x), self.rng.randint(1, 8)
         for _ in range(steps):
-            self.rng.choice((self.depthwise, self.gemm, self.gemm, self.conv, self.mean))()
+            self.rng.choice((self.depthwise, self.gemm, self.gemm, self.mean, *([self.conv] if conv else [])))()
         if not self.code:
             self.gemm()
         made = range(inputs, len(self.values))
@@ -114,8 +114,9 @@ class Writer:
         return self.rng.choice(views)
 
 
-def program(seed: int) -> Program:
-    return Writer(seed).program()
+def program(seed: int, conv: bool = True) -> Program:
+    """conv: with convolutions, which are float32's alone."""
+    return Writer(seed).program(conv)
 
 
 # around every bound that a check could miss by one; nothing between, where a legal size would take minutes
