@@ -1,6 +1,7 @@
 // Tile-wise GEMM in bfloat16 with sums in float, for both layouts of the activations.
 //
-//   panel[k][32]   = x of a block of 32 pixels (or rows), times the gate        once per block
+//   panel[k][32]   = x of a block of 32 pixels (or rows), times the gate        once per block;
+//                    the pixels in the order that V::interleave takes
 //   pairs[k'][32]  = k' of the tile's rows of it, two and two interleaved       for L1
 //   sums[G][32]   += the tile's weights times the pairs, two strips at once     PairProducts
 //   out            = act(sums + bias + residual), rounded; transposed for row-major
