@@ -26,7 +26,7 @@ help:
 	@echo "make demo    prune, compile, verify and time three models beside stock torch.compile"
 	@echo "make test    the tests"
 	@echo "make check   formatting, lint, types, file sizes"
-	@echo "make bench   whole-model benchmarks into benchmarks/results/, and the table of README.md"
+	@echo "make bench   whole-model benchmarks into benchmarks/results/, README.md and docs/benchmarks.md"
 	@echo "make conformance  every timm family in four ways, compared with tests/conformance/families.csv"
 	@echo "make asan    kernels under the address and undefined-behaviour sanitizers"
 	@echo "make fuzz    property tests with FXPRUNE_FUZZ=$(FXPRUNE_FUZZ) examples each"
@@ -47,6 +47,7 @@ check: $(READY)
 
 bench: $(READY)
 	$(PY) benchmarks/bench_models.py
+	$(PY) benchmarks/bench_sweep.py
 	$(PY) benchmarks/render.py
 
 conformance: $(READY)

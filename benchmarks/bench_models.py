@@ -1,10 +1,11 @@
-"""Whole models: ours against stock Inductor, ONNX Runtime and OpenVINO on the same pruned weights, and on unpruned ones.
+"""Whole models: ours against stock Inductor, ONNX Runtime and OpenVINO on the same weights, and on fewer channels.
 
-    python benchmarks/bench_models.py [--quick] [--models mobilenetv2_100 ...] [--dtype bfloat16] [--out FOLDER]
+    python benchmarks/bench_models.py [--quick] [--models mobilenetv2_100 ...] [--batches 1 32] [--out FOLDER]
 
-Each model and batch runs in a process of its own with empty compile and timing caches. Engines are timed in interleaved
-rounds whose number is fixed beforehand. glibc's malloc is told to keep freed memory: by default it hands every large
-activation back to the kernel, which slows dense PyTorch down and would flatter us. One JSON file per case goes to
+Each case (benchmarks/cases.py) runs in a process of its own with empty compile and timing caches. Engines are timed in
+interleaved rounds whose number is fixed beforehand; a round in which the processor was not ours alone is repeated
+(machine.Gate). glibc's malloc is told to keep freed memory: by default it hands every large activation back to the
+kernel, which slows dense PyTorch down and would flatter us. One JSON file per case goes to
 benchmarks/results/<machine>/; benchmarks/render.py turns them into the table of README.md.
 """
 
@@ -14,165 +15,161 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-# never map large blocks, never trim: freed memory is reused
-ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+from cases import BATCHES, DTYPES, MODELS, Case, cases
+from machine import ENVIRONMENT, RESULTS, ROOT, commit, machine, own_environment, versions
+
 BURST_MS = 60.0
 PAUSE_MS = 30.0  # before each burst: the threads of the engine before it spin on for a while
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model and batch, and the number of rounds it is timed in."""
-
-    model: str
-    batch: int
-    sparsity: dict[str, float]
-    rounds: int
-    ignored: tuple[str, ...] = ()
-    dtype: str = "float32"
-
-    @property
-    def name(self) -> str:
-        return f"{self.model}-b{self.batch}" + ("" if self.dtype == "float32" else f"-{self.dtype}")
-
-
-_MOBILE = {"depthwise": 0.78, "pointwise": 0.50}
-_EFFICIENT = {"depthwise": 0.85, "pointwise": 0.62}
-CASES = (
-    Case("mobilenetv2_100", 1, _MOBILE, 40),
-    Case("mobilenetv2_100", 32, _MOBILE, 20),
-    Case("efficientnet_b0", 1, _EFFICIENT, 40),
-    Case("efficientnet_b0", 32, _EFFICIENT, 20),
-    Case("bert_base", 1, {"linear": 0.75}, 30, ("pooler*",)),
-    Case("bert_base", 8, {"linear": 0.75}, 15, ("pooler*",)),
-)
-BFLOAT16 = tuple(replace(case, dtype="bfloat16") for case in CASES)
-QUICK = (Case("mobilenetv2_100", 1, _MOBILE, 5),)
-# not part of the published set; a fast check of this file
-TINY = (Case("bert_tiny", 1, {"linear": 0.75}, 2, ("pooler*",)),)
+QUICK = (Case("mobilenetv2_100", 1, rounds=5),)
+TINY = (Case("bert_tiny", 1, rounds=2),)  # not part of the published set: a fast check of this file
+Runs = dict[str, Callable[..., Any]]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="MobileNetV2 at batch 1, few rounds")
-    parser.add_argument("--models", nargs="+", help="only these models")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and images")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--models", nargs="+", default=MODELS, help="only these models")
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of weights and images")
+    parser.add_argument("--threads", nargs="+", type=int, default=(2, 1))
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after this time")
     parser.add_argument("--out", type=Path, help="folder of the JSON files (default: results/<machine>)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
-        case = next(c for c in (*QUICK, *CASES, *TINY, *BFLOAT16) if args.worker == f"{c.name}:{c.rounds}")
-        print(json.dumps(run(case, args.threads)))
+        own_environment()
+        print(json.dumps(run(Case(**json.loads(args.worker)))))
         return 0
-    cases = QUICK if args.quick else (*CASES, *TINY) if args.models else CASES
-    cases = BFLOAT16 if args.dtype == "bfloat16" else cases
-    cases = tuple(c for c in cases if not args.models or c.model in args.models)
+    wanted = QUICK if args.quick else TINY if args.models == ["bert_tiny"] else None
+    wanted = wanted or tuple(cases(args.models, args.batches, args.dtypes, args.threads))
     folder = args.out or (Path(tempfile.mkdtemp(prefix="fxprune-bench-")) if args.quick else RESULTS / machine()["slug"])
     folder.mkdir(parents=True, exist_ok=True)
-    failed = 0
-    for case in cases:
-        print(f"... {case.name}: compiling and {case.rounds} rounds", flush=True)
-        with tempfile.TemporaryDirectory() as caches:
-            done = subprocess.run(
-                [sys.executable, __file__, "--worker", f"{case.name}:{case.rounds}", "--threads", str(args.threads)],
-                env={**os.environ, **ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": f"{caches}/i", "XDG_CACHE_HOME": f"{caches}/x"},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-            )
-        if done.returncode:
-            failed += 1
-            print(f"{done.stderr[-4000:]}\n{case.name} failed with exit status {done.returncode}", flush=True)
+    failed, start = 0, time.monotonic()
+    for case in wanted:
+        if time.monotonic() - start > 60 * args.minutes:
+            print(f"... {case.name}: not started, the time is over")
             continue
-        record = {**json.loads(done.stdout.splitlines()[-1]), "date": f"{datetime.date.today()}", "commit": commit()}
+        print(f"... {case.name}: compiling and {case.rounds} rounds", flush=True)
+        record = in_processes(case)
+        if record is None:
+            failed += 1
+            continue
         (folder / f"{case.name}.json").write_text(json.dumps(record, indent=1) + "\n")
         show(record)
     print(f"results in {folder}")
     return 1 if failed else 0
 
 
-def run(case: Case, threads: int) -> dict[str, Any]:
+def in_processes(case: Case) -> dict[str, Any] | None:
+    """Time a case in one process, then compile each Inductor engine again in one of its own; ``None`` when it failed."""
+    import engines
+
+    with tempfile.TemporaryDirectory() as caches:
+        folders = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/i", "XDG_CACHE_HOME": f"{caches}/x"}
+        text = json.dumps(asdict(case))
+        record = child([__file__, "--worker", text], {**os.environ, **ENVIRONMENT, **folders})
+        if record is None:
+            print(f"{case.name} failed")
+            return None
+        footprint = ROOT / "benchmarks" / "footprint.py"
+        for name in ("inductor", "inductor freezing", engines.OURS, engines.EXPORTED):
+            extra = child([str(footprint), text, name], {**os.environ, **folders})
+            record["engines"].get(name, {}).update(extra or {})
+    return {**record, "date": f"{datetime.date.today()}", "commit": commit()}
+
+
+def child(arguments: Sequence[str], environment: dict[str, str]) -> dict[str, Any] | None:
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    if done.returncode:
+        print(f"{done.stderr[-4000:]}\n{arguments[0]} ended with exit status {done.returncode}", flush=True)
+        return None
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def run(case: Case) -> dict[str, Any]:
     """Compile and time one case in this process."""
-    for name, value in ENVIRONMENT.items():
-        if os.environ.get(name) != value:  # read when the process starts
-            os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
     import logging
 
+    import channels
     import engines
-    import peers
     import torch
     import zoo
+    from machine import Gate
 
     import fxprune
     from fxprune.backend import LAST_REPORTS
 
     logging.getLogger("torch").setLevel(logging.ERROR)
-    torch.set_num_threads(threads)
-    load = [round(os.getloadavg()[0], 2)]
-    dense_model, inputs_of = zoo.build(case.model)
-    inputs, dtype = inputs_of(case.batch), getattr(torch, case.dtype)
-    dense_model = dense_model.to(dtype)
-    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+    torch.set_num_threads(case.threads)
+    gate = Gate()
+    dense_model, inputs = zoo.prepared(case)
     result = fxprune.prune(dense_model, inputs, sparsity=case.sparsity, ignored_layers=case.ignored)
-    warm_up(torch)
-
-    runs: dict[str, Callable[..., Any]] = {}
+    engines.warm_up()
+    runs: Runs = {}
     seconds: dict[str, float] = {}
-    for name in ("eager channels_last", *engines.STOCK):
-        runs[name], seconds[name] = engines.compile_engine(name, result.model, inputs)
-    before = list(LAST_REPORTS)
-    runs[engines.OURS], seconds[engines.OURS] = engines.compile_engine(engines.OURS, result.model, inputs)
-    contexts = [c for c in LAST_REPORTS if not any(c is b for b in before)]
-    absent = {}
-    for name in (*peers.peers(next(dense_model.parameters()).dtype), engines.EXPORTED):
+    absent: dict[str, str] = {}
+    sizes: dict[str, float] = {}
+
+    def compiled(title: str, engine: str, model: Any) -> None:
         try:
-            runs[name], seconds[name] = engines.compile_engine(name, result.model, inputs)
+            runs[title], seconds[title] = engines.compile_engine(engine, model, inputs, sizes)
         except Exception as error:  # a missing or failing runtime is a cell that cannot be compared
-            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+            if engine.startswith(engines.OURS) or engine in engines.STOCK:
+                raise
+            absent[title] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
 
+    for name in ("eager channels_last", *engines.STOCK):
+        compiled(name, name, result.model)
+    before = list(LAST_REPORTS)
+    compiled(engines.OURS, engines.OURS, result.model)
+    contexts = [c for c in LAST_REPORTS if not any(c is b for b in before)]
+    peers = engines.peers(dense_model)
+    for name in (*peers, engines.EXPORTED):
+        compiled(name, name, result.model)
     with torch.no_grad():
-        exact = copy_double(result.model)(*(x.double() if x.is_floating_point() else x for x in inputs))
+        exact = engines.exact(result.model, inputs)
         errors = {name: engines.relative_error(call(*inputs), exact) for name, call in runs.items()}
-    samples = timed(runs, inputs, case.rounds)
-    stock = min(engines.STOCK, key=lambda name: statistics.median(samples[name]))
-    ours = min(statistics.median(samples[name]) for name in (engines.OURS, engines.EXPORTED) if name in samples)
-    dense = {name: statistics.median(samples[name]) for name in samples if not name.startswith(engines.OURS)}
-    fastest = min(dense, key=lambda name: dense[name])
 
-    torch._dynamo.reset()  # else both models share compiled graphs
+    kept = channels.multiplications(result.model, inputs)
+    smaller: dict[str, Any] = {"multiplications": kept}
+    if not case.model.startswith("bert"):
+        try:
+            model = channels.channel_pruned(dense_model, inputs, kept)
+            smaller["multiplications left"] = channels.multiplications(model, inputs)
+            for name in (*peers, "inductor freezing"):
+                compiled(f"channels: {name}", name, model)
+        except (ImportError, ValueError) as error:
+            absent["channels"] = f"{type(error).__name__}: {error}"[:200]
+
+    samples = timed(runs, inputs, case.rounds, gate)
     unpruned = {n: engines.compile_engine(n, dense_model, inputs)[0] for n in ("inductor", engines.OURS)}
-    plain = timed(unpruned, inputs, case.rounds)
+    plain = timed(unpruned, inputs, case.rounds, gate)
     return {
-        "model": case.model,
-        "batch": case.batch,
-        "dtype": case.dtype,
-        "threads": threads,
-        "rounds": case.rounds,
+        **asdict(case),
         "sparsity": {k: round(v, 4) for k, v in result.sparsity.items() if k != "all"},
         "machine": machine(),
         "versions": versions(),
         "environment": ENVIRONMENT,
-        "load": [*load, round(os.getloadavg()[0], 2)],
+        "gate": {"repeated rounds": gate.disturbed, "gflops": round(gate.gflops(), 1)},
         "engines": {
-            name: {**statistic(samples[name]), "error": errors[name], "compile_s": round(seconds[name], 2)} for name in runs
+            name: {**statistic(values), "error": errors.get(name), "compile_s": round(seconds[name], 2)}
+            for name, values in samples.items()
         },
-        "fastest_stock": stock,
-        "speedup": round(statistics.median(samples[stock]) / statistics.median(samples[engines.OURS]), 3),
-        "fastest_dense": fastest,
-        "speedup_over_dense": None if absent else round(dense[fastest] / ours, 3),
+        "artifact_mb": sizes,
+        "channels": smaller,
+        **speedups(samples, absent),
         "not_comparable": absent,
         "unpruned": {
             **{name: statistic(values) for name, values in plain.items()},
@@ -180,30 +177,38 @@ def run(case: Case, threads: int) -> dict[str, Any]:
         },
         "compile": compile_share(contexts, seconds[engines.OURS]),
         "matches": matches(contexts),
-        "transposes": transposes(result.model, inputs),
     }
 
 
-def timed(runs: dict[str, Callable[..., Any]], inputs: Any, rounds: int) -> dict[str, list[float]]:
+def speedups(samples: dict[str, list[float]], absent: dict[str, str]) -> dict[str, Any]:
+    """Return the ratios of medians to the fastest stock Inductor, dense runtime and channel-pruned runtime.
+
+    A rival that is missing makes the ratio ``None``; against runtimes, the faster of our compiled and exported model counts.
+    """
+    import engines
+
+    middle = {name: statistics.median(values) for name, values in samples.items()}
+    ours = min(middle[name] for name in (engines.OURS, engines.EXPORTED) if name in middle)
+    stock = min(engines.STOCK, key=middle.__getitem__)
+    found: dict[str, Any] = {"fastest_stock": stock, "speedup": round(middle[stock] / middle[engines.OURS], 3)}
+    for title in ("dense", "channels"):
+        names = [n for n in middle if not n.startswith(engines.OURS) and n.startswith("channels") == (title == "channels")]
+        missing = [n for n in absent if n.startswith("channels") == (title == "channels")]
+        if names:
+            fastest = min(names, key=middle.__getitem__)
+            found[f"fastest_{title}"] = fastest
+            found[f"speedup_over_{title}"] = None if missing else round(middle[fastest] / ours, 3)
+    return found
+
+
+def timed(runs: Runs, inputs: Any, rounds: int, gate: Callable[[], bool]) -> dict[str, list[float]]:
     import torch
 
     from fxprune.benchmark import interleave
 
     with torch.no_grad():
         calls = {name: lambda call=call: call(*inputs) for name, call in runs.items()}
-        return interleave(calls, rounds, BURST_MS, PAUSE_MS)
-
-
-def warm_up(torch: Any) -> None:
-    """Compile something small first, so that no engine pays for the compiler's own first start."""
-    with torch.no_grad():
-        torch.compile(lambda x: torch.relu(x) + 1)(torch.zeros(64))
-
-
-def copy_double(model: Any) -> Any:
-    import copy
-
-    return copy.deepcopy(model).double()
+        return interleave(calls, rounds, BURST_MS, PAUSE_MS, gate)
 
 
 def statistic(samples: list[float]) -> dict[str, float]:
@@ -239,72 +244,16 @@ def matches(contexts: list[Any]) -> dict[str, dict[str, int]]:
     return counts
 
 
-def transposes(model: Any, inputs: Any) -> dict[str, int]:
-    """Transposes the model itself has, and those in the graph after our passes."""
-    import torch
-
-    from fxprune.backend import rewrite
-    from fxprune.capture import capture
-    from fxprune.config import Config
-
-    own = left = 0
-    for graph in capture(model, inputs):
-        with torch.no_grad():
-            own += sum(map(is_transpose, graph.gm.graph.nodes))
-            left += sum(map(is_transpose, rewrite(graph.gm, graph.inputs, Config())[0].graph.nodes))
-    return {"in the model": own, "in the compiled graph": left}
-
-
-def is_transpose(node: Any) -> bool:
-    target = node.target if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
-    return node.op in ("call_function", "call_method") and str(target).partition(".")[0] in ("permute", "transpose", "t")
-
-
-def machine() -> dict[str, Any]:
-    """Return the processor's name and cores, and a folder name made of them."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = [x.partition(":")[2].strip() for x in info.read_text().splitlines() if x.startswith("model name")]
-        name = lines[0] if lines else name
-    cores = os.cpu_count() or 1
-    words = "".join(c if c.isalnum() else " " for c in name.lower().replace("(r)", " ").replace("(tm)", " ")).split()
-    flags = [f for f in ("amx_bf16", "avx512f", "avx2") if info.is_file() and f" {f}" in info.read_text()]
-    return {
-        "cpu": name,
-        "cores": cores,
-        "isa": flags[:1],
-        "system": platform.system(),
-        "slug": "-".join([*words, f"{cores}c"]),
-    }
-
-
-def versions() -> dict[str, str]:
-    import torch
-
-    import fxprune
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "fxprune": fxprune.__version__}
-
-
-def commit() -> str:
-    """Return the commit the sources are at, with a + when they differ from it; "none" outside a repository."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
 def show(record: dict[str, Any]) -> None:
     for name, row in record["engines"].items():
-        print(f"    {name:24}{row['ms']:10.3f} ms  (p10 {row['p10']:.3f}, p90 {row['p90']:.3f})  error {row['error']:.1e}")
+        error = "" if row["error"] is None else f"  error {row['error']:.1e}"
+        memory = f"  peak {row['peak_mb']:.0f} MB, warm compile {row['warm_compile_s']:.1f} s" if "peak_mb" in row else ""
+        print(f"    {name:32}{row['ms']:10.3f} ms  (p10 {row['p10']:.3f}, p90 {row['p90']:.3f}){error}{memory}")
     for name, reason in record["not_comparable"].items():
-        print(f"    {name:24}not comparable: {reason}")
-    over = record["speedup_over_dense"]
+        print(f"    {name:32}not comparable: {reason}")
+    over, fewer = record.get("speedup_over_dense"), record.get("speedup_over_channels")
     print(f"    {'not comparable with' if over is None else f'{over:.2f}x of'} the fastest dense runtime", end="; ")
+    print(f"{'not comparable with' if fewer is None else f'{fewer:.2f}x of'} fewer channels", end="; ")
     print(f"{record['speedup']:.2f}x of {record['fastest_stock']}; unpruned {record['unpruned']['ratio']:.3f}x of stock")
 
 

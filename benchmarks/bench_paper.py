@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bench_models import ENVIRONMENT, RESULTS, commit, machine, versions
+from machine import ENVIRONMENT, RESULTS, commit, machine, versions
 
 Run = Callable[[], Any]
 # model -> sparsity of the depthwise layers in DEPrune's Tables 2 and 3

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench_models import ENVIRONMENT, RESULTS, commit, machine, versions
+from machine import ENVIRONMENT, RESULTS, commit, machine, versions
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 EPOCHS, TUNE_EPOCHS, ROUNDS, STEPS = 4, 2, 12, 4

@@ -58,11 +58,6 @@ def openvino(model: nn.Module, inputs: Sequence[Tensor]) -> Run:
 PEERS: dict[str, Callable[[nn.Module, Sequence[Tensor]], Run]] = {"onnxruntime": onnxruntime, "openvino": openvino}
 
 
-def peers(dtype: torch.dtype) -> list[str]:
-    """Return the runtimes that have kernels of a type."""
-    return list(PEERS) if dtype == torch.float32 else ["openvino"]
-
-
 def plain(t: Tensor) -> Tensor:
     """Return a tensor in a type that numpy has."""
     return t.float() if t.dtype == torch.bfloat16 else t

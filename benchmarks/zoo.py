@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from cases import Case
 from torch import Tensor, nn
 
 Inputs = tuple[Tensor, ...]
@@ -71,6 +72,13 @@ def build(name: str, seed: int = 0) -> tuple[nn.Module, Callable[[int], Inputs]]
         if name in TRANSFORMERS:
             return _transformer(name)
         return _bert(name) if name in BERT else _vision(name)
+
+
+def prepared(case: Case) -> tuple[nn.Module, Inputs]:
+    """Return the model of a benchmark's case in its type, and inputs of its batch."""
+    model, inputs = build(case.model)
+    dtype = getattr(torch, case.dtype)
+    return model.to(dtype), tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs(case.batch))
 
 
 def _vision(name: str) -> tuple[nn.Module, Callable[[int], Inputs]]:

@@ -3,6 +3,7 @@
 #include <array>
 #include <vector>
 
+#include "channels_last.h"
 #include "check.h"
 #include "fxprune/kernels.h"
 #include "fxprune/nm_prune.h"
@@ -56,35 +57,6 @@ void check_key(const OptionalTensor& key_in, int64_t layer, NmPrune* a) {
   add(static_cast<uint64_t>(layer));
   a->key[0] = static_cast<uint32_t>(state);
   a->key[1] = static_cast<uint32_t>(state >> 32);
-}
-
-// True when `t` lies in memory as (sample, positions..., channels), the axis of channels being 1.
-bool is_channels_last(const Tensor& t) {
-  if (t.dim() < 3) return false;
-  int64_t expected = 1;
-  const auto dense = [&](int64_t axis) {
-    const bool same = t.size(axis) == 1 || t.stride(axis) == expected;
-    expected *= t.size(axis);
-    return same;
-  };
-  bool all = dense(1);
-  for (int64_t axis = t.dim() - 1; axis >= 2; --axis) all = dense(axis) && all;
-  return dense(0) && all;
-}
-
-// An uninitialised tensor of the sizes and type of a dense `like`, and its strides.
-Tensor empty_same(const Tensor& like) {
-  std::vector<int64_t> sizes, strides;
-  for (int64_t i = 0; i < like.dim(); ++i) {
-    sizes.push_back(like.size(i));
-    strides.push_back(like.stride(i));
-  }
-  int32_t type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      like.dim(), sizes.data(), strides.data(), type, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
 }
 
 // Calls the kernel on units of a few groups of channels; where that gives too few, positions are

@@ -50,11 +50,16 @@ def benchmark(
 
 
 def interleave(
-    calls: dict[str, Callable[[], Any]], rounds: int, burst_ms: float, pause_ms: float = 0.0
+    calls: dict[str, Callable[[], Any]],
+    rounds: int,
+    burst_ms: float,
+    pause_ms: float = 0.0,
+    undisturbed: Callable[[], bool] | None = None,
 ) -> dict[str, list[float]]:
     """Return milliseconds per call, one sample per round and engine, in interleaved bursts.
 
     pause_ms: idle time and one call of its own before each burst, for engines whose threads go on spinning after a call.
+    undisturbed: asked after each round; up to ``rounds`` rounds for which it says no are run once more instead.
     """
     repeats = {}
     for name, call in calls.items():
@@ -64,16 +69,25 @@ def interleave(
         call()
         repeats[name] = max(1, round(burst_ms / 1e3 / max(time.perf_counter() - start, 1e-6)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            if pause_ms:
-                time.sleep(pause_ms / 1e3)
-                call()
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            samples[name].append((time.perf_counter() - start) / repeats[name] * 1e3)
+    again = rounds
+    while len(next(iter(samples.values()), [0] * rounds)) < rounds:
+        one = {name: _burst(call, repeats[name], pause_ms) for name, call in calls.items()}
+        if again and undisturbed is not None and not undisturbed():
+            again -= 1
+            continue
+        for name, milliseconds in one.items():
+            samples[name].append(milliseconds)
     return samples
+
+
+def _burst(call: Callable[[], Any], repeats: int, pause_ms: float) -> float:
+    if pause_ms:
+        time.sleep(pause_ms / 1e3)
+        call()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats * 1e3
 
 
 def quantile(samples: list[float], share: float) -> float:

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import Node
 
 from fxprune.config import Config
-from fxprune.gradients import GradientLayer, Ratio
+from fxprune.gradients import GradientLayer, GradientTimes, Ratio
 from fxprune.match import Block, Match
 from fxprune.sparsity.pattern import LayerMask
 from fxprune.weights import Weights
@@ -140,7 +140,7 @@ class Context:
     seconds: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     gradient_ratio: Ratio | None = None  # of the data gradients, in a graph that trains
-    measure_gradient: Callable[..., tuple[float, float] | None] | None = None  # pruned and dense microseconds of a layer
+    measure_gradient: Callable[..., GradientTimes | None] | None = None
     gradient_key: Node | None = None  # the graph input with the counters of their random numbers
     gradients: list[GradientLayer] = field(default_factory=list)
 

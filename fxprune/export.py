@@ -70,7 +70,8 @@ class Loaded:
         self._run = run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
+        # nothing is recorded, so the operators' autograd layer would be pure overhead
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
             return self._run(*args, **kwargs)
 
 
@@ -144,7 +145,15 @@ def load(path: str | os.PathLike[str]) -> Loaded:
     except Exception as error:
         reason = f"torch {torch.__version__} cannot read a program of torch {about.torch} ({type(error).__name__}: {error})"
         raise ExportFileError(path=path, reason=reason) from error
-    return Loaded(program.module(), about, plan, program)
+    return Loaded(_direct(program.module()), about, plan, program)
+
+
+def _direct(gm: nn.Module) -> nn.Module:
+    """Let every weight be found as a plain attribute: a module's own look-up of hundreds takes as long as a layer."""
+    for module in gm.modules():
+        for held in (module._parameters, module._buffers, module._modules):
+            vars(module).update({name: value for name, value in held.items() if value is not None})
+    return gm
 
 
 def sparse_program(

@@ -37,10 +37,11 @@ def test_every_option_is_described(docs: types.ModuleType) -> None:
         assert len(texts[field.name]) > 10, field.name
 
 
-def test_readme_table_is_current() -> None:
-    assert render.rendered(ROOT / "README.md", ROOT / "benchmarks" / "results") == (ROOT / "README.md").read_text(), (
+def test_benchmark_tables_are_current() -> None:
+    assert render.rendered(ROOT / "README.md", render.RESULTS) == (ROOT / "README.md").read_text(), (
         "run benchmarks/render.py"
     )
+    assert render.page(render.RESULTS) == render.PAGE.read_text(), "run benchmarks/render.py"
 
 
 def test_readme_links_exist() -> None:

@@ -1,6 +1,6 @@
 """The semantic operators. Adding one is a file here and its name in ``OPS``."""
 
-from fxprune.ops import depthwise_taps, nm_prune, region, rnn_steps, tile_conv, tile_gemm, tile_pack
+from fxprune.ops import depthwise_taps, nm_prune, region, rnn_steps, skip_zeros, tile_conv, tile_gemm, tile_pack
 from fxprune.ops.operator import Operator
 
 OPS: tuple[Operator, ...] = (
@@ -12,4 +12,5 @@ OPS: tuple[Operator, ...] = (
     region.OPERATOR,
     rnn_steps.OPERATOR,
     nm_prune.OPERATOR,
+    skip_zeros.OPERATOR,
 )

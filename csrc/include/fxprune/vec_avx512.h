@@ -112,6 +112,19 @@ struct Avx512Vectors {
     if (b == 0xFFFFu) return store(p, a);
     store(p, first(__builtin_popcount(b)), _mm512_maskz_compress_ps(static_cast<Mask>(b), a));
   }
+  // Writes the numbers other than 0 among p[0 .. n), and `at + step * lane` of each; returns how
+  // many. Both are whole vectors of memory.
+  static int64_t nonzeros(const float* p, int64_t n, int64_t at, int64_t step, float* value,
+                          int32_t* index) {
+    const Reg x = load(p, first(n));
+    const Mask mask = _mm512_cmp_ps_mask(x, zero(), _CMP_NEQ_UQ);
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i steps = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(step)));
+    const __m512i places = _mm512_add_epi32(steps, _mm512_set1_epi32(static_cast<int>(at)));
+    _mm512_storeu_ps(value, _mm512_maskz_compress_ps(mask, x));
+    _mm512_storeu_si512(index, _mm512_maskz_compress_epi32(mask, places));
+    return __builtin_popcount(mask);
+  }
   static Mask bits(uint32_t b) { return static_cast<Mask>(b); }
   static Mask first(int64_t n) { return static_cast<Mask>(n >= 16 ? 0xFFFFu : (1u << n) - 1u); }
   // Lanes p[0], p[2], ..., p[30]; bit i of `b` permits the read of p[i].
