@@ -147,9 +147,12 @@ struct TileBf16 {
         for (int64_t j = 0; j < kMost; ++j) lines[j] = sums + (f - from + j) * kPixels;
         std::copy_n(a.bias ? a.bias + f : kNothing, kMost, bias);
       } else {
+        // Which features are kept is no pattern that a branch could be predicted from.
         for (int64_t j = 0; j < kMost; ++j) {
-          const bool kept = j < here && column < features && columns[column] == f + j;
-          lines[j] = kept ? sums + column++ * kPixels : kNothing;
+          const int64_t next = column < features ? columns[column] : a.n;
+          const bool kept = next == f + j && j < here;
+          lines[j] = kept ? sums + column * kPixels : kNothing;
+          column += kept;
           bias[j] = a.bias && j < here ? a.bias[f + j] : 0.0f;
         }
       }
