@@ -29,6 +29,8 @@ from fxprune.errors import ConfigError, FxPruneError, RequireSparse, Verificatio
 from fxprune.gradients import gradient_clock, gradient_table, ratio_at, ratios
 from fxprune.left import may_prune
 from fxprune.lowering import calibrate, codegen, library, measure
+from fxprune.lowering.fuse_dsconv import fuse_dsconv
+from fxprune.lowering.fuse_pool import fuse_pool
 from fxprune.lowering.kernels import KernelTables
 from fxprune.lowering.lower import lower
 from fxprune.lowering.measure import Measure
@@ -105,7 +107,10 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         if config.verify:
             _verify_numerically("rewrite", gm, clone, inputs, packs, config, ctx)
         before = time.perf_counter()
-        joint = None if ctx.gradient_ratio is None else Sdgp(ctx.gradient_ratio, config.grad_pruning, config.grad_target)
+        joint = None
+        if ctx.gradient_ratio is not None:
+            skips = frozenset(layer.number for layer in ctx.gradients if layer.skips)
+            joint = Sdgp(ctx.gradient_ratio, config.grad_pruning, config.grad_target, skips)
         constant = [ctx.weights.value(n) is not None for n in clone.graph.nodes if n.op == "placeholder"]
         symbols.fix(packs)
         compiled = codegen.compile_rest(clone, [*inputs, *packs], constant, config, joint)
@@ -238,9 +243,10 @@ def rewrite(
 
 
 def chain(gm: GraphModule, ctx: Context) -> None:
-    """Form regions, for graphs that run: the step behind the pipeline."""
-    ctx.counts["form_regions"] = form_regions(gm, ctx)
-    ctx.observe(len(FORWARD) + 1, "form_regions", gm)
+    """Join operators into larger ones, in graphs that run: the steps behind the pipeline."""
+    for position, join in enumerate((form_regions, fuse_pool, fuse_dsconv), len(FORWARD) + 1):
+        ctx.counts[join.__name__] = join(gm, ctx)
+        ctx.observe(position, join.__name__, gm)
 
 
 def _lint(gm: GraphModule, stage: str) -> None:
@@ -354,11 +360,15 @@ def _report(ctx: Context, seconds: float) -> None:
 def gradient_report(graphs: int = 1) -> Table:
     """Return what ``grad_sparsity`` did to each layer of the graphs compiled last for training, and the times measured.
 
+    After a few optimizer steps also what that is for a whole step: its time, and what the layers' times add to it with
+    dense gradients.
     graphs: how many, 16 at most; a model with graph breaks, or under DDP, has several.
     """
     found = [ctx for ctx in LAST_REPORTS if ctx.gradients][-graphs:]
     layers = [layer for ctx in found for layer in ctx.gradients]
-    return gradient_table(layers, found[-1].config.grad_sparsity if found else "off")
+    pruned, steps = sum(ctx.gradient_key is not None for ctx in found), gradient_clock.last_steps()
+    saved = () if steps is None else (steps[0], steps[1] / max(pruned, 1))
+    return gradient_table(layers, found[-1].config.grad_sparsity if found else "off", saved)
 
 
 def cut_channels(shrunk: Sequence[Shrunk]) -> str:

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
 from fxprune.config import Config
-from fxprune.gradients import GradientLayer, Ratio
+from fxprune.gradients import GradientLayer, GradientTimes, Ratio
 from fxprune.match import Block, Match
 from fxprune.sparsity.pattern import LayerMask
 from fxprune.weights import Weights
@@ -24,7 +24,7 @@ class Kernels(Protocol):
     def supports(self, op: str, match: Match) -> str | None:
         """Return ``None`` when some compiled implementation runs ``match``, else the reasons why not."""
 
-    def unit(self, kind: str, dtype: torch.dtype = ...) -> Unit:
+    def unit(self, kind: str, dtype: torch.dtype = ..., device: str = ...) -> Unit:
         """Return the granularity and steps of the kernel row that runs ``kind``, by default in float32."""
 
     def units(self, matches: Iterable[Match]) -> Callable[[str], Unit]:
@@ -144,7 +144,7 @@ class Context:
     extra: dict[str, Any] = field(default_factory=dict)
     observers: tuple[Observer, ...] = ()
     gradient_ratio: Ratio | None = None  # of the data gradients, in a graph that trains
-    measure_gradient: Callable[..., tuple[float, float] | None] | None = None  # pruned and dense microseconds of a layer
+    measure_gradient: Callable[..., GradientTimes | None] | None = None
     gradient_key: Node | None = None  # the graph input with the counters of their random numbers
     gradients: list[GradientLayer] = field(default_factory=list)
 

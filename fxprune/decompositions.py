@@ -9,12 +9,14 @@ import torch
 
 from fxprune.ops import OPS
 
+BACKWARD = ("nm_prune", "skip_zeros_mm")  # operators that passes put into backward graphs alone
+
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Return the table for ``program.run_decompositions({**torch.export.default_decompositions(), **decompositions()})``.
 
     Every operator becomes its reference: the packed weight is scattered into a dense one by index arithmetic. It computes
     the same function and needs nothing of fxprune; the saving stays only where ``fxprune.export`` can see the weights.
-    ``nm_prune`` is not in it: it reads the step from memory, and only backward graphs hold it.
+    What only backward graphs hold is not in it.
     """
-    return {getattr(torch.ops.fxprune, op.name).default: op.reference for op in OPS if op.name != "nm_prune"}
+    return {getattr(torch.ops.fxprune, op.name).default: op.reference for op in OPS if op.name not in BACKWARD}
