@@ -40,9 +40,9 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
 def recalibrate(plan: Plan, device: str, dense: nn.Module | None = None) -> Plan:
     """Return ``plan`` in the tiles that the kernels of ``device`` run without waste; layers that have them stay as they are.
 
-    device: a row of :data:`fxprune.devices.DEVICES`, or "cuda". Without ``dense`` no kept weight is lost: tiles of the device
-    cover what is kept, so sparsity may fall and the pruned model computes what it did. dense: the model before pruning; its
-    weights are ranked anew (by magnitude, with the layer's own pattern) at the sparsity the plan has.
+    device: a row of :data:`fxprune.devices.DEVICES`, or "cuda". Without ``dense`` no kept weight is lost: tiles of it
+    cover what is kept, so sparsity may fall and the pruned model computes what it did. dense: the model before pruning;
+    its weights are ranked anew (by magnitude, with the layer's own pattern) at the sparsity the plan has.
 
     Only the patterns "dcp" and "tile" have tiles of a device. Raises :class:`~fxprune.errors.ConfigError` for an unknown
     device and :class:`~fxprune.errors.PlanMismatch`.
