@@ -184,7 +184,9 @@ def test_depthwise(isa: str, k: int) -> None:
 @given(st.integers(0, 2**30))
 def test_regions_run_the_operators(seed: int) -> None:
     """One call gives the bits of the operators one by one, on each instruction set and number of threads."""
-    x, packed, code, outputs = program(seed, conv=False)
+    x, packed, code, outputs = program(seed, convolutions=False)
+    if not code:
+        return
 
     def half(held: list[Tensor]) -> list[Tensor]:
         return [t.bfloat16() if t.is_floating_point() else t for t in held]
