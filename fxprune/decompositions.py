@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fxprune.ops import OPS
+from fxprune.ops import BACKWARD_ONLY, OPS
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -15,6 +15,6 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
     Every operator becomes its reference: the packed weight is scattered into a dense one by index arithmetic. It computes
     the same function and needs nothing of fxprune; the saving stays only where ``fxprune.export`` can see the weights.
-    ``nm_prune`` is not in it: it reads the step from memory, and only backward graphs hold it.
+    Those that only backward graphs hold are not in it.
     """
-    return {getattr(torch.ops.fxprune, op.name).default: op.reference for op in OPS if op.name != "nm_prune"}
+    return {getattr(torch.ops.fxprune, op.name).default: op.reference for op in OPS if op.name not in BACKWARD_ONLY}
