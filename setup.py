@@ -174,6 +174,7 @@ SOURCES = [
     "csrc/ops.cpp",
     "csrc/region.cpp",
     "csrc/rnn.cpp",
+    "csrc/skip_zeros.cpp",
     *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp")),
 ]
 # The slowest files first, so that two jobs end together.

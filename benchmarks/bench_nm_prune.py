@@ -1,6 +1,6 @@
 """Times fxprune::nm_prune against a copy of the same tensor: one read and one write is all that n:m pruning needs.
 
-    python benchmarks/bench_nm_prune.py [--filter REGEX] [--threads N] [--seconds S] [--json FILE]
+    python benchmarks/bench_nm_prune.py [--filter REGEX] [--threads N] [--seconds S] [--quantile Q] [--json FILE]
 
 Calls are interleaved; the median of each is reported. GB/s counts the tensor twice, read and written; "copy" is the share
 of the rate of ``clone()``, which allocates its result as the operator does.
@@ -8,16 +8,12 @@ of the rate of ``clone()``, which allocates its result as the operator does.
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from bench_ops import measure
-from fxprune.lowering import library
+from op_timing import arguments, measure, write
 from torch import Tensor
 
 LAYERS = {  # gradients of ResNet-18's convolutions at batch 8, and of a transformer's linear layers
@@ -26,7 +22,7 @@ LAYERS = {  # gradients of ResNet-18's convolutions at batch 8, and of a transfo
     "2048x768": (2048, 768),
     "2048x3072": (2048, 3072),
 }
-RATIOS = ((2, 4), (1, 4), (4, 8), (2, 8), (4, 16), (4, 32))
+RATIOS = ((2, 4), (1, 4), (4, 8), (2, 8), (1, 16), (4, 16), (4, 32), (16, 32))
 FUNCTIONS = ("magnitude", "random", "group_rescaled_magnitude", "rescaled_magnitude", "mvue")
 
 
@@ -59,16 +55,7 @@ def cases() -> Iterator[tuple[str, Tensor, int, int, int, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--filter", default="", help="only cases whose name matches this regular expression")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=0.3, help="time per case")
-    parser.add_argument("--json", help="write the rows to this file")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if not library.load():
-        parser.exit(1, "the C++ library is not built\n")
-    print(f"isa {library.isa()}, {options.threads} threads, torch {torch.__version__}")
+    options = arguments(__doc__, 0.3, "pruned gradients")
     print(f"{'case':52} {'us':>9} {'GB/s':>7} {'copy us':>9} {'copy':>6}")
     key, rows = torch.tensor([1, 2, 3]), []
     with torch.inference_mode():
@@ -77,7 +64,7 @@ def main() -> None:
                 continue
             args = (grad, key, n, m, dim, 1, function, 0)
             calls = {"ours": lambda args=args: torch.ops.fxprune.nm_prune(*args), "copy": grad.clone}
-            times = measure(calls, options.seconds, 0.5)
+            times = measure(calls, options.seconds, options.quantile)
             row = Row(
                 name=name,
                 us=times["ours"],
@@ -87,9 +74,7 @@ def main() -> None:
             )
             rows.append(row)
             print(f"{row.name:52} {row.us:9.1f} {row.gb_s:7.1f} {row.copy_us:9.1f} {row.copy:6.0%}", flush=True)
-    if options.json:
-        report = {"isa": library.isa(), "threads": options.threads, "torch": torch.__version__}
-        Path(options.json).write_text(json.dumps({**report, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    write(options, rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Times the C++ operators against the best dense torch operator at the shapes of real layers.
 
-    python benchmarks/bench_ops.py [--filter REGEX] [--threads N] [--seconds S] [--json FILE]
+    python benchmarks/bench_ops.py [--filter REGEX] [--threads N] [--seconds S] [--quantile Q] [--json FILE]
 
 Candidates are interleaved in many short rounds and every call is timed by itself; the median call is reported, or on a
 busy machine a lower quantile. GF/s counts kept multiply-adds as two operations; "peak" is its share of 240 GF/s a
@@ -10,21 +10,16 @@ MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000 in the environment makes it
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from fxprune.lowering import library
+from op_timing import Calls, arguments, measure, write
 from torch import Tensor
 
 PEAK = 240.0  # GF/s of fp32 multiply-adds per core
-Calls = dict[str, Callable[[], Tensor]]
 
 
 @dataclass
@@ -140,39 +135,8 @@ def cases() -> Iterator[tuple[str, tuple[Calls, float]]]:
         yield f"depthwise b8 {c}@{side} k{k}s{stride} t4", depthwise(8, c, side, k, stride, 4)
 
 
-def measure(calls: Calls, seconds: float, quantile: float) -> dict[str, float]:
-    """Return a quantile of each call's microseconds over interleaved rounds of about half a millisecond."""
-    clock = time.perf_counter
-    repeats = {}
-    for name, call in calls.items():
-        for _ in range(3):
-            call()
-        start = clock()
-        call()
-        repeats[name] = min(50, max(1, int(5e-4 / max(clock() - start, 1e-6))))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    stop = clock() + seconds
-    while clock() < stop or len(times["ours"]) < 5:
-        for name, call in calls.items():
-            for _ in range(repeats[name]):
-                start = clock()
-                call()
-                times[name].append((clock() - start) * 1e6)
-    return {name: sorted(values)[int(quantile * len(values))] for name, values in times.items()}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--filter", default="", help="only cases whose name matches this regular expression")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=0.4, help="time per case")
-    parser.add_argument("--quantile", type=float, default=0.5, help="of the calls' times")
-    parser.add_argument("--json", help="write the rows to this file")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if not library.load():
-        parser.exit(1, "the C++ library is not built\n")
-    print(f"isa {library.isa()}, {options.threads} threads, torch {torch.__version__}")
+    options = arguments(__doc__, 0.4, "the C++ operators")
     print(f"{'case':42} {'us':>9} {'GF/s':>7} {'peak':>6} {'dense us':>9} {'ratio':>6}  best dense")
     rows = []
     with torch.inference_mode():
@@ -187,9 +151,7 @@ def main() -> None:
             rows.append(row)
             against = f"{row.dense_us:9.1f} {row.ratio:6.2f}  {dense}"
             print(f"{name:42} {us:9.1f} {rate:7.0f} {row.peak:6.1%} {against}", flush=True)
-    if options.json:
-        report = {"isa": library.isa(), "threads": options.threads, "torch": torch.__version__}
-        Path(options.json).write_text(json.dumps({**report, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    write(options, rows)
 
 
 if __name__ == "__main__":

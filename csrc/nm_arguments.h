@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <array>
 #include <string>
-#include <vector>
 
+#include "channels_last.h"
 #include "check.h"
 #include "fxprune/nm_prune.h"
 
@@ -51,36 +51,6 @@ inline uint64_t mix_counters(const OptionalTensor& key_in) {
     state = add_counter(state, static_cast<uint64_t>(data<int64_t>(key)[i]));
   }
   return state;
-}
-
-// True when `t` lies in memory as (sample, positions..., channels), the axis of channels being 1.
-inline bool is_channels_last(const Tensor& t) {
-  if (t.dim() < 3) return false;
-  int64_t expected = 1;
-  const auto dense = [&](int64_t axis) {
-    const bool same = t.size(axis) == 1 || t.stride(axis) == expected;
-    expected *= t.size(axis);
-    return same;
-  };
-  bool all = dense(1);
-  for (int64_t axis = t.dim() - 1; axis >= 2; --axis) all = dense(axis) && all;
-  return dense(0) && all;
-}
-
-// An uninitialised tensor of the sizes, strides, type and device of a dense `like`.
-inline Tensor empty_same(const Tensor& like) {
-  std::vector<int64_t> sizes, strides;
-  for (int64_t i = 0; i < like.dim(); ++i) {
-    sizes.push_back(like.size(i));
-    strides.push_back(like.stride(i));
-  }
-  int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  const int32_t index = like.is_cpu() ? 0 : like.get_device_index();
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      like.dim(), sizes.data(), strides.data(), type_of(like), device_type, index, &handle));
-  return Tensor(handle);
 }
 
 // Sets the geometry of `a` for a gradient with its channels on axis `dim`, and returns the

@@ -74,7 +74,7 @@ Tensor depthwise_taps_cpu(const Tensor& x_in, const Tensor& weight_in, const Ten
   if (a.batch * a.channels == 0) return out;
   a.weight = weight.data();
   a.bias = bias.data();
-  const DepthwiseTables tables(&a);
+  const auto tables = depthwise_tables(&a);
   if (bf16) {
     run_depthwise_on<Bf16>(a, bf16_input(x_in, "x"), &out);
   } else {
@@ -211,8 +211,8 @@ Tensor tile_conv_cpu(const Tensor& x_in, const Tensor& values_in, const Tensor& 
   a.residual = data_or_null(residual);
   a.out = static_cast<float*>(out.mutable_data_ptr());
 
-  const ConvTables tables(&a);
-  STD_TORCH_CHECK(tables.fits(),
+  const auto tables = conv_tables(&a);
+  STD_TORCH_CHECK(tables->fits(),
                   "the rows of x that one output row reads are too large, x has shape ",
                   shape_of(x_in));
   run_tile_conv(a, threads());

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
-from fxprune.ops import BACKWARD_ONLY, OPS
+from fxprune.ops import OPS
+
+# operators that backward graphs alone hold
+BACKWARD = ("nm_prune", "skip_zeros_mm", "depthwise_grad_input", "depthwise_grad_weight")
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -15,6 +18,6 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
     Every operator becomes its reference: the packed weight is scattered into a dense one by index arithmetic. It computes
     the same function and needs nothing of fxprune; the saving stays only where ``fxprune.export`` can see the weights.
-    Those that only backward graphs hold are not in it.
+    What only backward graphs hold is not in it.
     """
-    return {getattr(torch.ops.fxprune, op.name).default: op.reference for op in OPS if op.name not in BACKWARD_ONLY}
+    return {getattr(torch.ops.fxprune, op.name).default: op.reference for op in OPS if op.name not in BACKWARD}

@@ -8,8 +8,11 @@ The counters reach the backward graph as a tensor, so that no step compiles anyt
 from __future__ import annotations
 
 import re
+import statistics
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from fxprune.report import Table
 TARGETS = ("dX", "dW", "both")
 PRUNINGS = FUNCTIONS
 _RATIO = re.compile(r"(-?\d+):(-?\d+)")
+_STEPS = 20  # whose time the report has
 _EXPECTED = f'"n:m" with 1 <= n < m <= {MOST}, "auto", "auto:n:m", "off", or a dict of them by first step'
 
 
@@ -83,9 +87,12 @@ class GradientClock:
         self.step = 0
         self.call = 0
         self._hook: Any = None
+        self._ends: deque[float] = deque(maxlen=_STEPS + 1)  # seconds
+        self._calls = 0  # in the step before
 
     def start(self) -> None:
-        """Begin to count; safe to call again."""
+        """Begin to count, and forget how long earlier steps took; safe to call again."""
+        self._ends.clear()
         if self._hook is None:
             self._hook = register_optimizer_step_post_hook(self._stepped)
 
@@ -104,42 +111,84 @@ class GradientClock:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.step, self.call = int(state["step"]), int(state["call"])
 
+    def last_steps(self) -> tuple[float, int] | None:
+        """Return the median microseconds of the last steps and the calls of pruned graphs in one, ``None`` before two."""
+        if len(self._ends) < 3:
+            return None
+        ends = list(self._ends)
+        return 1e6 * statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False)), self._calls
+
     def _stepped(self, *_: Any) -> None:
         self.step += 1
-        self.call = 0
+        self._calls, self.call = self.call, 0
+        self._ends.append(perf_counter())
 
 
 gradient_clock = GradientClock()
 
 
 @dataclass(frozen=True)
+class GradientTimes:
+    """Microseconds of one data gradient. pruned: pruning and a dense product; skipping: pruning and one that skips zeros.
+
+    skipping is ``None`` where no such kernel exists.
+    """
+
+    dense: float
+    pruned: float
+    skipping: float | None = None
+
+    @property
+    def skips(self) -> bool:
+        """Whether skipping zeros is the faster way to multiply."""
+        return self.skipping is not None and self.skipping < self.pruned
+
+    @property
+    def best(self) -> float:
+        """The faster of both ways to prune."""
+        return self.pruned if self.skipping is None else min(self.pruned, self.skipping)
+
+
+@dataclass(frozen=True)
 class GradientLayer:
     """One layer of a graph compiled with ``grad_sparsity``: its number in the graph, and why its gradient stays dense.
 
-    pruned_us, dense_us: of the data gradient, pruning included; ``None`` when it was not timed.
+    times: ``None`` when it was not timed; its product is dense then.
     """
 
     name: str
     number: int
     reason: str | None = None
-    pruned_us: float | None = None
-    dense_us: float | None = None
+    times: GradientTimes | None = None
+
+    @property
+    def skips(self) -> bool:
+        """Whether the product of the data gradient skips the zeros."""
+        return self.reason is None and self.times is not None and self.times.skips
 
     def __str__(self) -> str:
         return f"{self.name}: {'pruned' if self.reason is None else 'dense, ' + self.reason}"
 
 
-def gradient_table(layers: Sequence[GradientLayer], ratio: object) -> Table:
-    """Return a row per layer: what its data gradient reads, and the time measured for both ways."""
+def gradient_table(layers: Sequence[GradientLayer], ratio: object, saved: Sequence[float] = ()) -> Table:
+    """Return a row per layer: what its data gradient reads, how it multiplies, and the times measured.
+
+    saved: microseconds of an optimizer step, and how many times in it each layer ran.
+    """
     rows, spent, dense = [], 0.0, 0.0
     for layer in layers:
-        times, gain = ("-", "-"), "-"
-        if layer.pruned_us is not None and layer.dense_us is not None:
-            times = (f"{layer.pruned_us:.1f}", f"{layer.dense_us:.1f}")
-            gain = f"{layer.dense_us / layer.pruned_us:.2f}"
-            dense += layer.dense_us
-            spent += layer.dense_us if layer.reason else layer.pruned_us
-        rows.append((layer.name, "dense" if layer.reason else "pruned", *times, gain, layer.reason or ""))
-    head = ("layer", "data gradient reads", "pruned us", "dense us", "gain", "reason")
+        cells = ("-",) * 4
+        if (times := layer.times) is not None:
+            skipping = "-" if times.skipping is None else f"{times.skipping:.1f}"
+            cells = (f"{times.dense:.1f}", f"{times.pruned:.1f}", skipping, f"{times.dense / times.best:.2f}")
+            dense += times.dense
+            spent += times.dense if layer.reason else times.best
+        reads = "dense" if layer.reason else "pruned, skipping zeros" if layer.skips else "pruned"
+        rows.append((layer.name, reads, *cells, layer.reason or ""))
+    head = ("layer", "data gradient reads", "dense us", "pruned us", "skipping zeros us", "gain", "reason")
     summary = {"all data gradients that were timed": f"{dense / spent:.2f} times as fast as dense"} if spent else {}
+    if saved and spent:
+        step, calls = saved
+        gain = (step + (dense - spent) * calls) / step
+        summary["whole step"] = f"{step / 1000:.1f} ms, by these times {gain:.2f} times as fast as with dense gradients"
     return Table(f"data gradients at {ratio}", head, rows, summary)

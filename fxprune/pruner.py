@@ -11,7 +11,6 @@ result = pruner.finalize()
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -26,11 +25,13 @@ from fxprune.importance import Measured, element_scores
 from fxprune.match import Match
 from fxprune.plan import LayerPlan, Plan, PrunedWeight, register
 from fxprune.planner import targets
+from fxprune.progress import ProgressBar
 from fxprune.prunable import contexts_of, prunable
 from fxprune.prune import PruneResult, masks, wished
 from fxprune.prune_report import achieved, table
 from fxprune.schedules import OneShotSchedule, Schedule
 from fxprune.sparsity import get, refit
+from fxprune.taylor import TaylorScores, laid_out
 from fxprune.write import Decided
 
 _VERSION = 1
@@ -89,16 +90,16 @@ class Pruner:
             masks(self._contexts, self._found, self._config)  # which says why there is nothing to prune
         self._places = Places(model)
         self._step = 0
-        self._scores: dict[str, Tensor] = {}
+        self._scores = TaylorScores([m.parameter for m in self._matches], self._places, self._in_window)
         self._before: dict[str, Tensor] = {}  # growth: the values that pruned weights had
         self._pruned: dict[str, PrunedWeight] = {}
         self._layers: dict[str, LayerPlan] = {}
         self._decided = Decided()
-        self._bar: Any = None
+        self._bar = ProgressBar(self.schedule.last)
         self._holder = Holder(self._places)
         self._holder.watch(m.parameter for m in self._matches)
         if self._taylor:
-            self._holder.before_step(self._accumulate)
+            self._holder.before_step(self._scores.accumulate)
         if self.schedule.is_round(0):
             self._round()
 
@@ -131,7 +132,7 @@ class Pruner:
         elif not self._holder.touched:
             self._holder.project()
         self._holder.touched = self._holder.foreign = False
-        self._show()
+        self._bar.show(self._step, self.sparsity.get("all", 0.0) if self._bar.visible else 0.0)
         return due
 
     def reselect(self) -> None:
@@ -165,8 +166,7 @@ class Pruner:
         """Stop, and attach the plan to the model, a plain dense one with zeros; returns what ``fxprune.prune`` does."""
         self._holder.project()
         self._holder.release()
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         for name, pruned in self._pruned.items():
             register(self._places[name], pruned)
         report = table(list(self._layers.values()), self._decided, self._contexts, None, None)
@@ -182,7 +182,7 @@ class Pruner:
             "structures": {name: self._structure(name).clone() for name in self._pruned},
             "granularity": {name: pruned.layer.tiling.granularity for name, pruned in self._pruned.items()},
             "layers": {name: asdict(layer) for name, layer in self._layers.items()},
-            "scores": {name: whole(score).clone() for name, score in self._scores.items()},
+            "scores": self._scores.state_dict(),
             "before": {name: whole(values).clone() for name, values in self._before.items()},
         }
 
@@ -209,8 +209,8 @@ class Pruner:
         self._step = int(state["step"])
         self._pruned = pruned
         self._layers = {name: _layer(fields) for name, fields in state["layers"].items()}
-        self._scores = {name: self._cut(score, name) for name, score in state["scores"].items()}
-        self._before = {name: self._cut(values, name) for name, values in state["before"].items()}
+        self._scores.load_state_dict(state["scores"])
+        self._before = {name: laid_out(values, self._places[name]) for name, values in state["before"].items()}
         self._holder.set({name: found.mask for name, found in pruned.items()})
 
     def _check(self, window: Any) -> None:
@@ -236,51 +236,14 @@ class Pruner:
         matrix = pruned.layer.mask
         return (matrix if match is None else match.restore(matrix)).reshape(pruned.mask.shape)
 
-    def _cut(self, full: Tensor, name: str) -> Tensor:
-        """Return a tensor that lies as the parameter does, from one that every rank holds in full."""
-        parameter = self._places[name]
-        result = torch.zeros_like(parameter, dtype=full.dtype)
-        local(result).copy_(shard(full, parameter))
-        return result
-
-    @torch.no_grad()
-    def _accumulate(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add ``(gradient * weight)^2`` ahead of an optimizer's step."""
-        if not self._in_window() or not all(self._finite(optimizer)):
-            return
-        scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which unscales in its own kernel
-        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for match in self._matches:
-            parameter = self._places[match.parameter]
-            if id(parameter) not in mine or parameter.grad is None:
-                continue
-            score = self._scores.get(match.parameter)
-            if score is None:
-                score = self._scores[match.parameter] = torch.zeros_like(parameter, dtype=torch.float32)
-            gradient = local(parameter.grad).float()
-            if scale is not None:
-                gradient = gradient / scale
-            local(score).add_((gradient * local(parameter).float()).square_())
-
     def _in_window(self) -> bool:
         return any(self.schedule.is_round(self._step + ahead) for ahead in range(1, self._window + 1))
-
-    @staticmethod
-    def _finite(optimizer: torch.optim.Optimizer) -> list[bool]:
-        """Whether a gradient scaler lets this step happen."""
-        overflow = getattr(optimizer, "found_inf", None)
-        return [] if overflow is None else [not bool(overflow)]
 
     def _round(self) -> None:
         """Choose masks for the sparsity of now, join them with those held, and write zeros."""
         config = replace(self._config, sparsity=self._now())
         if self._taylor:
-            missing = [m.parameter for m in self._matches if m.parameter not in self._scores]
-            if missing:
-                expected = f"a gradient for {missing[0]!r} in the {self._window} steps before a round"
-                raise ConfigError(name="importance", given="taylor", expected=expected)
-            scores = {name: _reduced(score) for name, score in self._scores.items()}
-            config = replace(config, importance=Measured(scores))
+            config = replace(config, importance=self._scores.measured(self._window))
         matches = [self._live(match) for match in self._found]
         if self._pruned:
             asked = {m.parameter for m in self._matches}
@@ -296,7 +259,7 @@ class Pruner:
             if (layer := wish.layer_plan(pruned)) is not None:
                 self._layers[wish.parameter] = layer
         self._decided = decided
-        self._scores = {}
+        self._scores.clear()
         self._holder.set({name: pruned.mask for name, pruned in self._pruned.items()})
 
     def _now(self) -> float | Mapping[str, float] | None:
@@ -330,29 +293,6 @@ class Pruner:
         going = ~mask if held is None else ~mask & held.mask
         own = local(known)
         own.copy_(torch.where(shard(going, parameter), local(parameter), own))
-
-    def _show(self) -> None:
-        """Move a bar, on a terminal with tqdm, up to the last round."""
-        if not sys.stderr.isatty() or self._step > self.schedule.last:
-            return
-        if self._bar is None:
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                return
-            self._bar = tqdm(total=self.schedule.last, desc="pruning", leave=False, initial=self._step - 1)
-        self._bar.update()
-        self._bar.set_postfix_str(f"{self.sparsity.get('all', 0.0):.1%} zeros", refresh=False)
-
-
-def _reduced(score: Tensor) -> Tensor:
-    """Return a score in full, averaged over the ranks."""
-    total = whole(score)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        total = total.clone()
-        torch.distributed.all_reduce(total)
-        total /= torch.distributed.get_world_size()
-    return total
 
 
 def _layer(fields: Mapping[str, Any]) -> LayerPlan:

@@ -1,7 +1,8 @@
-"""Time one layer's data gradient with dL/dO pruned and dense, at the shapes of the graph."""
+"""Time one layer's data gradient at the shapes of the graph: dense, pruned, and pruned with a product that skips zeros."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,40 +12,85 @@ from torch.utils._pytree import tree_map
 
 from ..config import Config
 from ..cost import hint
-from ..gradients import Ratio
-from ..graph import fake
+from ..gradients import GradientTimes, Ratio
+from ..graph import argument, aten, fake, is_call
 from . import library
 from .measure import ROUNDS, interleave
 
+_PRODUCTS = (aten.linear.default, aten.mm.default, aten.matmul.default, aten.addmm.default)
+_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+
 
 class MeasureGradient:
-    """Callable ``(node, x, dim, groups, ratio) -> (pruned, dense)`` microseconds; ``None`` when nothing is to be timed."""
+    """Callable ``(node, x, dim, groups, ratio) -> GradientTimes``; ``None`` when nothing is to be timed."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
 
-    def __call__(self, node: Node, x: Node, dim: int, groups: int, ratio: Ratio) -> tuple[float, float] | None:
+    def __call__(self, node: Node, x: Node, dim: int, groups: int, ratio: Ratio) -> GradientTimes | None:
         """node: the layer's call before autograd, ``x`` its input."""
         if self._config.autotune == "off" or not library.available():
             return None
         real = {n: _random(n) for n in node.all_input_nodes}
         args, kwargs = (tree_map(lambda a: real.get(a, a), v) for v in (node.args, node.kwargs))
+        target: Any = node.target
+        key = torch.zeros(3, dtype=torch.int64)
         with torch.inference_mode(False), torch.enable_grad():
             data = real[x].requires_grad_()
-            target: Any = node.target
             y = target(*args, **kwargs)
-            grad, key = torch.randn_like(y), torch.zeros(3, dtype=torch.int64)
+            grad = torch.randn_like(y)
 
-            def dense() -> Tensor:
-                return torch.autograd.grad(y, data, grad, retain_graph=True)[0]
-
-            def pruned() -> Tensor:
+            def prune() -> Tensor:
                 rest = (ratio.n, ratio.m, dim, groups, self._config.grad_pruning, 0)
-                less = torch.ops.fxprune.nm_prune(grad, key, *rest)
-                return torch.autograd.grad(y, data, less, retain_graph=True)[0]
+                return torch.ops.fxprune.nm_prune(grad, key, *rest)
 
-            (first, second), _ = interleave([pruned, dense], ROUNDS[self._config.autotune])
-        return first, second
+            def dense(given: Tensor) -> Tensor:
+                return torch.autograd.grad(y, data, given, retain_graph=True)[0]
+
+            matrix = None if self._config.grad_target == "dW" else _matrix(node, real, dim)
+            if matrix is None:
+                (pruned, plain), _ = interleave([lambda: dense(prune()), lambda: dense(grad)], self._rounds)
+                return GradientTimes(plain, pruned)
+        with torch.no_grad():
+            dense = _product(node, real[x], matrix)
+            runs = [lambda: dense(prune()), lambda: dense(grad), lambda: _skipping(prune(), matrix, dim)]
+            (pruned, plain, skipping), _ = interleave(runs, self._rounds)
+        return GradientTimes(plain, pruned, skipping)
+
+    @property
+    def _rounds(self) -> int:
+        return ROUNDS[self._config.autotune]
+
+
+def _matrix(node: Node, real: dict[Node, Tensor], dim: int) -> Tensor | None:
+    """Return the weight (N, K) where the data gradient is a product of float32 matrices, else ``None``."""
+    if not is_call(node, *_PRODUCTS, *_CONVOLUTIONS) or any(t.dtype != torch.float32 for t in real.values()):
+        return None
+    position = 2 if is_call(node, aten.addmm.default) else 1
+    weight = real.get(node.args[position])  # type: ignore[arg-type]
+    if weight is None:
+        return None
+    if dim == -1:
+        return None if weight.dim() != 2 else weight if is_call(node, aten.linear.default) else weight.t()
+    padding = argument(node, "padding")
+    plain = all(v == 1 for v in (*weight.shape[2:], *argument(node, "stride"), argument(node, "groups")))
+    return weight.flatten(1) if plain and not isinstance(padding, str) and not any(padding) else None
+
+
+def _product(node: Node, x: Tensor, matrix: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the dense data gradient as the backward graph calls it."""
+    if not is_call(node, *_CONVOLUTIONS):
+        return lambda grad: grad.reshape(-1, grad.shape[-1]) @ matrix
+    ones, zeros = [1] * (x.dim() - 2), [0] * (x.dim() - 2)
+    weight = matrix.reshape(*matrix.shape, *ones)
+    if x.dim() == 4 and not x.is_contiguous():
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    rest = (ones, zeros, ones, False, zeros, 1, [True, False, False])
+    return lambda grad: aten.convolution_backward(grad, x, weight, None, *rest)[0]
+
+
+def _skipping(grad: Tensor, matrix: Tensor, dim: int) -> Tensor:
+    return torch.ops.fxprune.skip_zeros_mm(grad if dim == 1 else grad.reshape(-1, grad.shape[-1]), matrix, dim)
 
 
 def _random(node: Node) -> Tensor:

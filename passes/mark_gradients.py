@@ -152,11 +152,10 @@ def _timed(layer: GradientLayer, node: Node, ctx: Context) -> GradientLayer:
     times = ctx.measure_gradient(node, _operands(node)[0], dim, _groups(node), ratio)
     if times is None:
         return replace(layer, reason="its time was not measured") if ratio.auto else layer
-    pruned, dense = times
     reason = None
-    if ratio.auto and dense < ctx.config.min_speedup * pruned:
-        reason = f"pruned it is {dense / pruned:.2f} times as fast"
-    return replace(layer, reason=reason, pruned_us=pruned, dense_us=dense)
+    if ratio.auto and times.dense < ctx.config.min_speedup * times.best:
+        reason = f"pruned it is {times.dense / times.best:.2f} times as fast"
+    return replace(layer, reason=reason, times=times)
 
 
 def _rank(node: Node) -> int:

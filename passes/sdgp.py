@@ -1,7 +1,7 @@
 """Structured data gradient pruning: in the backward graph, prune the dL/dO that the data gradient reads.
 
     dX, dW, db = convolution_backward(g, x, w)  =>  dX = convolution_backward(nm_prune(g), x, w), dW, db as before
-    dX = mm(g, w)                               =>  dX = mm(nm_prune(g), w)
+    dX = mm(g, w)                               =>  dX = mm(nm_prune(g), w), or skip_zeros_mm(nm_prune(g), w)
 
 Runs on the joint graph of AOTAutograd. ``passes/mark_gradients.py`` left a mark on each dL/dO; from there views are
 followed to the products that read it. One that adds up over the output features is the data gradient, one that adds up
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -28,6 +29,7 @@ from ..graph import argument, aten
 _MARK = torch.ops.fxprune_mark.gradient.default
 _OUTPUT = torch.ops.fxprune_mark.output.default
 _PRUNE = torch.ops.fxprune.nm_prune.default
+_SKIP = torch.ops.fxprune.skip_zeros_mm.default
 _BACKWARD = aten.convolution_backward.default
 _PRODUCTS = (aten.mm.default, aten.bmm.default)
 _SHAPED = (
@@ -50,16 +52,20 @@ _SAME = (
 
 @dataclass(frozen=True)
 class Sdgp:
-    """The pass and its settings; ``identity`` belongs into every cache key."""
+    """The pass and its settings; ``identity`` belongs into every cache key.
+
+    skips: the numbers of the layers whose data gradient multiplies by skipping zeros, where it is a product of matrices.
+    """
 
     ratio: Ratio
     function: str
     target: str
+    skips: frozenset[int] = frozenset()
 
     @property
     def identity(self) -> str:
         source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-        return f"sdgp-{self.ratio}-{self.function}-{self.target}-{source}"
+        return f"sdgp-{self.ratio}-{self.function}-{self.target}-{sorted(self.skips)}-{source}"
 
     def __call__(self, graph: Graph) -> int:
         """Rewrite a joint graph; returns the number of gradients pruned."""
@@ -98,9 +104,39 @@ class _Layer:
             if use.node.target is _BACKWARD:
                 changed += self._split(use)
             elif use.data in self.wants:
-                use.node.update_arg(use.position, self._replay(use))
+                pruned = self._replay(use)
+                if use.data and self._skips(use.node, use.position):
+                    product = self._skipping(use.node, pruned, use.node.args[1], -1)
+                    use.node.replace_all_uses_with(product)
+                    use.node.graph.erase_node(use.node)
+                else:
+                    use.node.update_arg(use.position, pruned)
                 changed += 1
         return min(changed, 1)
+
+    def _skips(self, node: Node, position: int) -> bool:
+        """True for a product of float32 matrices of a layer that is to skip zeros."""
+        if self.number not in self.settings.skips or position != 0 or node.target is aten.bmm.default:
+            return False
+        operands = [_value(a) for a in node.all_input_nodes]
+        if any(v.dtype != torch.float32 for v in operands):
+            return False
+        if node.target is not _BACKWARD:
+            return True
+        weight, names = _value(node.args[2]), ("stride", "padding", "transposed", "output_padding", "groups")
+        stride, padding, transposed, extra, groups = (argument(node, name) for name in names)
+        ones = all(statically_known_true(v == 1) for v in (*weight.shape[2:], *stride, groups))
+        return ones and not transposed and not any((*padding, *extra))
+
+    def _skipping(self, node: Node, grad: Node, weight: Any, dim: int) -> Node:
+        """Insert the product in front of ``node``, whose first result it replaces, with the strides of that."""
+        product = _insert(node, _SKIP, (grad, weight, dim))
+        old = _value(node) if isinstance(_value(node), Tensor) else _value(node)[0]
+        if product.meta["val"].stride() != old.stride():
+            last = not old.is_contiguous() and old.dim() in (4, 5)
+            layout = (torch.channels_last, torch.channels_last_3d)[old.dim() - 4] if last else torch.contiguous_format
+            product = _insert(node, aten.clone.default, (product,), None, {"memory_format": layout})
+        return product
 
     def _split(self, use: Use) -> int:
         """Give each gradient of a convolution the copy it reads; returns 0 when none is pruned."""
@@ -112,14 +148,24 @@ class _Layer:
         if kinds == [None] * 3:
             return 0
         parts: dict[bool | None, Node] = {}
-        for kind in dict.fromkeys(kind for kind, wanted in zip(kinds, mask, strict=True) if wanted):
+        product = None
+        if kinds[0] and self._skips(node, 0):
+            weight: Any = node.args[2]
+            matrix = _insert(node, aten.reshape.default, (weight, list(_value(weight).shape[:2])))
+            product = self._skipping(node, self._replay(replace(use, data=True)), matrix, 1)
+        asked_for = zip(kinds, mask, strict=True)
+        for kind in dict.fromkeys(kind for kind, wanted in asked_for if wanted and not (kind and product)):
             wanted = [asked and other is kind for asked, other in zip(mask, kinds, strict=True)]
             grad = node.args[0] if kind is None else self._replay(replace(use, data=kind))
             values = [v if w else None for v, w in zip(node.meta["val"], wanted, strict=True)]
             parts[kind] = _insert(node, _BACKWARD, (grad, *node.args[1:-1], wanted), tuple(values))
         for item in list(node.users):
             index: Any = item.args[1]
-            item.update_arg(0, parts[kinds[index]])
+            if index == 0 and product is not None:
+                item.replace_all_uses_with(product)
+                node.graph.erase_node(item)
+            else:
+                item.update_arg(0, parts[kinds[index]])
         node.graph.erase_node(node)
         return 1
 

@@ -8,6 +8,7 @@ from fxprune.ops import (
     nm_prune,
     region,
     rnn_steps,
+    skip_zeros,
     tile_conv,
     tile_gemm,
     tile_pack,
@@ -27,6 +28,5 @@ OPS: tuple[Operator, ...] = (
     region.OPERATOR,
     rnn_steps.OPERATOR,
     nm_prune.OPERATOR,
+    skip_zeros.OPERATOR,
 )
-# those that no forward graph holds
-BACKWARD_ONLY = ("nm_prune", "depthwise_grad_input", "depthwise_grad_weight")

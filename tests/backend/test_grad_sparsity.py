@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fxprune.lowering import measure_gradient
 from fxprune.lowering.measure_gradient import MeasureGradient
 from torch import Tensor, nn
 
 import fxprune
+from fxprune import backend
+from fxprune import gradients as gradients_module
 from fxprune.errors import NoGradientPruned
-from fxprune.gradients import gradient_clock, ratio_at
+from fxprune.gradients import GradientTimes, gradient_clock, ratio_at
 from tests.oracle import FORCED, integer_model, integers
 from tests.sdgp import gradients, watched
 
@@ -235,7 +238,7 @@ def test_a_checkpointed_block_keeps_its_own_gradient() -> None:
 
 
 def test_auto_prunes_only_what_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {"0": (1.0, 3.0), "2": (2.0, 1.0), "5": (1.0, 1.01)}
+    times = {"0": GradientTimes(3.0, 1.0), "2": GradientTimes(1.0, 3.0, 2.0), "5": GradientTimes(1.01, 1.0)}
     names = iter(times)
     monkeypatch.setattr(MeasureGradient, "__call__", lambda self, *layer: times[next(names)])
     model, x = small(), image().requires_grad_()
@@ -245,6 +248,7 @@ def test_auto_prunes_only_what_was_measured_to_be_faster(monkeypatch: pytest.Mon
     report = fxprune.gradient_report()
     rows = {row["layer"]: row for row in report.to_dict()["rows"]}
     assert [rows[n]["data gradient reads"] for n in times] == ["pruned", "dense", "dense"]
+    assert [rows[n]["skipping zeros us"] for n in times] == ["-", "2.0", "-"]
     assert rows["0"]["gain"] == "3.00" and rows["2"]["reason"] == "pruned it is 0.50 times as fast"
     assert "1.66 times as fast as dense" in str(report)  # (3 + 1 + 1.01) / (1 + 1 + 1.01)
 
@@ -271,3 +275,53 @@ def test_a_fixed_ratio_reports_its_cost(dynamic: bool | None) -> None:
     rows = fxprune.gradient_report().to_dict()["rows"]
     assert [row["layer"] for row in rows] == ["0", "2", "5"]
     assert all(float(row["pruned us"]) > 0 and float(row["dense us"]) > 0 for row in rows)
+    assert rows[0]["skipping zeros us"] == "-" and all(float(row["skipping zeros us"]) > 0 for row in rows[1:])
+    choices = [layer.skips for layer in backend.LAST_REPORTS[-1].gradients]
+    assert [row["data gradient reads"] == "pruned, skipping zeros" for row in rows] == choices
+
+
+@pytest.mark.parametrize("call", [F.linear, torch.matmul, F.conv1d, F.conv2d])
+def test_what_is_timed_are_products_of_the_same_value(call: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """dense, pruned and skipping differ in time alone: with every value kept all three are the same integers."""
+
+    def keep_all(runs: list[Callable[[], Tensor]], rounds: int) -> tuple[list[float], bool]:
+        assert len(runs) == 3 and rounds == 5
+        pruned, dense, skipping = (run() for run in runs)
+        torch.testing.assert_close(pruned, skipping)
+        assert pruned.shape == dense.shape and not torch.allclose(pruned, dense)
+        return [2.0, 3.0, 1.0], True
+
+    monkeypatch.setattr(measure_gradient, "interleave", keep_all)
+    window = (1,) * (0 if call in (F.linear, torch.matmul) else 1 if call is F.conv1d else 2)
+    weight = nn.Parameter(integers(8, 12) if call is torch.matmul else integers(12, 8, *window))
+    x = integers(2, 8, *[5] * len(window)).requires_grad_() if window else integers(2, 5, 8).requires_grad_()
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return call(x, self.weight)
+
+    model = Layer().train()
+    with watched() as seen:
+        gradients(model, compiled(model, "auto:2:4", autotune="fast"), x)
+    assert seen.operators[0]["fxprune.skip_zeros_mm.default"] == 1
+    assert "1.0" in str(fxprune.gradient_report()) and "3.00 times as fast as dense" in str(fxprune.gradient_report())
+
+
+def test_the_report_names_the_whole_steps_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of 10 ms with two calls, each saving 2 ms: (10 + 2 * 2) / 10."""
+    monkeypatch.setattr(MeasureGradient, "__call__", lambda self, *layer: GradientTimes(3000.0, 1000.0))
+    ticks = iter(range(100))
+    monkeypatch.setattr(gradients_module, "perf_counter", lambda: next(ticks) * 0.01)
+    model, x = integer_model(nn.Linear(8, 12)).train(), integers(4, 8).requires_grad_()
+    optimizer, call = torch.optim.SGD(model.parameters(), lr=0.0), compiled(model, "auto:2:4")
+    gradients(model, call, x)
+    assert "whole step" not in str(fxprune.gradient_report())
+    for _ in range(5):
+        for _ in range(2):
+            gradients(model, call, x)
+        optimizer.step()
+    assert "10.0 ms, by these times 1.40 times as fast as with dense gradients" in str(fxprune.gradient_report())

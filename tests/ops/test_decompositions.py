@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fxprune
-from fxprune.ops import BACKWARD_ONLY, OPS
+from fxprune.decompositions import BACKWARD
+from fxprune.ops import OPS
 from fxprune.ops.operator import Operator
 from tests.oracle import tensors
 
@@ -42,7 +43,7 @@ def programs(op: Operator) -> list[tuple[torch.export.ExportedProgram, list[Tens
     return found
 
 
-EXPORTED = [op for op in OPS if op.name not in BACKWARD_ONLY]
+EXPORTED = [op for op in OPS if op.name not in BACKWARD]
 
 
 def test_the_table_names_what_an_export_may_hold() -> None:

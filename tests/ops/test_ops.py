@@ -31,7 +31,15 @@ BAD = [
     for i, (args, message) in enumerate(op.bad_samples())
 ]
 # pack and unpack scatter into zeros, and relu6 stops most gradients: what is left must not be all zeros
-ZEROS = {"tile_pack": 0.97, "tile_unpack": 0.97, "tile_gemm": 0.75, "tile_conv": 0.75, "region": 0.75, "nm_prune": 0.9}
+ZEROS = {
+    "tile_pack": 0.97,
+    "tile_unpack": 0.97,
+    "tile_gemm": 0.75,
+    "tile_conv": 0.75,
+    "region": 0.75,
+    "nm_prune": 0.9,
+    "skip_zeros_mm": 0.75,
+}
 EXACT = ("none", "relu", "relu6")
 WITHOUT_GRADIENT = {"region", "rnn_steps", "nm_prune", "dsconv", "depthwise_pool"}
 # a sigmoid between sums (tests/csrc/test_rnn.py has the exact cases); draws and quotients (tests/ops/test_nm_prune.py)

@@ -7,6 +7,7 @@
 
 #include "fxprune/depthwise_taps.h"
 #include "fxprune/nm_prune.h"
+#include "fxprune/skip_zeros.h"
 #include "fxprune/tile_conv.h"
 #include "fxprune/tile_gemm.h"
 #include "fxprune/tile_image.h"

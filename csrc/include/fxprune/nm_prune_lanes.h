@@ -87,11 +87,13 @@ struct NmKernel {
       Float total{};
       for (int i = 0; i < m; ++i) total += reinterpret_cast<Float>(key[i]);
       const Int plain = special | (reinterpret_cast<Int>(total) >= 0x7f800000);
-      keep_largest<L, M>(key, m, n, keep);
-      for (int i = 0; i < m; ++i) {
-        x[i] = reinterpret_cast<Float>(reinterpret_cast<Int>(x[i]) & (keep[i] | ~plain));
+      if (any<L>(plain)) {
+        keep_largest<L, M>(key, m, n, keep);
+        for (int i = 0; i < m; ++i) {
+          x[i] = reinterpret_cast<Float>(reinterpret_cast<Int>(x[i]) & (keep[i] | ~plain));
+        }
       }
-      return sample_unbiased<L>(x, m, n, draw<L>(a, position, channel), plain);
+      return sample_unbiased<L, M>(x, m, n, draw<L>(a, position, channel), plain);
     }
     keep_largest<L, M>(key, m, n, keep);
     Float before{}, after{};

@@ -12,7 +12,7 @@ namespace fxprune {
 // comparisons: each pair is compared once, and a key stays if fewer than n others precede it. M = m
 // when it is known.
 template <class L, int M>
-inline void keep_largest(const typename L::Int* key, int m, int n, typename L::Int* keep) {
+inline void keep_by_rank(const typename L::Int* key, int m, int n, typename L::Int* keep) {
   using Int = typename L::Int;
   const int size = M ? M : m;
   Int rank[M ? M : kMostOfGroup];
@@ -29,6 +29,51 @@ inline void keep_largest(const typename L::Int* key, int m, int n, typename L::I
   }
 #pragma GCC unroll 8
   for (int i = 0; i < size; ++i) keep[i] = rank[i] < n;
+}
+
+// The same for N of many keys, none of them negative: the N largest are held in order, each key
+// sinks to its place among them, and what exceeds the least of them stays. m * N steps, not m * m.
+template <class L, int N>
+inline void keep_by_threshold(const typename L::Int* key, int m, typename L::Int* keep) {
+  using Int = typename L::Int;
+  Int top[N];
+#pragma GCC unroll 16
+  for (int j = 0; j < N; ++j) top[j] = L::splat(-1);
+  for (int i = 0; i < m; ++i) {
+    Int sinking = key[i];
+#pragma GCC unroll 16
+    for (int j = 0; j < N; ++j) {
+      const Int higher = sinking > top[j] ? sinking : top[j];
+      sinking = sinking > top[j] ? top[j] : sinking;
+      top[j] = higher;
+    }
+  }
+  Int room = L::splat(N);  // for keys equal to the least
+  for (int i = 0; i < m; ++i) room += key[i] > top[N - 1];
+  for (int i = 0; i < m; ++i) {
+    const Int tie = (key[i] == top[N - 1]) & (room > 0);
+    keep[i] = (key[i] > top[N - 1]) | tie;
+    room += tie;
+  }
+}
+
+template <class L, int M>
+inline void keep_largest(const typename L::Int* key, int m, int n, typename L::Int* keep) {
+  if constexpr (M == 0) {
+    if (m > 8 && n == 1) return keep_by_threshold<L, 1>(key, m, keep);
+    if (m > 8 && n == 2) return keep_by_threshold<L, 2>(key, m, keep);
+    if (m > 8 && n == 4) return keep_by_threshold<L, 4>(key, m, keep);
+    if (m > 8 && n == 8) return keep_by_threshold<L, 8>(key, m, keep);
+  }
+  keep_by_rank<L, M>(key, m, n, keep);
+}
+
+// True when a lane of a comparison is.
+template <class L>
+inline bool any(typename L::Int mask) {
+  bool found = false;
+  for (unsigned lane = 0; lane < sizeof(mask) / 4; ++lane) found |= mask[lane] != 0;
+  return found;
 }
 
 // The same for groups of M = 2, 4, 8 or 16 neighbouring lanes: every lane meets each other of its
@@ -90,38 +135,41 @@ inline typename L::Word draw_channels(const NmPrune& a, int64_t position, int64_
 // systematic sampling with one random number draws the others, so that exactly n stay.
 // Probabilities are multiples of 2^-24, so that the draw is free of rounding. Lanes of `plain` are
 // left alone.
-template <class L>
-inline void sample_unbiased(typename L::Float* x, int m, int n, typename L::Word random,
+template <class L, int M>
+inline void sample_unbiased(typename L::Float* x, int m_in, int n, typename L::Word random,
                             typename L::Int plain) {
   using Float = typename L::Float;
   using Int = typename L::Int;
   constexpr int32_t kOne = 1 << 24, kMargin = 256;  // more than all roundings of a group add up to
-  Float size[kMostOfGroup], sum{};
-  Int certain[kMostOfGroup], left = L::splat(n);
+  const int m = M ? M : m_in;
+  Float size[M ? M : kMostOfGroup], sum{};
+  Int certain[M ? M : kMostOfGroup], left = L::splat(n);
+#pragma GCC unroll 8
   for (int i = 0; i < m; ++i) {
     size[i] = reinterpret_cast<Float>(reinterpret_cast<Int>(x[i]) & 0x7fffffff);
     certain[i] = Int{};
   }
   for (int round = 0; round <= n; ++round) {
     sum = Float{};
+#pragma GCC unroll 8
     for (int i = 0; i < m; ++i) sum += L::choose(certain[i], Float{}, size[i]);
     const Float share = __builtin_convertvector(left, Float);
     Int changed{};
+#pragma GCC unroll 8
     for (int i = 0; i < m; ++i) {
       const Int now = ~certain[i] & (size[i] > 0.0f) & (size[i] * share >= sum);
       certain[i] |= now;
       changed |= now;
       left += now;
     }
-    bool any = false;
-    for (unsigned lane = 0; lane < sizeof(Int) / 4; ++lane) any |= changed[lane] != 0;
-    if (!any) break;
+    if (!any<L>(changed)) break;
   }
   Int start = reinterpret_cast<Int>(random >> 8);
   const Int low = start<kMargin, high = start> kOne - 1 - kMargin;
   start = (low & kMargin) | (high & (kOne - 1 - kMargin)) | (~(low | high) & start);
   const Float share = __builtin_convertvector(left, Float);
   Int reached{}, passed{};
+#pragma GCC unroll 8
   for (int i = 0; i < m; ++i) {
     const Int open = ~certain[i] & (sum > 0.0f);
     const Float chance = L::choose(open, size[i] * share / sum, Float{});

@@ -1,0 +1,162 @@
+"""Times whole training steps with pruned data gradients against stock Inductor, and each layer's data gradient.
+
+    python benchmarks/bench_sdgp.py [--nets NAME ...] [--ratios auto:4:32 ...] [--rounds N] [--out FILE]
+
+A step is forward, backward and SGD. Every ratio is a compile of its own of the same network; steps of all are interleaved,
+and the median of each is reported. The result is benchmarks/results/<machine>/sdgp.json; benchmarks/render_sdgp.py writes
+docs/sdgp-results.md from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import logging
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench_models import ENVIRONMENT, RESULTS, commit, machine, versions
+
+RATIOS = ("auto:2:4", "auto:2:8", "auto:4:32", "auto:1:16", "4:32")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
+    parser.add_argument("--ratios", nargs="+", default=list(RATIOS))
+    parser.add_argument("--rounds", type=int, default=20, help="interleaved steps of each")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="the JSON file (default: results/<machine>/sdgp.json)")
+    args = parser.parse_args(argv)
+    for name, value in ENVIRONMENT.items():
+        if os.environ.get(name) != value:  # read when the process starts
+            os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
+    import torch
+
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    torch.set_num_threads(args.threads)
+    record = {
+        "threads": args.threads,
+        "rounds": args.rounds,
+        "rows": [row for net in args.nets for row in measured(net, args.ratios, args.rounds)],
+        "machine": machine(),
+        "versions": versions(),
+        "date": f"{datetime.date.today()}",
+        "commit": commit(),
+    }
+    path = args.out or RESULTS / machine()["slug"] / "sdgp.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def transformer() -> tuple[Any, Any]:
+    """Four encoder layers as wide as BERT base, on eight sequences of 64 tokens."""
+    import torch
+
+    layer = torch.nn.TransformerEncoderLayer(768, 12, 3072, dropout=0.0, activation="gelu", batch_first=True)
+    return torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False), torch.randn(8, 64, 768)
+
+
+def bottlenecks() -> tuple[Any, Any]:
+    """Six of ResNet-50's blocks of 1x1, 3x3 and 1x1 convolutions, on eight maps of 256 x 28 x 28."""
+    import torch
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            sizes = ((256, 64, 1), (64, 64, 3), (64, 256, 1))
+            parts = [(nn.Conv2d(i, o, k, padding=k // 2, bias=False), nn.BatchNorm2d(o)) for i, o, k in sizes]
+            self.layers = nn.ModuleList([nn.Sequential(*part) for part in parts])
+
+        def forward(self, x: Any) -> Any:
+            y = x
+            for i, layer in enumerate(self.layers):
+                y = layer(y if i == 0 else y.relu())
+            return (x + y).relu()
+
+    return nn.Sequential(*[Block() for _ in range(6)]), torch.randn(8, 256, 28, 28)
+
+
+def perceptron() -> tuple[Any, Any]:
+    """Six linear layers of 1024 features, on 1024 rows."""
+    import torch
+    from torch import nn
+
+    layers = [part for _ in range(6) for part in (nn.Linear(1024, 1024), nn.ReLU())]
+    return nn.Sequential(*layers), torch.randn(1024, 1024)
+
+
+NETS: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "transformer": transformer,
+    "bottlenecks": bottlenecks,
+    "perceptron": perceptron,
+}
+
+
+def measured(net: str, ratios: list[str], rounds: int) -> list[dict[str, Any]]:
+    """Return a row per ratio: milliseconds of a step, the ratio to stock's, and the layers."""
+    import torch
+
+    import fxprune
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = NETS[net]()
+    steps, layers = {"stock": step(model, x)}, {}
+    for ratio in ratios:
+        steps[ratio] = step(model, x, {"grad_sparsity": ratio})
+        steps[ratio]()
+        layers[ratio] = fxprune.gradient_report().to_dict()["rows"]
+    for run in steps.values():
+        for _ in range(3):
+            run()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, run in steps.items():
+            start = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    rows = []
+    for ratio in ratios:
+        pairs = zip(times["stock"], times[ratio], strict=True)
+        gain = statistics.median(stock / taken for stock, taken in pairs)
+        print(f"{net:12} {ratio:10} {medians[ratio]:8.2f} ms, stock {medians['stock']:8.2f} ms, {gain:.3f}x", flush=True)
+        times_of = {"stock ms": round(medians["stock"], 3), "ms": round(medians[ratio], 3), "speed-up": round(gain, 3)}
+        rows.append({"net": net, "ratio": ratio, **times_of, "layers": layers[ratio]})
+    return rows
+
+
+def step(model: Any, x: Any, options: dict[str, Any] | None = None) -> Callable[[], None]:
+    """Return one training step of a copy of the network, compiled by Inductor or by us."""
+    import torch
+
+    import fxprune
+
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    if options is None:
+        call: Any = torch.compile(model)
+    else:
+        call = torch.compile(model, backend=fxprune.hwprune, options=options)
+    upstream = torch.randn_like(model(x))
+
+    def run() -> None:
+        optimizer.zero_grad()
+        call(x).backward(upstream)
+        optimizer.step()
+
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main())

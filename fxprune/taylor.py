@@ -1,0 +1,80 @@
+"""Importance by gradients over several optimizer steps, for :class:`~fxprune.pruner.Pruner`.
+
+A weight's score is the sum of ``(gradient * weight)^2`` over the steps (Molchanov et al., CVPR 2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fxprune.errors import ConfigError
+from fxprune.hold import Places, local, shard, whole
+from fxprune.importance import Measured
+
+
+class TaylorScores:
+    """Adds up ``(gradient * weight)^2`` of the parameters named, of gradients as the optimizer sees them.
+
+    listening: whether the step to come counts. Sharded parameters have sharded scores.
+    """
+
+    def __init__(self, names: Sequence[str], places: Places, listening: Callable[[], bool]) -> None:
+        self._names, self._places, self._listening = list(names), places, listening
+        self._scores: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def accumulate(self, optimizer: torch.optim.Optimizer) -> None:
+        """Add one step's, ahead of the optimizer's; a step that a gradient scaler skips counts for nothing."""
+        overflow = getattr(optimizer, "found_inf", None)
+        if not self._listening() or (overflow is not None and bool(overflow)):
+            return
+        scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which unscales in its own kernel
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name in self._names:
+            parameter = self._places[name]
+            if id(parameter) not in mine or parameter.grad is None:
+                continue
+            score = self._scores.get(name)
+            if score is None:
+                score = self._scores[name] = torch.zeros_like(parameter, dtype=torch.float32)
+            gradient = local(parameter.grad).float()
+            if scale is not None:
+                gradient = gradient / scale
+            local(score).add_((gradient * local(parameter).float()).square_())
+
+    def measured(self, window: int) -> Measured:
+        """Return the scores, the same on every rank. Raises :class:`~fxprune.errors.ConfigError` when one is missing."""
+        missing = [name for name in self._names if name not in self._scores]
+        if missing:
+            expected = f"a gradient for {missing[0]!r} in the {window} steps before a round"
+            raise ConfigError(name="importance", given="taylor", expected=expected)
+        return Measured({name: _reduced(score) for name, score in self._scores.items()})
+
+    def clear(self) -> None:
+        self._scores = {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: whole(score).clone() for name, score in self._scores.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._scores = {name: laid_out(score, self._places[name]) for name, score in state.items()}
+
+
+def laid_out(full: Tensor, parameter: Tensor) -> Tensor:
+    """Return a tensor that lies as the parameter does, from one that every rank holds in full."""
+    result = torch.zeros_like(parameter, dtype=full.dtype)
+    local(result).copy_(shard(full, parameter))
+    return result
+
+
+def _reduced(score: Tensor) -> Tensor:
+    """Return a score in full, averaged over the ranks."""
+    total = whole(score)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        total = total.clone()
+        torch.distributed.all_reduce(total)
+        total /= torch.distributed.get_world_size()
+    return total
