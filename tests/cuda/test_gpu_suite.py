@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gpu import place, test_convolutions, test_nm_prune, test_operators
+from tests.gpu import place, test_convolutions, test_nm_prune, test_operators, test_small
 
 FLOAT = torch.float32
 
@@ -40,6 +40,12 @@ def test_gemms_are_built_right() -> None:
 @pytest.mark.parametrize("function", ("random", "rescaled_magnitude", "mvue"))
 def test_gradients_are_built_right(function: str) -> None:
     test_nm_prune.test_equals_the_reference_bit_for_bit(function, FLOAT)
+
+
+def test_small_cases_are_built_right() -> None:
+    test_small.test_gemms_and_convolutions(FLOAT)
+    for op in test_small.PLAIN:
+        test_small.test_samples(op, FLOAT)
 
 
 def test_a_wrong_result_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
