@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import render
+import render_export
 
 from fxprune.config import Config
 
@@ -42,6 +43,10 @@ def test_benchmark_tables_are_current() -> None:
         "run benchmarks/render.py"
     )
     assert render.page(render.RESULTS) == render.PAGE.read_text(), "run benchmarks/render.py"
+
+
+def test_exported_files_page_is_current() -> None:
+    assert render_export.page(render.RESULTS) == render_export.PAGE.read_text(), "run benchmarks/render_export.py"
 
 
 def test_readme_links_exist() -> None:

@@ -1,4 +1,4 @@
-"""``skip_zeros_mm`` at the ends of its panels, blocks and units: every memory format, density, instruction set and thread count.
+"""``skip_zeros_mm`` at the ends of its panels, blocks and units: every format, density, instruction set and thread count.
 
 Small integers make every order of summation exact.
 """
