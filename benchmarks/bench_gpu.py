@@ -23,14 +23,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fxprune.lowering import library
-from gpu_timing import Rivals, micros
+from gpu_fusions import fusion_rows
+from gpu_timing import Rivals, Row, micros, row, share
 from torch import Tensor
 
 from fxprune.ops import cuda_tile_image as tile_image
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = ("ceilings", "depthwise", "gemm", "models")
-Row = dict[str, Any]
+SECTIONS = ("ceilings", "depthwise", "gemm", "fusions", "models")
 # Speed-ups over dense predicted from the roofline, by (layer, kept share): whole-model floors at batch 32 at 80 % of the
 # tensor cores' rate for GEMMs, instruction counts for depthwise.
 PREDICTED_GEMM = {0.5: 1.46, 0.3: 2.06}
@@ -57,6 +57,7 @@ def main() -> int:
     sections: dict[str, Callable[[], Iterator[Row]]] = {
         "depthwise": lambda: depthwise_rows(ceilings),
         "gemm": lambda: gemm_rows(ceilings),
+        "fusions": lambda: fusion_rows(ceilings),
         "models": model_rows,
     }
     with torch.no_grad():
@@ -121,20 +122,6 @@ def measure_ceilings() -> dict[str, float]:
     return {"copy_tb_s": round(copy, 3), "matmul_tflop_s": round(matmul, 1), "launch_us": round(times["launch"], 2)}
 
 
-def row(name: str, rivals: Rivals, predicted: float | None, **more: Any) -> Row:
-    """Time all calls of a case; the first one is ours."""
-    times = micros(rivals.calls)
-    ours = next((us for name, us in times.items() if name.startswith("ours")), None)
-    dense = {name: us for name, us in times.items() if not name.startswith("ours")}
-    best = min(dense, key=lambda name: dense[name]) if dense else None
-    speedup = dense[best] / ours if best and ours else None
-    rounded = {name: round(us, 2) for name, us in times.items()}
-    return {
-        "case": name, "us": rounded, "best_rival": best, "speedup": None if speedup is None else round(speedup, 3),
-        "predicted": predicted, **{k: v(ours) if ours else None for k, v in more.items()}, "left_out": rivals.left_out,
-    }  # fmt: skip
-
-
 def depthwise_rows(ceilings: dict[str, float]) -> Iterator[Row]:
     layers = (  # batch, channels, side, kernel, stride
         (32, 96, 56, 7, 1), (32, 384, 14, 7, 1), (32, 144, 56, 3, 1), (32, 384, 14, 3, 1), (32, 96, 112, 3, 2),
@@ -194,10 +181,6 @@ def with_kernel(call: Callable[[], Tensor], kernel: str | None) -> Callable[[], 
             return call()
 
     return run
-
-
-def share(rate: float, ceiling: float) -> float:
-    return round(rate / ceiling, 3)
 
 
 def gemm_rows(ceilings: dict[str, float]) -> Iterator[Row]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 Call = Callable[[], Any]
+Row = dict[str, Any]
 
 
 class Rivals:
@@ -74,3 +75,21 @@ def captured(call: Call, repeats: int) -> Call | None:
         torch.cuda.synchronize()
         return None
     return graph.replay
+
+
+def row(name: str, rivals: Rivals, predicted: float | None, **more: Any) -> Row:
+    """Time all calls of a case; the first one is ours."""
+    times = micros(rivals.calls)
+    ours = next((us for name, us in times.items() if name.startswith("ours")), None)
+    dense = {name: us for name, us in times.items() if not name.startswith("ours")}
+    best = min(dense, key=lambda name: dense[name]) if dense else None
+    speedup = dense[best] / ours if best and ours else None
+    rounded = {name: round(us, 2) for name, us in times.items()}
+    return {
+        "case": name, "us": rounded, "best_rival": best, "speedup": None if speedup is None else round(speedup, 3),
+        "predicted": predicted, **{k: v(ours) if ours else None for k, v in more.items()}, "left_out": rivals.left_out,
+    }  # fmt: skip
+
+
+def share(rate: float, ceiling: float) -> float:
+    return round(rate / ceiling, 3)

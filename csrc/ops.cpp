@@ -309,6 +309,12 @@ STABLE_TORCH_LIBRARY(fxprune, m) {
       "depthwise_pool(Tensor x, Tensor weight, Tensor taps, Tensor? bias, int[] kernel_size, int[] "
       "stride, int[] padding, int[] dilation, str activation=\"none\") -> Tensor[]");
   m.def(
+      "depthwise_grad_input(Tensor grad, Tensor weight, Tensor taps, int[] size, int[] "
+      "kernel_size, int[] stride, int[] padding, int[] dilation) -> Tensor");
+  m.def(
+      "depthwise_grad_weight(Tensor grad, Tensor x, Tensor taps, int[] kernel_size, int[] stride, "
+      "int[] padding, int[] dilation) -> Tensor");
+  m.def(
       "dsconv(Tensor x, Tensor weight, Tensor taps, Tensor? depthwise_bias, Tensor values, Tensor "
       "index, Tensor tile_ptr, Tensor columns, Tensor? bias, Tensor? residual, int[] kernel_size, "
       "int[] stride, int[] padding, int[] dilation, int out_features, int granularity, "

@@ -9,7 +9,8 @@ import torch
 
 from fxprune.ops import OPS
 
-BACKWARD = ("nm_prune", "skip_zeros_mm")  # operators that passes put into backward graphs alone
+# operators that backward graphs alone hold
+BACKWARD = ("nm_prune", "skip_zeros_mm", "depthwise_grad_input", "depthwise_grad_weight")
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

@@ -42,7 +42,8 @@ def fuse_dsconv(gm: GraphModule, ctx: Context, compare: Compare | None = None) -
 
 def shared_memory(device: torch.device) -> int:
     """Return the bytes of shared memory that a block of a GPU may have."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 def _fused(node: Node) -> tuple[Any, ...] | None:

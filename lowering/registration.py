@@ -8,6 +8,7 @@ import torch
 
 from ..ops import OPS, marks
 from . import library
+from .kernels.cpu import REFERENCE_ONLY
 
 _LOCK = threading.Lock()
 _DONE: list[torch.library.Library] = []
@@ -23,6 +24,6 @@ def register() -> None:
         for op in OPS:
             torch.library.register_fake(op.qualname, op.fake, lib=lib)
             torch.library.register_autograd(op.qualname, op.backward, setup_context=op.setup_context, lib=lib)
-            if not compiled:
+            if not compiled or op.name in REFERENCE_ONLY:
                 lib.impl(op.name, op.reference, "CompositeExplicitAutograd")
         _DONE.extend((lib, marks.define()))

@@ -18,8 +18,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("build", "tests", "sanitizer", "bench")
-# compute-sanitizer slows kernels a hundredfold: one small case of every kernel
-SANITIZED = "test_tile_gemm and (40, or 33, or 100,) or test_activations and none"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SHARES = {"build": 0.3, "tests": 0.35, "sanitizer": 0.2, "bench": 1.0}  # of the time that is left
 
@@ -77,7 +75,7 @@ def run_step(step: str, seconds: float) -> list[str]:
     if tool is None:
         print("gpu: sanitizer skipped, there is no compute-sanitizer")
         return []
-    tests = ("-m", "pytest", "tests/gpu/test_operators.py", "-q", "-p", "no:cacheprovider", "-k", SANITIZED)
+    tests = ("-m", "pytest", "tests/gpu/test_small.py", "-q", "-p", "no:cacheprovider")
     problems = []
     for name in SANITIZERS:
         prefix = (tool, "--tool", name, "--error-exitcode", "9", "--target-processes", "all")

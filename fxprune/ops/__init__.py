@@ -1,6 +1,7 @@
 """The semantic operators. Adding one is a file here and its name in ``OPS``."""
 
 from fxprune.ops import (
+    depthwise_gradients,
     depthwise_pool,
     depthwise_taps,
     dsconv,
@@ -18,6 +19,8 @@ OPS: tuple[Operator, ...] = (
     depthwise_taps.OPERATOR,
     tile_gemm.OPERATOR,
     tile_conv.OPERATOR,
+    depthwise_gradients.INPUT,
+    depthwise_gradients.WEIGHT,
     depthwise_pool.OPERATOR,
     dsconv.OPERATOR,
     tile_pack.PACK,

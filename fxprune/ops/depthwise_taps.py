@@ -80,6 +80,31 @@ def backward(ctx: Any, grad: Tensor) -> Args:
         pre = torch.ops.fxprune.depthwise_taps(x, weight, taps, bias, *geometry, "none")
         grad = act.BACKWARD[ctx.activation](grad, pre)
     need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    grad_x, grad_weight = (_sparse if grad.is_cuda else _dense)(ctx, grad, x, weight, taps, need_x, need_weight)
+    grad_bias = grad.sum((0, 2, 3), dtype=bias.dtype) if bias is not None and ctx.needs_input_grad[3] else None
+    gradients = (grad_x if need_x else None, grad_weight, None, grad_bias)
+    pairs = zip(gradients, ctx.saved_tensors, strict=True)
+    return *(g if g is None else g.to(t.dtype) for g, t in pairs), None, None, None, None, None
+
+
+def _sparse(
+    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, taps: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients over the kept taps alone, by the kernels of a GPU."""
+    window = (ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation)
+    grad, weight = grad.to(x.dtype), weight.to(x.dtype)
+    grad_x = grad_weight = None
+    if need_x:
+        grad_x = torch.ops.fxprune.depthwise_grad_input(grad, weight, taps, list(x.shape[2:]), *window)
+    if need_weight:
+        grad_weight = torch.ops.fxprune.depthwise_grad_weight(grad, x, taps, *window)
+    return grad_x, grad_weight
+
+
+def _dense(
+    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, taps: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """PyTorch's gradients of the masked dense convolution, that of the weight masked."""
     grad_x, grad_window, _ = aten.convolution_backward.default(
         grad,
         x,
@@ -97,10 +122,7 @@ def backward(ctx: Any, grad: Tensor) -> Args:
     if need_weight:
         kept = tap_mask(taps, weight.shape[1])
         grad_weight = torch.where(kept, grad_window.reshape(weight.shape), grad_window.new_zeros(()))
-    grad_bias = grad.sum((0, 2, 3), dtype=bias.dtype) if bias is not None and ctx.needs_input_grad[3] else None
-    gradients = (grad_x if need_x else None, grad_weight, None, grad_bias)
-    pairs = zip(gradients, ctx.saved_tensors, strict=True)
-    return *(g if g is None else g.to(t.dtype) for g, t in pairs), None, None, None, None, None
+    return grad_x, grad_weight
 
 
 def random_taps(channels: int, count: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 
-from tests.gpu import place, test_convolutions, test_nm_prune, test_operators
+from tests.gpu import place, test_convolutions, test_nm_prune, test_operators, test_small
 
 FLOAT = torch.float32
 
@@ -36,8 +42,45 @@ def test_gradients_are_built_right(function: str) -> None:
     test_nm_prune.test_equals_the_reference_bit_for_bit(function, FLOAT)
 
 
+def test_small_cases_are_built_right() -> None:
+    test_small.test_gemms_and_convolutions(FLOAT)
+    for op in test_small.PLAIN:
+        test_small.test_samples(op, FLOAT)
+
+
 def test_a_wrong_result_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     case = test_convolutions.pairs.case
     monkeypatch.setattr(test_convolutions.pairs, "case", lambda *a, **k: (case(*a, **k)[0], case(*a, **k)[1] + 1))
     with pytest.raises(AssertionError):
         test_convolutions.test_dsconv(test_convolutions.PAIRS[0], 3, FLOAT)
+
+
+@pytest.fixture
+def fusions(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/gpu_fusions.py on the CPU: every call runs once, and no time is taken."""
+    folder = Path(__file__).resolve().parents[2] / "benchmarks"
+    loaded = {}
+    for name in ("gpu_timing", "gpu_fusions"):
+        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        loaded[name] = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, loaded[name])
+        spec.loader.exec_module(loaded[name])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(loaded["gpu_timing"], "micros", lambda calls: dict.fromkeys(calls, 2.0))
+    monkeypatch.setattr(loaded["gpu_fusions"], "DEVICE", "cpu")
+    monkeypatch.setattr(loaded["gpu_fusions"], "DTYPE", FLOAT)
+    return loaded["gpu_fusions"]
+
+
+def test_benchmarks_are_built_right(fusions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PAIRS", "WINDOWS"):
+        monkeypatch.setattr(fusions, name, ((2, 16, 9, 70, 3, 1),))
+    monkeypatch.setattr(fusions, "POOLS", ((2, 16, 9, 3, 1),))
+    monkeypatch.setattr(fusions, "GRADIENTS", ((1, 64, 4),))
+    monkeypatch.setattr(fusions, "backward_row", lambda *shape, run=fusions.backward_row: run(2, 16, 9, shape[-1]))
+    rows = list(fusions.fusion_rows({"copy_tb_s": 4.3}))
+    assert len(rows) == 8
+    for row in rows:
+        assert not row["left_out"], row
+        assert row["us"]["ours"] == 2.0 and row["speedup"] == 1.0

@@ -62,6 +62,15 @@ def test_rows_that_are_not_aligned(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+@pytest.mark.parametrize("g", (1, 2, 5))
+def test_tiles_of_few_features(g: int, dtype: torch.dtype) -> None:
+    """Single elements, with many tokens and with fewer than a block has threads; more rows than an image's block."""
+    check((2, 140, 7), 9, g, dtype=dtype, keep=0.7, extras="br", activation="relu6", seed=1)
+    check((1, 20, 1040), 5, g, dtype=dtype, keep=0.3, extras="bg", columns=0.8)
+    check((1, 20, 64), 5, g, dtype=dtype, shift=1, empty_tile=True, seed=2)
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
 @pytest.mark.parametrize("extras", ("", "r", "g", "brg"))
 def test_epilogues(extras: str, dtype: torch.dtype) -> None:
     check((2, 40, 24), 72, 64, dtype=dtype, extras=extras, activation="relu6")

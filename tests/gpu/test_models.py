@@ -22,6 +22,20 @@ class Separable(nn.Sequential):
         super().__init__(*pair(64, 128, 3, 1), *pair(128, 128, 5, 2), *pair(128, 256, 7, 1), nn.AdaptiveAvgPool2d(1))
 
 
+class Excited(nn.Module):
+    """Depthwise, squeeze-and-excite, 1x1: the depthwise kernel pools, the GEMM takes the gate; and a 3x3 convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.depthwise = nn.Conv2d(64, 128, 3, 2, 1), nn.Conv2d(128, 128, 5, 1, 2, groups=128)
+        self.squeeze, self.excite, self.project = nn.Conv2d(128, 32, 1), nn.Conv2d(32, 128, 1), nn.Conv2d(128, 64, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.silu(self.depthwise(nn.functional.silu(self.stem(x))))
+        gate = torch.sigmoid(self.excite(nn.functional.silu(self.squeeze(y.mean((2, 3), keepdim=True)))))
+        return self.project(y * gate)
+
+
 class Feed(nn.Module):
     """A transformer's feed-forward block."""
 
@@ -33,21 +47,24 @@ class Feed(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 
-CASES = (("separable", Separable, (8, 64, 28, 28)), ("feed", Feed, (4, 128, 256)))
+CASES = (
+    ("separable", Separable, (8, 64, 28, 28)), ("excited", Excited, (8, 64, 28, 28)), ("feed", Feed, (4, 128, 256)),
+)  # fmt: skip
 
 
+@pytest.mark.parametrize("autotune", ("off", "fast"))  # pairs are fused only where fusing may be measured
 @pytest.mark.parametrize("mode", ("default", "reduce-overhead"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize(("name", "build", "shape"), CASES, ids=[c[0] for c in CASES])
 def test_compiled_equals_masked_dense(
-    name: str, build: type[nn.Module], shape: tuple[int, ...], dtype: torch.dtype, mode: str
+    name: str, build: type[nn.Module], shape: tuple[int, ...], dtype: torch.dtype, mode: str, autotune: str
 ) -> None:
     torch.manual_seed(0)
     model = build().eval()
     model = fxprune.prune(model, (torch.randn(1, *shape[1:]),), sparsity=0.6).model.cuda().to(dtype)
     x = torch.randn(shape, device="cuda", dtype=dtype)
     torch._dynamo.reset()
-    chosen = {**FORCED, "mode": mode, "require_sparse": True, "fallback": "inductor"}
+    chosen = {**FORCED, "mode": mode, "autotune": autotune, "require_sparse": True, "fallback": "inductor"}
     fast = torch.compile(model, backend="hwprune", options={k: v for k, v in chosen.items() if v != "default"})
     with torch.no_grad():
         expected, exact = model(x), copy.deepcopy(model).double()(x.double())

@@ -69,7 +69,7 @@ template <class T, class Launcher>
 void depthwise_pool(Launcher& launcher, const DepthwiseArgs& a, void* mean) {
   const auto least = [](int64_t x, int64_t y) { return x < y ? x : y; };
   constexpr int64_t kMostBlocks = int64_t{1} << 20;
-  depthwise_taps<T>(launcher, a);
+  depthwise_taps<T, true>(launcher, a);
   PoolArgs pool{a.out,        a.pool, a.pool, a.batch * a.channels, int64_t{a.out_h} * a.out_w,
                 pool_parts(a)};
   if (!has_tiles(a)) {

@@ -29,7 +29,7 @@ struct DepthwiseArgs {
   int height, width, out_h, out_w, tap_words;
   int kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   Activation activation;
-  // (batch, channels, tiles_x * tiles_y): sums of the rounded results by tile, or null.
+  // (batch, channels, tiles_x * tiles_y): sums of the rounded results by tile.
   float* pool;
   bool flipped;  // DepthwiseTiles only: tap t has the weight and the bit of tap K*K-1-t
   // DepthwiseTiles only: threads of a tile along x and y, images per block, tiles per plane, and
@@ -59,12 +59,13 @@ struct DepthwiseTile {
   }
 };
 
-template <class T, int K, int S>
+// Pool: also adds up its results into `pool`, which takes registers.
+template <class T, int K, int S, bool Pool = false>
 struct DepthwiseTiles {
   using Args = DepthwiseArgs;
   using Tile = DepthwiseTile<T, K, S>;
   // A block less where the window of a thread alone takes over 80 registers of 4 bytes.
-  static constexpr int kThreads = 128, kBlocks = S == 2 && K == 7 ? 2 : 3;
+  static constexpr int kThreads = 128, kBlocks = S == 2 && (K == 7 || Pool) ? 2 : 3;
   static constexpr int kPack = Tile::kPack, kPad = K / 2;
   static constexpr int kSkip = Tile::kLeft - kPad;  // staged columns before a thread's window
   static constexpr int kWindow = (kDepthwiseColumns - 1) * S + K;
@@ -161,15 +162,16 @@ struct DepthwiseTiles {
       pooled = compute(a, tile, weights, mask, plane + image * a.channels, channel, image, ty, tx,
                        row, column);
     }
-    if (a.pool == nullptr) return;
-    pooled = add_up(pooled, within, per_image);
-    if (image < images && within == 0) {
-      const int64_t at = (plane + image * a.channels) * a.tiles_y + tile_y;
-      store_global<float>(a.pool + at * a.tiles_x + tile_x, pooled);
+    if constexpr (Pool) {
+      pooled = add_up(pooled, within, per_image);
+      if (image < images && within == 0) {
+        const int64_t at = (plane + image * a.channels) * a.tiles_y + tile_y;
+        store_global<float>(a.pool + at * a.tiles_x + tile_x, pooled);
+      }
     }
   }
 
-  // Computes and stores the outputs of a thread; returns the sum of them as stored.
+  // Computes and stores the outputs of a thread; returns, with Pool, the sum of them as stored.
   static FXPRUNE_GPU float compute(const Args& a, const char* tile, const char* weights,
                                    uint64_t mask, int64_t out_plane, int64_t channel, int image,
                                    int ty, int tx, int row, int column) {
@@ -195,7 +197,7 @@ struct DepthwiseTiles {
       if (row + o < a.out_h) {
         const int64_t at = (out_plane * a.out_h + row + o) * a.out_w + column;
         store(a, static_cast<T*>(a.out) + at, a.out_w - column, sums[o]);
-        if (a.pool != nullptr) {
+        if constexpr (Pool) {
           FXPRUNE_UNROLLED
           for (int j = 0; j < kDepthwiseColumns; ++j) {
             if (column + j < a.out_w) pooled += to_float(from_float<T>(sums[o][j]));
@@ -327,7 +329,7 @@ inline void set_tiles(DepthwiseArgs* a, int threads) {
 
 // Runs the operator by `launcher.launch<Kernel>(grid, shared bytes, args)`. The geometry and the
 // pointers of `a` are set; the rest is chosen here.
-template <class T, class Launcher>
+template <class T, bool Pool = false, class Launcher>
 void depthwise_taps(Launcher& launcher, DepthwiseArgs a) {
   const auto tiles = [&](auto kernel) {
     using Kernel = decltype(kernel);
@@ -352,13 +354,13 @@ void depthwise_taps(Launcher& launcher, DepthwiseArgs a) {
   const int k = a.kernel_h;
   if (has_tiles(a)) {
     if (a.stride_h == 1) {
-      if (k == 3) return tiles(DepthwiseTiles<T, 3, 1>());
-      if (k == 5) return tiles(DepthwiseTiles<T, 5, 1>());
-      return tiles(DepthwiseTiles<T, 7, 1>());
+      if (k == 3) return tiles(DepthwiseTiles<T, 3, 1, Pool>());
+      if (k == 5) return tiles(DepthwiseTiles<T, 5, 1, Pool>());
+      return tiles(DepthwiseTiles<T, 7, 1, Pool>());
     }
-    if (k == 3) return tiles(DepthwiseTiles<T, 3, 2>());
-    if (k == 5) return tiles(DepthwiseTiles<T, 5, 2>());
-    return tiles(DepthwiseTiles<T, 7, 2>());
+    if (k == 3) return tiles(DepthwiseTiles<T, 3, 2, Pool>());
+    if (k == 5) return tiles(DepthwiseTiles<T, 5, 2, Pool>());
+    return tiles(DepthwiseTiles<T, 7, 2, Pool>());
   }
   const int64_t total = a.batch * a.channels * a.out_h * a.out_w;
   const int64_t wanted = (total + DepthwiseAny<T>::kThreads - 1) / DepthwiseAny<T>::kThreads;

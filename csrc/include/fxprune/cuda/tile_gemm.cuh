@@ -4,6 +4,7 @@
 
 #include "fxprune/cuda/tile_gemm_ffma.cuh"
 #include "fxprune/cuda/tile_gemm_mma.cuh"
+#include "fxprune/cuda/tile_gemm_narrow.cuh"
 #include "fxprune/cuda/tile_gemm_wgmma.cuh"
 
 namespace fxprune::gpu {
@@ -99,6 +100,7 @@ void tile_gemm(Launcher& launcher, TileGemmArgs a, const Gpu& gpu) {
   set_vector<T>(&a, a.x);
   tile_rest<T>(launcher, a);
   if (a.tiles == 0) return;
+  if (is_narrow<T>(a)) return tile_gemm_narrow<T>(launcher, a);
   if constexpr (uses_image<T>()) {
     const int64_t panels = a.layout().panels();
     if (gpu.hopper && a.vector && a.gate == nullptr && panels % 2 == 0) {

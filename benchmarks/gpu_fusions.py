@@ -1,0 +1,145 @@
+"""Rows of bench_gpu.py for the operators beside the plain convolution and GEMM: pairs, pooling, windows, gradients.
+
+Each is timed against its parts by our own kernels ("ours apart") and the best of PyTorch's. Predictions are shares of bytes
+that no longer move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gpu_timing import Rivals, Row, row, share
+from torch import Tensor
+
+from fxprune.ops import cuda_tile_image as tile_image
+from fxprune.ops.depthwise_taps import random_taps
+from fxprune.ops.tile_conv import random_structure
+
+DEVICE = "cuda"
+DTYPE = torch.bfloat16
+CALL = torch.ops.fxprune
+# batch, channels, side, features, kernel, stride: pairs of MobileNetV2 and EfficientNet-B0
+PAIRS = (
+    (256, 144, 56, 24, 3, 1),
+    (256, 144, 56, 32, 3, 2),
+    (32, 576, 14, 96, 3, 1),
+    (32, 240, 28, 40, 5, 1),
+    (1, 144, 56, 24, 3, 1),
+)
+POOLS = ((32, 240, 28, 5, 1), (256, 480, 14, 3, 1), (256, 1152, 7, 5, 1))
+WINDOWS = ((32, 64, 56, 64, 3, 1), (32, 128, 28, 128, 3, 1), (1, 256, 14, 256, 3, 1))
+GRADIENTS = ((32, 4096, 4), (32, 4096, 16))
+
+
+def fusion_rows(ceilings: dict[str, float]) -> Iterator[Row]:
+    for pair in PAIRS:
+        yield pair_row(*pair)
+    for pool in POOLS:
+        yield pool_row(*pool)
+    for window in WINDOWS:
+        yield window_row(*window)
+    for kernel in (3, 7):
+        yield backward_row(32, 96, 56, kernel)
+    for function in ("magnitude", "rescaled_magnitude", "mvue"):
+        for rows, channels, m in GRADIENTS:
+            yield prune_row(128 * rows, channels, m, function, ceilings)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape).to(DEVICE, DTYPE)
+
+
+def depthwise(channels: int, kernel: int) -> tuple[Tensor, Tensor]:
+    weight, taps = random_taps(channels, kernel * kernel, torch.Generator().manual_seed(0))
+    return weight.to(DEVICE, DTYPE), taps.to(DEVICE)
+
+
+def packed(n: int, k: int, g: int) -> list[Tensor]:
+    """Return the operands of a random tile-wise weight, 16-bit values as the image that inference packs."""
+    values, index, ptr, columns = random_structure(n, k, g, 1, torch.Generator().manual_seed(0))
+    values = values.to(DTYPE)
+    if torch.float32 != DTYPE:
+        values = tile_image.build(values, ptr, g, len(columns))
+    return [t.to(DEVICE) for t in (values, index, ptr, columns)]
+
+
+def windows(kernel: int, stride: int) -> list[list[int]]:
+    return [[kernel] * 2, [stride] * 2, [kernel // 2] * 2, [1, 1]]
+
+
+def pair_row(batch: int, channels: int, side: int, n: int, kernel: int, stride: int) -> Row:
+    x, (weight, taps), weights = random(batch, channels, side, side), depthwise(channels, kernel), packed(n, channels, 64)
+    dense, point, window = weight.view(channels, 1, kernel, kernel), random(n, channels, 1, 1), windows(kernel, stride)
+    last = [t.contiguous(memory_format=torch.channels_last) for t in (x, dense, point)]
+
+    def apart() -> Tensor:
+        between = CALL.depthwise_taps(x, weight, taps, None, *window, "relu6")
+        return CALL.tile_gemm(between, *weights, None, None, None, n, 64, 1, "none")
+
+    rivals = Rivals()
+    fused = (x, weight, taps, None, *weights, None, None, *window, n, 64, "relu6", "none")
+    rivals.add("ours", lambda: lambda: CALL.dsconv(*fused))
+    rivals.add("apart (ours)", lambda: apart)
+    rivals.add("nchw", lambda: convolutions(x, dense, point, kernel, stride))
+    rivals.add("nhwc", lambda: convolutions(*last, kernel, stride))
+    return row(f"dsconv b{batch} {channels}@{side}->{n} k{kernel}s{stride}", rivals, 1.5)
+
+
+def convolutions(x: Tensor, dense: Tensor, point: Tensor, kernel: int, stride: int) -> Callable[[], Tensor]:
+    return lambda: F.conv2d(F.relu6(F.conv2d(x, dense, None, stride, kernel // 2, 1, x.shape[1])), point)
+
+
+def pool_row(batch: int, channels: int, side: int, kernel: int, stride: int) -> Row:
+    x, (weight, taps), window = random(batch, channels, side, side), depthwise(channels, kernel), windows(kernel, stride)
+    arguments = (x, weight, taps, None, *window, "silu")
+    dense = weight.view(channels, 1, kernel, kernel)
+
+    def pooled(y: Tensor) -> tuple[Tensor, Tensor]:
+        return y, y.mean((2, 3))
+
+    rivals = Rivals()
+    rivals.add("ours", lambda: lambda: CALL.depthwise_pool(*arguments))
+    rivals.add("apart (ours)", lambda: lambda: pooled(CALL.depthwise_taps(*arguments)))
+    rivals.add("nchw", lambda: lambda: pooled(F.silu(F.conv2d(x, dense, None, stride, kernel // 2, 1, channels))))
+    return row(f"pool b{batch} {channels}@{side} k{kernel}s{stride}", rivals, 1.4)
+
+
+def window_row(batch: int, channels: int, side: int, n: int, kernel: int, stride: int) -> Row:
+    x, window = random(batch, channels, side, side), windows(kernel, stride)
+    weights, dense = packed(n, channels * kernel * kernel, 64), random(n, channels, kernel, kernel)
+    last = [t.contiguous(memory_format=torch.channels_last) for t in (x, dense)]
+    rivals = Rivals()
+    rivals.add("ours", lambda: lambda: CALL.tile_conv(x, *weights, None, None, n, 64, *window, 1, "none"))
+    rivals.add("nchw", lambda: lambda: F.conv2d(x, dense, None, stride, kernel // 2))
+    rivals.add("nhwc", lambda: lambda: F.conv2d(*last, None, stride, kernel // 2))
+    return row(f"conv b{batch} {channels}@{side}->{n} k{kernel}s{stride} keep 60%", rivals, None)
+
+
+def backward_row(batch: int, channels: int, side: int, kernel: int) -> Row:
+    x, grad, (weight, taps) = (
+        random(batch, channels, side, side), random(batch, channels, side, side), depthwise(channels, kernel),
+    )  # fmt: skip
+    dense, window = weight.view(channels, 1, kernel, kernel), windows(kernel, 1)
+
+    def ours() -> Any:
+        data = CALL.depthwise_grad_input(grad, weight, taps, [side, side], *window)
+        return data, CALL.depthwise_grad_weight(grad, x, taps, *window)
+
+    rest = ([1, 1], [kernel // 2] * 2, [1, 1], False, [0, 0], channels, [True, True, False])
+    rivals = Rivals()
+    rivals.add("ours", lambda: ours)
+    rivals.add("pytorch", lambda: lambda: torch.ops.aten.convolution_backward(grad, x, dense, None, *rest))
+    return row(f"depthwise backward b{batch} {channels}@{side} k{kernel} keep 60%", rivals, None)
+
+
+def prune_row(rows: int, channels: int, m: int, function: str, ceilings: dict[str, float]) -> Row:
+    grad, key = random(rows, channels), torch.tensor([1, 2, 3]).to(DEVICE)
+    rivals = Rivals()
+    rivals.add("ours", lambda: lambda: CALL.nm_prune(grad, key, m // 2, m, -1, 1, function, 0))
+    rivals.add("copy", lambda: lambda: grad.clone())
+    moved = 2 * grad.numel() * grad.element_size()
+    name = f"nm_prune {rows}x{channels} {m // 2}:{m} {function}"
+    return row(name, rivals, 1.0, copy_share=lambda us: share(moved / us * 1e-6, ceilings["copy_tb_s"]))
