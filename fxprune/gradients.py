@@ -12,6 +12,7 @@ import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -115,8 +116,7 @@ class GradientClock:
         """Return the median microseconds of the last steps and the calls of pruned graphs in one, ``None`` before two."""
         if len(self._ends) < 3:
             return None
-        ends = list(self._ends)
-        return 1e6 * statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False)), self._calls
+        return 1e6 * statistics.median(b - a for a, b in pairwise(self._ends)), self._calls
 
     def _stepped(self, *_: Any) -> None:
         self.step += 1

@@ -44,6 +44,13 @@ def test_benchmark_tables_are_current() -> None:
     assert render.page(render.RESULTS) == render.PAGE.read_text(), "run benchmarks/render.py"
 
 
+def test_tables_of_pruned_gradients_are_current() -> None:
+    pytest.importorskip("sklearn")
+    import render_sdgp
+
+    assert render_sdgp.rendered() == render_sdgp.PAGE.read_text(), "run benchmarks/render_sdgp.py"
+
+
 def test_readme_links_exist() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
