@@ -21,13 +21,16 @@ inline bool is_channels_last(const Tensor& t) {
   return dense(0) && all;
 }
 
-// An uninitialised tensor of the type of `like`.
+// An uninitialised tensor of the type and device of `like`.
 inline Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
                             const std::vector<int64_t>& strides) {
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const int32_t index = like.is_cpu() ? 0 : like.get_device_index();
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                               type_of(like), aoti_torch_device_type_cpu(), 0, &handle));
+                               type_of(like), device_type, index, &handle));
   return Tensor(handle);
 }
 

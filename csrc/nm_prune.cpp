@@ -1,63 +1,12 @@
-// fxprune::nm_prune: checks, the memory formats, and how the work is cut.
+// fxprune::nm_prune on the CPU: how the work is cut.
 #include <algorithm>
-#include <array>
-#include <vector>
 
-#include "channels_last.h"
-#include "check.h"
 #include "fxprune/kernels.h"
-#include "fxprune/nm_prune.h"
+#include "nm_arguments.h"
 #include "parallel.h"
 
 namespace fxprune {
 namespace {
-
-constexpr std::array<const char*, 5> kFunctions = {"random", "magnitude", "rescaled_magnitude",
-                                                   "group_rescaled_magnitude", "mvue"};
-
-NmFunction check_function(const Text& name) {
-  std::string legal;
-  for (size_t i = 0; i < kFunctions.size(); ++i) {
-    if (name.value == kFunctions[i]) return static_cast<NmFunction>(i);
-    legal += (i ? ", " : "") + std::string(kFunctions[i]);
-  }
-  STD_TORCH_CHECK(false, "unknown function '", name.value, "'; legal: ", legal);
-}
-
-Element check_element(const Tensor& t) {
-  static const std::array<int32_t, 3> types = {
-      aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16()};
-  int32_t given;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &given));
-  const auto found = std::find(types.begin(), types.end(), given);
-  STD_TORCH_CHECK(found != types.end(), "grad must be float32, bfloat16 or float16");
-  STD_TORCH_CHECK(t.is_cpu(), "grad must be on the CPU");
-  return static_cast<Element>(found - types.begin());
-}
-
-// Mixes the counters in `key` and the layer into the two words every random number starts from.
-void check_key(const OptionalTensor& key_in, int64_t layer, NmPrune* a) {
-  const bool random = a->function == NmFunction::kRandom || a->function == NmFunction::kMvue;
-  STD_TORCH_CHECK(key_in.has_value() || !random, "key must be given for function '",
-                  kFunctions[static_cast<size_t>(a->function)], "'");
-  uint64_t state = 0;
-  const auto add = [&state](uint64_t value) {  // a step of SplitMix64 (Steele, Lea, Flood 2014)
-    state = (state ^ value) + 0x9e3779b97f4a7c15u;
-    state = (state ^ (state >> 30)) * 0xbf58476d1ce4e5b9u;
-    state = (state ^ (state >> 27)) * 0x94d049bb133111ebu;
-    state ^= state >> 31;
-  };
-  if (key_in.has_value()) {
-    check_tensor(*key_in, "key", element_types().int64, "int64");
-    STD_TORCH_CHECK(key_in->dim() == 1, "key must have one dimension, got shape ",
-                    shape_of(*key_in));
-    const Tensor key = key_in->is_contiguous() ? *key_in : torch::stable::contiguous(*key_in);
-    for (int64_t i = 0; i < key.size(0); ++i) add(static_cast<uint64_t>(data<int64_t>(key)[i]));
-  }
-  add(static_cast<uint64_t>(layer));
-  a->key[0] = static_cast<uint32_t>(state);
-  a->key[1] = static_cast<uint32_t>(state >> 32);
-}
 
 // Calls the kernel on units of a few groups of channels; where that gives too few, positions are
 // cut as well, unless a factor depends on all of them.
@@ -88,27 +37,16 @@ void run(const NmPrune& a, int64_t pool) {
 Tensor nm_prune_cpu(const Tensor& grad_in, const OptionalTensor& key, int64_t n, int64_t m,
                     int64_t dim, int64_t groups, const Text& function, int64_t layer) {
   NmPrune a{};
-  a.element = check_element(grad_in);
-  a.function = check_function(function);
-  STD_TORCH_CHECK(m >= 1 && m <= kMostOfGroup, "m must lie in [1, ", kMostOfGroup, "], got ", m);
-  STD_TORCH_CHECK(n >= 1 && n <= m, "n must lie in [1, m = ", m, "], got ", n);
-  STD_TORCH_CHECK(dim == 1 || dim == -1, "dim must be 1 or -1, got ", dim);
-  const int64_t rank = grad_in.dim();
-  STD_TORCH_CHECK(rank >= (dim == 1 ? 2 : 1), "grad must have ",
-                  dim == 1 ? "two dimensions" : "one", " or more, got shape ", shape_of(grad_in));
-  const int64_t axis = dim == 1 ? 1 : rank - 1;
-  a.n = n, a.m = m, a.conv_groups = groups, a.channels = grad_in.size(axis);
-  STD_TORCH_CHECK(groups >= 1 && a.channels % groups == 0, "groups must divide the ", a.channels,
-                  " channels, got ", groups);
-  check_key(key, layer, &a);
-  const bool last = dim == 1 && !grad_in.is_contiguous() && is_channels_last(grad_in);
-  const Tensor grad =
-      last || grad_in.is_contiguous() ? grad_in : torch::stable::contiguous(grad_in);
+  a.element = check_nm_element(grad_in);
+  STD_TORCH_CHECK(grad_in.is_cpu(), "grad must be on the CPU");
+  a.function = check_nm_function(function);
+  const Tensor grad = check_nm_geometry(grad_in, n, m, dim, groups, &a);
+  check_nm_key(key, a.function);
+  const uint64_t state = add_counter(mix_counters(key), static_cast<uint64_t>(layer));
+  a.key[0] = static_cast<uint32_t>(state);
+  a.key[1] = static_cast<uint32_t>(state >> 32);
   Tensor out = empty_same(grad);
   if (grad.numel() == 0) return out;
-  a.row_major = last || dim == -1;
-  a.samples = dim == -1 && rank < 3 ? 1 : grad.size(0);
-  a.positions = grad.numel() / (a.samples * a.channels);
   a.x = grad.const_data_ptr();
   a.out = out.mutable_data_ptr();
   run(a, torch::stable::get_num_threads());

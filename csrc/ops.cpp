@@ -74,13 +74,29 @@ Tensor depthwise_taps_cpu(const Tensor& x_in, const Tensor& weight_in, const Ten
   if (a.batch * a.channels == 0) return out;
   a.weight = weight.data();
   a.bias = bias.data();
-  const DepthwiseTables tables(&a);
+  const auto tables = depthwise_tables(&a);
   if (bf16) {
     run_depthwise_on<Bf16>(a, bf16_input(x_in, "x"), &out);
   } else {
     run_depthwise_on<float>(a, float_input(x_in, "x"), &out);
   }
   return out;
+}
+
+std::vector<Tensor> depthwise_pool_cpu(const Tensor& x, const Tensor& weight, const Tensor& taps,
+                                       const OptionalTensor& bias, const IntList& kernel_size,
+                                       const IntList& stride, const IntList& padding,
+                                       const IntList& dilation, const Text& activation) {
+  Tensor y =
+      depthwise_taps_cpu(x, weight, taps, bias, kernel_size, stride, padding, dilation, activation);
+  Tensor mean = empty_output(y, {y.size(0), y.size(1)});
+  const int64_t planes = y.size(0) * y.size(1), size = y.size(2) * y.size(3);
+  if (planes > 0 && is_bf16(y, "x")) {
+    run_channel_mean(data<Bf16>(y), static_cast<Bf16*>(mean.mutable_data_ptr()), planes, size);
+  } else if (planes > 0) {
+    run_channel_mean(data<float>(y), static_cast<float*>(mean.mutable_data_ptr()), planes, size);
+  }
+  return {y, mean};
 }
 
 // ---- tile_gemm ----
@@ -154,6 +170,21 @@ Tensor tile_gemm_cpu(const Tensor& x_in, const Tensor& values_in, const Tensor& 
   return out;
 }
 
+// ---- dsconv ----
+
+// One after the other: what a CPU gains by fusing them, regions do.
+Tensor dsconv_cpu(const Tensor& x, const Tensor& weight, const Tensor& taps,
+                  const OptionalTensor& depthwise_bias, const Tensor& values, const Tensor& index,
+                  const Tensor& tile_ptr, const Tensor& columns, const OptionalTensor& bias,
+                  const OptionalTensor& residual, const IntList& kernel_size, const IntList& stride,
+                  const IntList& padding, const IntList& dilation, int64_t out_features,
+                  int64_t granularity, const Text& depthwise_activation, const Text& activation) {
+  const Tensor between = depthwise_taps_cpu(x, weight, taps, depthwise_bias, kernel_size, stride,
+                                            padding, dilation, depthwise_activation);
+  return tile_gemm_cpu(between, values, index, tile_ptr, columns, bias, residual, std::nullopt,
+                       out_features, granularity, 1, activation);
+}
+
 // ---- tile_conv ----
 
 Tensor tile_conv_cpu(const Tensor& x_in, const Tensor& values_in, const Tensor& index,
@@ -180,8 +211,8 @@ Tensor tile_conv_cpu(const Tensor& x_in, const Tensor& values_in, const Tensor& 
   a.residual = data_or_null(residual);
   a.out = static_cast<float*>(out.mutable_data_ptr());
 
-  const ConvTables tables(&a);
-  STD_TORCH_CHECK(tables.fits(),
+  const auto tables = conv_tables(&a);
+  STD_TORCH_CHECK(tables->fits(),
                   "the rows of x that one output row reads are too large, x has shape ",
                   shape_of(x_in));
   run_tile_conv(a, threads());
@@ -275,6 +306,14 @@ STABLE_TORCH_LIBRARY(fxprune, m) {
       "bias, Tensor? residual, int out_features, int granularity, int[] kernel_size, int[] stride, "
       "int[] padding, int[] dilation, int groups, str activation=\"none\") -> Tensor");
   m.def(
+      "depthwise_pool(Tensor x, Tensor weight, Tensor taps, Tensor? bias, int[] kernel_size, int[] "
+      "stride, int[] padding, int[] dilation, str activation=\"none\") -> Tensor[]");
+  m.def(
+      "dsconv(Tensor x, Tensor weight, Tensor taps, Tensor? depthwise_bias, Tensor values, Tensor "
+      "index, Tensor tile_ptr, Tensor columns, Tensor? bias, Tensor? residual, int[] kernel_size, "
+      "int[] stride, int[] padding, int[] dilation, int out_features, int granularity, "
+      "str depthwise_activation=\"none\", str activation=\"none\") -> Tensor");
+  m.def(
       "tile_pack(Tensor weight, Tensor index, Tensor tile_ptr, Tensor columns, int granularity, "
       "int nnz) -> Tensor");
   m.def(
@@ -296,6 +335,8 @@ STABLE_TORCH_LIBRARY_IMPL(fxprune, CPU, m) {
   m.impl("depthwise_taps", TORCH_BOX(&fxprune::depthwise_taps_cpu));
   m.impl("tile_gemm", TORCH_BOX(&fxprune::tile_gemm_cpu));
   m.impl("tile_conv", TORCH_BOX(&fxprune::tile_conv_cpu));
+  m.impl("depthwise_pool", TORCH_BOX(&fxprune::depthwise_pool_cpu));
+  m.impl("dsconv", TORCH_BOX(&fxprune::dsconv_cpu));
   m.impl("tile_pack", TORCH_BOX(&fxprune::tile_pack_cpu));
   m.impl("tile_unpack", TORCH_BOX(&fxprune::tile_unpack_cpu));
 #ifdef FXPRUNE_SANITIZE

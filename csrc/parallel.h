@@ -8,13 +8,17 @@
 #include <cstdint>
 #include <vector>
 
+#include "crew.h"
+
 namespace fxprune {
 
 // Calls f(unit) for every unit in [0, count), on `threads` threads. Each thread owns a contiguous
 // range, so that consecutive operators find their data in the same core's cache; one that is done
-// early takes from the others.
+// early takes from the others. A member of a crew shares the units with its crew, however many
+// threads are asked for.
 template <class F>
 void for_each_unit(int64_t count, int64_t threads, const F& f) {
+  if (Crew::Member* member = Crew::Member::current()) return member->share(count, f);
   threads = std::min(threads, count);
   if (threads <= 1) {
     for (int64_t i = 0; i < count; ++i) f(i);
@@ -41,6 +45,18 @@ void for_each_unit(int64_t count, int64_t threads, const F& f) {
       }
     }
   });
+}
+
+// Calls work() on `threads` threads, as the members of a crew: what it cuts with for_each_unit, at
+// most `sections` times, is shared by all of them.
+template <class W>
+void run_crew(int64_t threads, int64_t sections, const W& work) {
+  if (threads <= 1) return work();
+  Crew crew(threads, sections);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t self = begin; self < end; ++self) crew.run_member(self, work);
+  });
+  crew.rethrow();
 }
 
 // This thread's buffer of at least `count` floats, aligned to cache lines. Its contents are

@@ -1,53 +1,20 @@
-// fxprune::region: a chain of operators as one call, from a program of step records.
+// fxprune::region: a chain of operators as one call, from a program of step records
+// (region_program.h).
 //
 // Intermediate values live in an arena with planned offsets and never become tensors. With at least
 // one image per thread, every thread takes whole images through the whole program, so that nothing
-// waits and an image's values stay in its core's cache; otherwise images run one after the other
-// and each step is cut over the threads.
-//
-//   record: code, count, then `count` arguments
-//   depthwise (0): x, weight, taps, bias, kernel h w, stride h w, padding h w, dilation h w,
-//   activation gemm (1):      x, values, index, tile_ptr, columns, bias, residual, gate,
-//   out_features, granularity, feature_dim,
-//                  activation
-//   mean (2):      x
-//
-// x, residual and gate are values: first the inputs, then one per step. Weights are indices into
-// `packed`. -1 is absent.
-#include <algorithm>
+// waits and an image's values stay in its core's cache; otherwise images run one after the other,
+// each step cut over the threads, which stay together for the whole call.
 #include <cstddef>
-#include <cstring>
-#include <deque>
-#include <memory>
 #include <mutex>
 #include <vector>
 
-#include "check.h"
 #include "parallel.h"
-#include "run.h"
-#include "run_bf16.h"
+#include "region_program.h"
 #include "run_split.h"
 
 namespace fxprune {
 namespace {
-
-using Shape = std::vector<int64_t>;  // without the batch
-constexpr int64_t kMostNumbers = int64_t{1}
-                                 << 40;  // of one value and image, so that no sum of them overflows
-
-int64_t floats(const Shape& shape) {
-  int64_t size = 1;
-  for (int64_t s : shape) {
-    STD_TORCH_CHECK(!__builtin_mul_overflow(size, s, &size) && size <= kMostNumbers,
-                    "a value of a region is too large");
-  }
-  return size;
-}
-
-// Equal, or a channel vector beside an image of one pixel.
-bool same_value(const Shape& a, const Shape& b) {
-  return a == b || (a[0] == b[0] && floats(a) == a[0] && floats(b) == b[0]);
-}
 
 // Buffers that outlive a call, so that a call does not fault its pages in anew.
 class ArenaPool {
@@ -80,257 +47,79 @@ ArenaPool& arenas() {
 }
 
 template <class T>
-struct ValueOf {
-  Shape shape;
-  int64_t uses = 0;
-  int64_t last_use = -1;  // step, or the number of steps for a result
-  int64_t offset = -1;    // in the arena, for values that are neither input nor result
-  T* base = nullptr;      // of image 0, for inputs and results
-};
-
-template <class T>
-struct StepOf {
-  enum Code { kDepthwise, kGemm, kMean } code;
-  int64_t x, residual = -1, gate = -1, out;
-  DepthwiseTapsOf<T> depthwise{};
-  TileGemmOf<T> gemm{};
-  bool feature_major = false;
-  bool feeds_next =
-      false;  // its result is the next step's input and nothing else's, and is never stored
-};
-
-// T: float or Bf16, what every value in the region is.
-template <class T>
 class Region {
-  using Value = ValueOf<T>;
-  using Step = StepOf<T>;
+  using Program = RegionProgram<T>;
+  using Step = typename Program::Step;
+  using Value = typename Program::Value;
 
  public:
-  Region(const std::vector<Tensor>& x, const std::vector<Tensor>& packed,
-         const std::vector<int64_t>& program, const std::vector<int64_t>& outputs)
-      : packed_(packed) {
-    for (const Tensor& t : x) {
-      inputs_.push_back(input(t, "x"));
-      STD_TORCH_CHECK(t.dim() >= 2 && t.size(0) == x[0].size(0),
-                      "every region input must have shape (B, C, *) with one B, got ", shape_of(t));
-      Value v;
-      for (int64_t d = 1; d < t.dim(); ++d) v.shape.push_back(t.size(d));
-      v.base = const_cast<T*>(data<T>(inputs_.back()));
-      values_.push_back(std::move(v));
-    }
-    batch_ = x[0].size(0);
-    for (size_t at = 0; at < program.size();) {
-      STD_TORCH_CHECK(at + 2 <= program.size() && program[at + 1] >= 0 &&
-                          at + 2 + program[at + 1] <= program.size(),
-                      "program ends inside the record at ", at);
-      read(program[at], {program.begin() + at + 2, program.begin() + at + 2 + program[at + 1]});
-      at += 2 + program[at + 1];
-    }
-    for (int64_t id : outputs) {
-      STD_TORCH_CHECK(
-          id >= static_cast<int64_t>(x.size()) && id < static_cast<int64_t>(values_.size()),
-          "outputs must name results of steps, got ", id);
-      Value& v = values_[id];
-      STD_TORCH_CHECK(v.base == nullptr, "outputs name value ", id, " twice");
-      Shape shape = v.shape;
-      shape.insert(shape.begin(), batch_);
-      results_.push_back(empty_output(inputs_[0], shape));
-      v.base = static_cast<T*>(results_.back().mutable_data_ptr());
-      v.last_use = static_cast<int64_t>(steps_.size());
-    }
-    fuse();
-    plan();
-  }
+  explicit Region(const Program& program) : program_(program) {}
 
-  std::vector<Tensor> run() {
-    const int64_t pool = torch::stable::get_num_threads();
-    if (batch_ >= pool && pool > 1) {
-      for_each_unit(batch_, pool, [&](int64_t image) { run_image(image, 1); });
+  void run() const {
+    const int64_t pool = torch::stable::get_num_threads(), batch = program_.batch();
+    if (batch >= pool && pool > 1) {
+      for_each_unit(batch, pool,
+                    [&](int64_t image) { run_image(image, Arena(*this, 1).data(), 1); });
     } else {
-      for (int64_t image = 0; image < batch_; ++image) run_image(image, pool);
+      Arena arena(*this, pool);
+      const int64_t steps = static_cast<int64_t>(program_.steps().size());
+      run_crew(pool, batch * steps * kSections, [&] {
+        for (int64_t image = 0; image < batch; ++image) run_image(image, arena.data(), pool);
+      });
     }
-    return std::move(results_);
   }
 
  private:
-  const Tensor& weight(int64_t id) const {
-    STD_TORCH_CHECK(id >= 0 && id < static_cast<int64_t>(packed_.size()), "packed tensor ", id,
-                    " of ", packed_.size(), " does not exist");
-    return packed_[id];
-  }
-  OptionalTensor optional_weight(int64_t id) const {
-    return id < 0 ? OptionalTensor() : weight(id);
-  }
-  Value& use(int64_t id) {
-    STD_TORCH_CHECK(id >= 0 && id < static_cast<int64_t>(values_.size()), "value ", id,
-                    " is used before it exists");
-    values_[id].last_use = static_cast<int64_t>(steps_.size());
-    ++values_[id].uses;
-    return values_[id];
-  }
-  const Tensor& keep(Tensor t) {
-    kept_.push_back(std::move(t));
-    return kept_.back();
-  }
-  // A weight or bias that kernels read as float.
-  const float* keep(const OptionalTensor& t, const char* name, const Shape& shape) {
-    if (t.has_value() && !kBf16) check_tensor(*t, name, element_types().float32, "float32");
-    return wide_.emplace_back(t, name, shape).data();
-  }
-  static Tensor input(const Tensor& t, const char* name) {
-    return kBf16 ? bf16_input(t, name) : float_input(t, name);
-  }
+  static constexpr bool kBf16 = Program::kBf16;
+  static constexpr int64_t kSections = 2;  // most that a step is cut in
 
-  void read(int64_t code, const std::vector<int64_t>& arg) {
-    constexpr int64_t kCounts[] = {13, 12, 1};
-    STD_TORCH_CHECK(code >= 0 && code <= 2, "unknown step code ", code);
-    STD_TORCH_CHECK(static_cast<int64_t>(arg.size()) == kCounts[code], "step code ", code,
-                    " takes ", kCounts[code], " arguments, got ", arg.size());
-    Step step;
-    step.code = static_cast<typename Step::Code>(code);
-    step.x = arg[0];
-    const Shape shape = use(arg[0]).shape;
-    Value result;
-    if (step.code == Step::kMean) {
-      STD_TORCH_CHECK(shape.size() >= 2 && floats(shape) > 0, "mean needs a value with pixels");
-      result.shape = {shape[0]};
-    } else {
-      const int64_t activation = arg.back();
-      STD_TORCH_CHECK(activation >= 0 && activation < 9, "unknown activation ", activation);
-      result.shape = step.code == Step::kDepthwise ? read_depthwise(&step, shape, arg)
-                                                   : read_gemm(&step, shape, arg);
-      (step.code == Step::kDepthwise ? step.depthwise.activation : step.gemm.activation) =
-          static_cast<Activation>(activation);
+  // The room of one image's values and, behind it, of the sums of split products.
+  class Arena {
+   public:
+    Arena(const Region& region, int64_t pool)
+        : buffer_(arenas().take(64 + region.program_.arena() * static_cast<int64_t>(sizeof(T)) +
+                                region.sums(pool) * static_cast<int64_t>(sizeof(float)))) {}
+    ~Arena() { arenas().give(std::move(buffer_)); }
+    Arena(const Arena&) = delete;
+    Arena& operator=(const Arena&) = delete;
+    T* data() {
+      const uintptr_t address = reinterpret_cast<uintptr_t>(buffer_.data());
+      return reinterpret_cast<T*>((address + 63) & ~uintptr_t{63});
     }
-    floats(result.shape);  // checks its size
-    step.out = static_cast<int64_t>(values_.size());
-    values_.push_back(std::move(result));
-    steps_.push_back(step);
-  }
 
-  Shape read_depthwise(Step* step, Shape shape, const std::vector<int64_t>& arg) {
-    if (shape.size() == 1)
-      shape.insert(shape.end(), {1, 1});  // a channel vector is an image of one pixel
-    STD_TORCH_CHECK(shape.size() == 3, "depthwise needs (C, H, W) values");
-    DepthwiseShape& a = step->depthwise;
-    a.batch = 1, a.channels = shape[0], a.height = shape[1], a.width = shape[2];
-    constexpr int64_t kMost = int64_t{1} << 20;
-    for (int i = 4; i < 12; ++i) {
-      STD_TORCH_CHECK(arg[i] >= (i == 8 || i == 9 ? 0 : 1) && arg[i] <= kMost,
-                      "depthwise geometry out of range");
-    }
-    a.kernel_h = arg[4], a.kernel_w = arg[5], a.stride_h = arg[6], a.stride_w = arg[7];
-    a.pad_h = arg[8], a.pad_w = arg[9], a.dilation_h = arg[10], a.dilation_w = arg[11];
-    read_taps(weight(arg[1]), weight(arg[2]), optional_weight(arg[3]), &a);
-    tables_.push_back(std::make_unique<DepthwiseTables>(&a));
-    return {a.channels, a.out_h, a.out_w};
-  }
-
-  void read_taps(const Tensor& weight, const Tensor& taps, const OptionalTensor& bias,
-                 DepthwiseShape* a) {
-    kept_.push_back(check_taps(weight, taps, a));
-    a->weight = keep(weight, "weight", {a->channels, a->kernel()});
-    a->bias = keep(bias, "bias", {a->channels});
-  }
-
-  Shape read_gemm(Step* step, const Shape& shape, const std::vector<int64_t>& arg) {
-    const bool first = arg[10] == 1;
-    STD_TORCH_CHECK(arg[10] == 1 || arg[10] == -1, "feature_dim must be 1 or -1, got ", arg[10]);
-    STD_TORCH_CHECK(!shape.empty() && (first ? shape.size() >= 2 : floats(shape) == shape[0]),
-                    "gemm needs (K, *spatial) values with feature_dim=1, (K) or (K, 1, 1) with -1");
-    TileGemmOf<T>& a = step->gemm;
-    structures_.emplace_back(weight(arg[2]), weight(arg[3]), weight(arg[4]), arg[9], arg[8],
-                             shape[0], &a);
-    if constexpr (kBf16) {
-      a.values = images_.emplace_back(weight(arg[1]), structures_.back(), a).data();
-    } else {
-      check_shape(weight(arg[1]), "values", {structures_.back().values});
-      a.values = data<float>(keep(float_input(weight(arg[1]), "values")));
-    }
-    a.bias = keep(optional_weight(arg[5]), "bias", {a.n});
-    a.batch = 1;
-    a.m = floats(shape) / std::max<int64_t>(shape[0], 1);
-    Shape out = first ? shape : Shape{a.n};
-    out[0] = a.n;
-    step->residual = arg[6];
-    step->gate = arg[7];
-    if (arg[6] >= 0)
-      STD_TORCH_CHECK(same_value(use(arg[6]).shape, out),
-                      "the residual's shape differs from the result's");
-    if (arg[7] >= 0)
-      STD_TORCH_CHECK(first && floats(use(arg[7]).shape) == a.k,
-                      "gate must hold one number per input feature");
-    step->feature_major = first && (a.m > 1 || arg[7] >= 0);
-    return out;
-  }
-
-  // PW -> DW pairs whose expanded value has no other reader.
-  void fuse() {
-    for (size_t s = 0; s + 1 < steps_.size(); ++s) {
-      Step& step = steps_[s];
-      const Step& next = steps_[s + 1];
-      const Value& v = values_[step.out];
-      const bool pair =
-          step.code == Step::kGemm && next.code == Step::kDepthwise && next.x == step.out;
-      const bool plain =
-          step.feature_major && step.residual < 0 && step.gate < 0 && step.gemm.m > 0;
-      step.feeds_next =
-          pair && plain && v.uses == 1 && v.base == nullptr && can_expand_depthwise(step.gemm);
-      // The pair runs as one, so its result must not take the room of its input.
-      if (step.feeds_next)
-        values_[step.x].last_use = std::max<int64_t>(values_[step.x].last_use, s + 1);
-    }
-  }
-
-  // Offsets by first fit: a value's room is free again after its last use. Results of depthwise
-  // steps have a zone of their own, which is cut by feature alike from step to step: a core writes
-  // where it wrote before, and need not take the lines from another one.
-  void plan() {
-    for (const bool depthwise : {false, true}) plan_zone(depthwise);
-  }
-
-  void plan_zone(bool depthwise) {
-    struct Room {
-      int64_t offset, size, until;
-    };
-    const int64_t start = arena_;
-    std::vector<Room> taken;  // by offset
-    for (size_t s = 0; s < steps_.size(); ++s) {
-      Value& v = values_[steps_[s].out];
-      if ((steps_[s].code == Step::kDepthwise) != depthwise) continue;
-      if (v.base != nullptr || steps_[s].feeds_next) continue;
-      const int64_t now = static_cast<int64_t>(s),
-                    size = (floats(v.shape) + kLine - 1) / kLine * kLine;
-      taken.erase(
-          std::remove_if(taken.begin(), taken.end(), [&](const Room& r) { return r.until < now; }),
-          taken.end());
-      int64_t offset = start;
-      auto at = taken.begin();
-      for (; at != taken.end() && at->offset - offset < size; ++at) offset = at->offset + at->size;
-      taken.insert(at, {offset, size, std::max(v.last_use, now)});
-      v.offset = offset;
-      arena_ = std::max(arena_, offset + size);
-    }
-  }
+   private:
+    std::vector<std::byte> buffer_;
+  };
 
   T* at(int64_t id, int64_t image, T* arena) const {
-    const Value& v = values_[id];
+    const Value& v = program_.values()[id];
     return v.base != nullptr ? v.base + image * floats(v.shape) : arena + v.offset;
   }
 
-  void run_image(int64_t image, int64_t pool) const {
-    std::vector<std::byte> buffer = arenas().take(arena_ * static_cast<int64_t>(sizeof(T)) + 64);
-    const uintptr_t address = reinterpret_cast<uintptr_t>(buffer.data());
-    T* arena = reinterpret_cast<T*>((address + 63) & ~uintptr_t{63});
-    for (size_t s = 0; s < steps_.size(); ++s) {
-      if (steps_[s].feeds_next) {
-        run_pair(steps_[s], steps_[s + 1], image, arena, pool);
+  // Floats that hold the sums of split products.
+  int64_t sums(int64_t pool) const {
+    bool any = false;
+    for (const Step& step : program_.steps()) any = any || splits(step, pool);
+    return any ? pool * kSumsStride : 0;
+  }
+  static bool splits(const Step& step, int64_t pool) {
+    if constexpr (kBf16) {
+      return false;
+    } else {
+      return step.code == Step::kGemm && splits_k(step.gemm, step.feature_major, pool);
+    }
+  }
+
+  void run_image(int64_t image, T* arena, int64_t pool) const {
+    const std::vector<Step>& steps = program_.steps();
+    for (size_t s = 0; s < steps.size(); ++s) {
+      if (steps[s].feeds_next) {
+        run_pair(steps[s], steps[s + 1], image, arena, pool);
         ++s;
       } else {
-        run_step(steps_[s], image, arena, pool);
+        run_step(steps[s], image, arena, pool);
       }
     }
-    arenas().give(std::move(buffer));
   }
 
   void run_pair(const Step& expand, const Step& depthwise, int64_t image, T* arena,
@@ -346,45 +135,51 @@ class Region {
     const T* x = at(step.x, image, arena);
     T* out = at(step.out, image, arena);
     if (step.code == Step::kMean) {
-      const Shape& shape = values_[step.x].shape;
-      run_channel_mean(x, out, shape[0], floats(shape) / shape[0]);
+      const Shape& shape = program_.values()[step.x].shape;
+      const int64_t size = floats(shape) / shape[0], parts = std::min(shape[0], 4 * pool);
+      for_each_unit(parts, pool, [&](int64_t part) {
+        const int64_t begin = shape[0] * part / parts, end = shape[0] * (part + 1) / parts;
+        run_channel_mean(x + begin * size, out + begin, end - begin, size);
+      });
     } else if (step.code == Step::kDepthwise) {
       DepthwiseTapsOf<T> a = step.depthwise;
       a.x = x, a.out = out;
       if (a.channels > 0) run_depthwise(a, pool);
-    } else {
+    } else if (step.code == Step::kGemm) {
       TileGemmOf<T> a = step.gemm;
       a.x = x, a.out = out;
       if (step.residual >= 0) a.residual = at(step.residual, image, arena);
       if (step.gate >= 0) a.gate = at(step.gate, image, arena);
       if (a.m == 0 || a.n == 0) return;
       if constexpr (!kBf16) {
-        if (splits_k(a, step.feature_major, pool)) return run_tile_gemm_split(a, pool);
+        if (splits(step, pool)) return run_tile_gemm_split(a, arena + program_.arena(), pool);
       }
       run_tile_gemm(a, step.feature_major, pool);
+    } else if constexpr (!kBf16) {
+      TileConv a = step.conv;
+      a.x = x, a.out = out;
+      if (step.residual >= 0) a.residual = at(step.residual, image, arena);
+      if (a.n > 0) run_tile_conv(a, pool);
     }
   }
 
-  static constexpr int64_t kLine = 64 / sizeof(T);  // numbers of a cache line
-  static constexpr bool kBf16 = std::is_same_v<T, Bf16>;
-
-  const std::vector<Tensor>& packed_;
-  std::vector<Tensor> inputs_, results_;
-  std::deque<Tensor> kept_;
-  std::deque<TileStructure> structures_;
-  std::deque<TileImage> images_;
-  std::deque<Widened> wide_;
-  std::vector<std::unique_ptr<DepthwiseTables>> tables_;
-  std::vector<Value> values_;
-  std::vector<Step> steps_;
-  int64_t batch_ = 0, arena_ = 0;
+  const Program& program_;
 };
+
+template <class T>
+std::vector<Tensor> run_region(const std::vector<Tensor>& x, const std::vector<Tensor>& packed,
+                               const std::vector<int64_t>& program,
+                               const std::vector<int64_t>& outputs) {
+  RegionProgram<T> read(x, packed, program, outputs);
+  Region<T>(read).run();
+  return read.take_results();
+}
 
 std::vector<Tensor> region_cpu(std::vector<Tensor> x, std::vector<Tensor> packed,
                                std::vector<int64_t> program, std::vector<int64_t> outputs) {
   STD_TORCH_CHECK(!x.empty(), "region needs at least one input");
-  if (is_bf16(x[0], "x")) return Region<Bf16>(x, packed, program, outputs).run();
-  return Region<float>(x, packed, program, outputs).run();
+  return is_bf16(x[0], "x") ? run_region<Bf16>(x, packed, program, outputs)
+                            : run_region<float>(x, packed, program, outputs);
 }
 
 }  // namespace

@@ -6,33 +6,41 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "fxprune/kernels.h"
+#include "geometry_cache.h"
 #include "parallel.h"
 
 namespace fxprune {
 
 // What a depthwise convolution needs beside its arguments, the same for every channel and image.
-// Fills the arguments' pointers into it, so it must outlive the run.
 class DepthwiseTables {
  public:
-  explicit DepthwiseTables(DepthwiseShape* a) {
-    if (!a->vectorised()) return;
-    const int64_t width = kernels().width;
-    masks_.resize(depthwise_mask_count(*a, width));
-    sites_.resize(a->kernel());
-    zeros_.resize(a->width);
-    depthwise_sites(*a, width, sites_.data(), masks_.data());
-    a->sites = sites_.data();
-    a->zeros = zeros_.data();
+  DepthwiseTables(const DepthwiseShape& a, int64_t width)
+      : masks_(depthwise_mask_count(a, width)), sites_(a.kernel()), zeros_(a.width) {
+    depthwise_sites(a, width, sites_.data(), masks_.data());
   }
+  void attach(DepthwiseShape* a) const { a->sites = sites_.data(), a->zeros = zeros_.data(); }
 
  private:
   std::vector<uint32_t> masks_;
   std::vector<TapSite> sites_;
   std::vector<float> zeros_;
 };
+
+// Fills the arguments' pointers into the tables, which must outlive the run.
+inline std::shared_ptr<const DepthwiseTables> depthwise_tables(DepthwiseShape* a) {
+  static GeometryCache<DepthwiseTables> cache;
+  if (!a->vectorised()) return nullptr;
+  const int64_t width = kernels().width;
+  auto tables = cache.get({width, a->height, a->width, a->kernel_h, a->kernel_w, a->stride_h,
+                           a->stride_w, a->pad_h, a->pad_w, a->dilation_h, a->dilation_w},
+                          [&] { return std::make_shared<DepthwiseTables>(*a, width); });
+  tables->attach(a);
+  return tables;
+}
 
 // This thread's room for the taps of one channel.
 inline Tap* tap_list(const DepthwiseShape& a) {

@@ -5,9 +5,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "fxprune/kernels.h"
+#include "geometry_cache.h"
 #include "parallel.h"
 
 namespace fxprune {
@@ -30,8 +32,7 @@ struct ConvAxis {
   int64_t reach() const { return *std::max_element(shift.begin(), shift.end()); }
 };
 
-// The layout of a convolution's copy. Fills the arguments' pointers into it, so it must outlive
-// the run.
+// The layout of a convolution's copy, from its sizes: those of `a` that no tensor's contents fill.
 class ConvTables {
  public:
   explicit ConvTables(TileConv* a)
@@ -71,7 +72,9 @@ class ConvTables {
       }
     }
     a->table = table_.data();
+    layout_ = *a;
   }
+  void attach(TileConv* a) const { static_cast<ConvLayout&>(*a) = layout_; }
   // False when a copy of the rows that one output row reads is too large.
   bool fits() const { return fits_; }
 
@@ -98,7 +101,19 @@ class ConvTables {
   std::vector<int32_t> table_;
   std::vector<uint32_t> masks_;
   bool fits_;
+  ConvLayout layout_{};
 };
+
+// Fills the arguments' layout, which points into the tables; they must outlive the run.
+inline std::shared_ptr<const ConvTables> conv_tables(TileConv* a) {
+  static GeometryCache<ConvTables> cache;
+  const auto tables = cache.get(
+      {kernels().width, a->channels, a->height, a->width, a->groups, a->kernel_h, a->kernel_w,
+       a->stride_h, a->stride_w, a->pad_h, a->pad_w, a->dilation_h, a->dilation_w},
+      [&] { return std::make_shared<ConvTables>(a); });
+  tables->attach(a);
+  return tables;
+}
 
 // What this thread's copy holds.
 struct HeldBand {

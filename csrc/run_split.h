@@ -36,12 +36,11 @@ inline std::vector<int32_t> k_cuts(const TileGemm& a, int64_t parts) {
   return cuts;
 }
 
-inline void run_tile_gemm_split(const TileGemm& a, int64_t pool) {
-  static thread_local std::vector<float> buffer;
-  // Every part's sums keep their place from layer to layer, so that a core finds its own again.
-  constexpr int64_t kStride = kMostSums + 64;
-  if (static_cast<int64_t>(buffer.size()) < pool * kStride) buffer.resize(pool * kStride);
-  float* sums = buffer.data();
+// Every part's sums keep their place from layer to layer, so that a core finds its own again.
+constexpr int64_t kSumsStride = kMostSums + 64;
+
+// sums: pool * kSumsStride floats, shared by all threads.
+inline void run_tile_gemm_split(const TileGemm& a, float* sums, int64_t pool) {
   const Kernels& k = kernels();
   const std::vector<int32_t> cuts = k_cuts(a, pool);
   const int64_t vecs = (a.m + k.width - 1) / k.width, chunks = std::min<int64_t>(2, a.tiles);
@@ -53,12 +52,12 @@ inline void run_tile_gemm_split(const TileGemm& a, int64_t pool) {
     g.bias = part == 0 ? a.bias : nullptr;
     g.residual = nullptr;
     g.activation = Activation::kNone;
-    g.out = sums + part * kStride;
+    g.out = sums + part * kSumsStride;
     const TileSpan span = {0, 0, vecs, a.tiles * chunk / chunks, a.tiles * (chunk + 1) / chunks};
     k.tile_gemm_feature_major(g, span,
                               a.gate ? scratch(a.tile_ptr[a.tiles] * a.granularity) : nullptr);
   });
-  const PartialSums total = {sums, pool, kStride, a.residual, a.out, a.activation};
+  const PartialSums total = {sums, pool, kSumsStride, a.residual, a.out, a.activation};
   const int64_t count = a.n * a.m;
   for_each_unit(pool, pool, [&](int64_t part) {
     k.partial_sums(total, count * part / pool, count * (part + 1) / pool);

@@ -43,7 +43,7 @@ from fxprune.benchmark import benchmark  # noqa: E402
 from fxprune.compiled import refresh  # noqa: E402
 from fxprune.config import Config  # noqa: E402
 from fxprune.decompositions import decompositions  # noqa: E402
-from fxprune.explain import explain, levels  # noqa: E402
+from fxprune.explain import explain, levels, stages  # noqa: E402
 from fxprune.export import Exported, Loaded, export, load  # noqa: E402
 from fxprune.gradients import gradient_clock  # noqa: E402
 from fxprune.lowering.calibrate import calibrate  # noqa: E402
@@ -83,5 +83,6 @@ __all__ = [
     "refresh",
     "register",
     "sensitivity",
+    "stages",
     "verify",
 ]

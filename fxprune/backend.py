@@ -24,11 +24,13 @@ from fxprune import dump
 from fxprune.capture import Captured, detect
 from fxprune.compiled import Built, CompiledGraph
 from fxprune.config import Config
-from fxprune.context import BatchSide, Context, Decision, Shrunk, Sizes
+from fxprune.context import BatchSide, Context, Decision, Observer, Shrunk, Sizes
 from fxprune.errors import ConfigError, FxPruneError, RequireSparse, VerificationError
 from fxprune.gradients import gradient_clock, gradient_table, ratio_at, ratios
 from fxprune.left import may_prune
 from fxprune.lowering import calibrate, codegen, library, measure
+from fxprune.lowering.fuse_dsconv import fuse_dsconv
+from fxprune.lowering.fuse_pool import fuse_pool
 from fxprune.lowering.kernels import KernelTables
 from fxprune.lowering.lower import lower
 from fxprune.lowering.measure import Measure
@@ -42,7 +44,7 @@ from fxprune.report import Table
 from fxprune.staircase import Staircase, grouped, staircases
 from fxprune.symbols import Symbols
 from fxprune.target import search
-from fxprune.weights import Weights, is_state, remember_names
+from fxprune.weights import Weights, is_state, remember_names, states
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +83,8 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     remember_names(gm)
     symbols = Symbols(example_inputs)
     training = _trains(example_inputs)
+    if training and config.fallback == "tensorrt":
+        raise ConfigError(name="fallback", given="tensorrt", expected="inference: call the model under torch.no_grad()")
     if training and config.grad_sparsity is not None:
         gradient_clock.start()
 
@@ -97,7 +101,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         _report(ctx, time.perf_counter() - start)
         if not changed:
             return dense(inputs, ctx.side)
-        ctx.counts["form_regions"] = form_regions(clone, ctx)
+        chain(clone, ctx)
         packs = ctx.weights.appended()
         clone.recompile()
         if config.verify:
@@ -115,8 +119,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         return Built(run, packs, ctx, ctx.side, _holds(config, training))
 
     def build_later(args: Sequence[Any]) -> Built:
-        nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        state = [is_state(n) or isinstance(value, torch.nn.Parameter) for n, value in zip(nodes, args, strict=True)]
+        state = states(gm, args)
         inputs = [new if fixed else old for new, old, fixed in zip(args, example_inputs, state, strict=True)]
         try:
             with symbols.restored():
@@ -198,17 +201,20 @@ def rewrite(
     config: Config,
     levels: Mapping[str, float] | None = None,
     sizes: Sizes | None = None,
+    observers: tuple[Observer, ...] = (),
 ) -> tuple[GraphModule, Context, bool]:
     """Run the forward pipeline on a clone of ``gm``; returns (clone, context, whether anything was gained).
 
     levels: sparsity by parameter that a target speed came to. sizes: the symbolic ones of the call it is for, as
-    :class:`Context` holds them; without them everything is decided at the hints.
+    :class:`Context` holds them; without them everything is decided at the hints. observers: see the graph after each pass.
     """
     clone = GraphModule(gm, copy.deepcopy(gm.graph))
     tables = KernelTables()
     training = _trains(example_inputs)
     timer = Measure(config, tables.unit)
     ctx = Context(config, Weights(clone, example_inputs), not training, tables, timer, timer.predict, sizes or {})
+    dumping = (dump.Dump(config.dump, tuple(example_inputs)),) if config.dump else ()
+    ctx.observers = (*observers, *dumping)
     if training:
         ctx.gradient_ratio = ratio_at(config.grad_sparsity, gradient_clock.step)
         ctx.measure_gradient = MeasureGradient(config)
@@ -216,16 +222,15 @@ def rewrite(
         ctx.extra["levels"] = levels
     if (reason := _autocast_reason(gm, training)) is not None:
         ctx.extra["dense_reason"] = reason
-    for number, rewrite_pass in enumerate(FORWARD):
+    ctx.observe(0, "captured", clone)
+    for number, rewrite_pass in enumerate(FORWARD, 1):
         start = time.perf_counter()
-        before = dump.text(clone) if config.dump else ""
         changed = rewrite_pass(clone, ctx)
         ctx.counts[rewrite_pass.__name__] = changed
         ctx.seconds[rewrite_pass.__name__] = time.perf_counter() - start
         if changed:
             _lint(clone, rewrite_pass.__name__)
-        if config.dump:
-            dump.write(config.dump, number, rewrite_pass.__name__, before, clone)
+        ctx.observe(number, rewrite_pass.__name__, clone)
     ctx.seconds["measure"] = timer.seconds
     ctx.counts.update(lower(clone, tables))
     _require(ctx)
@@ -235,6 +240,13 @@ def rewrite(
     if ctx.gradient_key is None:
         ctx.gradient_ratio = None
     return clone, ctx, gained
+
+
+def chain(gm: GraphModule, ctx: Context) -> None:
+    """Join operators into larger ones, in graphs that run: the steps behind the pipeline."""
+    for position, join in enumerate((form_regions, fuse_pool, fuse_dsconv), len(FORWARD) + 1):
+        ctx.counts[join.__name__] = join(gm, ctx)
+        ctx.observe(position, join.__name__, gm)
 
 
 def _lint(gm: GraphModule, stage: str) -> None:

@@ -166,7 +166,8 @@ def _explain(args: argparse.Namespace) -> int:
         if args.sparsity is not None:
             plan, dense = fxprune.prune(subject.model, subject.inputs, **_asked(args)).plan, subject.model
         stairs = fxprune.levels(subject.model, subject.inputs, autotune="off")
-        report_html.write(args.html, title=args.model, explain=table, levels=stairs, plan=plan, dense=dense)
+        graphs = fxprune.stages(subject.model, subject.inputs, **_asked(args))
+        report_html.write(args.html, title=args.model, explain=table, levels=stairs, plan=plan, dense=dense, stages=graphs)
     return _show(args, table)
 
 
@@ -213,9 +214,11 @@ def _export(args: argparse.Namespace) -> int:
     written = fxprune.export(
         subject.model, subject.inputs, args.output, format=args.format, dynamic_shapes=shapes, **dict(args.option)
     )
-    sizes = {"path": str(written.path), "bytes": written.bytes, "dense bytes": written.dense_bytes}
+    about = {"path": str(written.path), "bytes": written.bytes, "dense bytes": written.dense_bytes}
+    if written.partition is not None:
+        about["partition"] = str(written.partition)
     if args.json:
-        return _show(args, written.report, **sizes)
+        return _show(args, written.report, **about)
     print(written)
     return 0
 

@@ -19,7 +19,7 @@ _CHOICES = {
     "recalibration": ("deprune", "deterministic", "off"),
     "channel_score": ("l1", "l2", "fpgm"),
     "autotune": ("fast", "full", "off"),
-    "fallback": ("inductor", "eager"),
+    "fallback": ("inductor", "eager", "tensorrt"),
     "grad_pruning": PRUNINGS,
     "grad_target": TARGETS,
 }
@@ -58,11 +58,13 @@ class Config:
     cache_dir: where measured times are kept; ``None`` is the user's cache folder.
     freeze: weights will not change after compile: no checks per call, remaining constants folded.
     require_sparse: raise when a pruned layer stays dense.
-    fallback: what compiles the rest of the graph, and what a failed rewrite falls back to.
+    fallback: what compiles the rest of the graph, and what a failed rewrite falls back to: "inductor", "eager", or
+        "tensorrt" (Torch-TensorRT, on a GPU, for inference with ``freeze=True``: an engine holds its weights).
     verify: run the rewritten graph beside the original on the example inputs and compare (slow).
-    dump: folder for the numbered graphs before and after each pass.
+    dump: folder for the graphs before and after each pass, as numbered files that run.
     tolerance: bound of ``verify`` against an fp64 run, relative.
     mode / inductor: Inductor's mode and options for the rest of the graph.
+    tensorrt: options of Torch-TensorRT, for ``fallback="tensorrt"`` and ``fxprune.export(format="torch_tensorrt")``.
     grad_sparsity: in training, prune the gradient that each convolution's and linear layer's data gradient reads: "n:m"
         keeps n of m output channels (SDGP, arXiv 2202.00774), "auto" or "auto:n:m" only in layers where it was measured to
         be faster; "off"; or a dict of these by the optimizer step they begin at. Inference is not affected.
@@ -99,6 +101,7 @@ class Config:
     tolerance: float = 1e-3
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    tensorrt: Mapping[str, Any] = field(default_factory=dict)
     grad_sparsity: str | Mapping[int, str] | None = None
     grad_pruning: str = "magnitude"
     grad_target: str = "dX"
@@ -121,6 +124,10 @@ class Config:
         if self.mode is not None and self.mode not in _MODES:
             raise ConfigError(name="mode", given=self.mode, expected="one of " + ", ".join(map(repr, _MODES)))
         _check_type("inductor", self.inductor, Mapping, "a dict of Inductor's options")
+        _check_type("tensorrt", self.tensorrt, Mapping, "a dict of the options of torch_tensorrt.dynamo.compile")
+        if self.fallback == "tensorrt" and not self.freeze:
+            expected = 'True beside fallback="tensorrt", whose engines hold weights'
+            raise ConfigError(name="freeze", given=False, expected=expected)
         for value in self.pattern.values() if isinstance(self.pattern, Mapping) else (self.pattern,):
             _check_type("pattern", value, str, "the name of a pattern, or a dict of names by kind")
         for value in self.columns.values() if isinstance(self.columns, Mapping) else (self.columns,):

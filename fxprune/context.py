@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from fxprune.config import Config
 from fxprune.gradients import GradientLayer, GradientTimes, Ratio
@@ -24,7 +24,7 @@ class Kernels(Protocol):
     def supports(self, op: str, match: Match) -> str | None:
         """Return ``None`` when some compiled implementation runs ``match``, else the reasons why not."""
 
-    def unit(self, kind: str, dtype: torch.dtype = ...) -> Unit:
+    def unit(self, kind: str, dtype: torch.dtype = ..., device: str = ...) -> Unit:
         """Return the granularity and steps of the kernel row that runs ``kind``, by default in float32."""
 
     def units(self, matches: Iterable[Match]) -> Callable[[str], Unit]:
@@ -117,6 +117,9 @@ class BatchSide:
         return f"batches {'from' if self.above else 'below'} {self.threshold}, decided at {self.decided_at}"
 
 
+Observer = Callable[[int, str, GraphModule, "Context"], None]  # (number of the pass, its name, graph, context)
+
+
 @dataclass
 class Context:
     """State of one compile; passes read it and add to it, nothing outlives it."""
@@ -139,10 +142,16 @@ class Context:
     counts: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    observers: tuple[Observer, ...] = ()
     gradient_ratio: Ratio | None = None  # of the data gradients, in a graph that trains
     measure_gradient: Callable[..., GradientTimes | None] | None = None
     gradient_key: Node | None = None  # the graph input with the counters of their random numbers
     gradients: list[GradientLayer] = field(default_factory=list)
+
+    def observe(self, number: int, name: str, gm: GraphModule) -> None:
+        """Show the graph after a pass to whoever watches; number 0 is the graph as captured."""
+        for observer in self.observers:
+            observer(number, name, gm, self)
 
     def bias(self, match: Match) -> Node | None:
         """Return a match's bias as our kernels take it: not rounded, where that is known."""

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.backend import cut_channels, groups_of, rewrite
+from fxprune.backend import chain, cut_channels, groups_of, rewrite
 from fxprune.capture import capture
 from fxprune.config import Config
 from fxprune.context import Context, Decision, Shrunk
 from fxprune.errors import ConfigError
 from fxprune.prunable import contexts_of, prunable
 from fxprune.report import Table
+from fxprune.stages import Stage, Stages
 
 _HEAD = ("layer", "kind", "shape", "pattern", "sparsity", "kernel", "kernel us", "dense us", "decision")
 
@@ -28,17 +29,38 @@ def explain(model: nn.Module, example_inputs: Any, **options: Any) -> Table:
     no kernel exists for, with the reason.
     options: fields of :class:`fxprune.Config`.
     """
-    config = dataclasses.replace(Config.from_options(options), require_sparse=False, dump=None, verify=False)
-    if config.has_target:
-        expected = "sparsity= to explain: a target is met by fxprune.prune, which builds and measures models"
-        raise ConfigError(name="target_speedup or target_latency_ms", given="a target", expected=expected)
-    contexts = []
+    config, contexts = _reading(options), []
     for graph in capture(model, example_inputs):
         with torch.no_grad():
             _, ctx, _ = rewrite(graph.gm, graph.inputs, config)
         ctx.refused[:0] = graph.outside
         contexts.append(ctx)
     return table_of(contexts)
+
+
+def stages(model: nn.Module, example_inputs: Any, **options: Any) -> list[list[Stage]]:
+    """Return, for each graph of the model, the graph before and after every pass that changed it; the first is as captured.
+
+    options: as :func:`explain` takes them.
+    """
+    config, found = _reading(options), []
+    for graph in capture(model, example_inputs):
+        watch = Stages()
+        with torch.no_grad():
+            clone, ctx, changed = rewrite(graph.gm, graph.inputs, config, observers=(watch,))
+            if changed:
+                chain(clone, ctx)
+        found.append(watch.kept)
+    return found
+
+
+def _reading(options: dict[str, Any]) -> Config:
+    """Return the options of a run that nothing is compiled for."""
+    config = dataclasses.replace(Config.from_options(options), require_sparse=False, dump=None, verify=False)
+    if config.has_target:
+        expected = "sparsity= to explain: a target is met by fxprune.prune, which builds and measures models"
+        raise ConfigError(name="target_speedup or target_latency_ms", given="a target", expected=expected)
+    return config
 
 
 def table_of(contexts: Sequence[Context]) -> Table:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import fxprune
 from fxprune import manifest
-from fxprune.backend import rewrite
+from fxprune.backend import chain, rewrite
 from fxprune.capture import arguments, evaluating
 from fxprune.config import Config
 from fxprune.context import Context
@@ -34,7 +34,7 @@ from fxprune.explain import table_of
 from fxprune.lowering import aoti, onnx, tensorrt
 from fxprune.lowering.attach import attach
 from fxprune.lowering.decompose import decompose
-from fxprune.lowering.region import form_regions
+from fxprune.lowering.tensorrt import Partition
 from fxprune.manifest import Manifest
 from fxprune.plan import Plan
 from fxprune.plan_file import encode
@@ -47,7 +47,10 @@ LOADABLE = ("exported_program", "aoti")
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. bytes: of the file; dense_bytes: of the model's parameters and buffers. report: as ``explain``."""
+    """What was written. bytes: of the file; dense_bytes: of the model's parameters and buffers. report: as ``explain``.
+
+    partition: for Torch-TensorRT, which operators it takes and which stay PyTorch's.
+    """
 
     path: Path
     format: str
@@ -55,11 +58,13 @@ class Exported:
     dense_bytes: int
     plan: Plan
     report: Table
+    partition: Partition | None = None
 
     def __str__(self) -> str:
         chosen = self.report.summary.get("chosen", "0 of 0")
         share = f"{self.bytes / max(self.dense_bytes, 1):.0%} of {self.dense_bytes / 1e6:.2f} MB of dense weights"
-        return f"{self.path}: {self.format}, {self.bytes / 1e6:.2f} MB ({share}), {chosen} matches run sparse kernels"
+        cut = "" if self.partition is None else f"; {self.partition}"
+        return f"{self.path}: {self.format}, {self.bytes / 1e6:.2f} MB ({share}), {chosen} matches run sparse kernels{cut}"
 
 
 class Loaded:
@@ -70,7 +75,8 @@ class Loaded:
         self._run = run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
+        # nothing is recorded, so the operators' autograd layer would be pure overhead
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
             return self._run(*args, **kwargs)
 
 
@@ -108,22 +114,24 @@ def export(
     standard = format in _STANDARD
     if format == "torch_tensorrt":
         tensorrt.package()  # before any work
+        tensorrt.check_device((list(model.parameters()), example_inputs))
     if standard:  # what was measured here says nothing about another runtime
         config = dataclasses.replace(config, autotune="off", min_speedup=0.0)
     program, ctx = sparse_program(model, example_inputs, config, dynamic_shapes, standard)
-    plan, report = Plan.of(model), table_of([ctx])
+    plan, report, partition = Plan.of(model), table_of([ctx]), None
     about = _describe(program, format, report, model)
     texts = {manifest.MANIFEST: about.to_json(), manifest.PLAN: encode(plan)}
     if format == "onnx":
         onnx.save(program, target, texts)
     elif format == "torch_tensorrt":
-        tensorrt.save(program, target, tree_flatten(_inputs(example_inputs, dynamic_shapes)[:2])[0])
+        args, kwargs, shapes = _inputs(example_inputs, dynamic_shapes)
+        partition = tensorrt.save(program, target, args, kwargs, shapes, config.tensorrt)
     elif format == "aoti":
         aoti.save(program, target, texts, config)
     else:
         program.example_inputs = None  # the user's data are nobody else's
         torch.export.save(program, os.fspath(target), extra_files=texts)
-    return Exported(target, format, target.stat().st_size, about.bytes["dense"], plan, report)
+    return Exported(target, format, target.stat().st_size, about.bytes["dense"], plan, report, partition)
 
 
 def load(path: str | os.PathLike[str]) -> Loaded:
@@ -144,7 +152,15 @@ def load(path: str | os.PathLike[str]) -> Loaded:
     except Exception as error:
         reason = f"torch {torch.__version__} cannot read a program of torch {about.torch} ({type(error).__name__}: {error})"
         raise ExportFileError(path=path, reason=reason) from error
-    return Loaded(program.module(), about, plan, program)
+    return Loaded(_direct(program.module()), about, plan, program)
+
+
+def _direct(gm: nn.Module) -> nn.Module:
+    """Let every weight be found as a plain attribute: a module's own look-up of hundreds takes as long as a layer."""
+    for module in gm.modules():
+        for held in (module._parameters, module._buffers, module._modules):
+            vars(module).update({name: value for name, value in held.items() if value is not None})
+    return gm
 
 
 def sparse_program(
@@ -163,7 +179,7 @@ def sparse_program(
     if not changed:
         return program, ctx
     if not standard:
-        ctx.counts["form_regions"] = form_regions(clone, ctx)
+        chain(clone, ctx)
     sparse = attach(clone, ctx.weights)
     if standard:
         ctx.counts["decompose"] = decompose(sparse)

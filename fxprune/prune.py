@@ -38,7 +38,7 @@ from fxprune.target import Speed, search
 from fxprune.write import Decided, Wish, wishes, write
 
 # the options that matter to a compile of a model that is pruned already
-_COMPILE = ("min_speedup", "autotune", "cache_dir", "freeze", "fallback", "mode", "inductor")
+_COMPILE = ("min_speedup", "autotune", "cache_dir", "freeze", "fallback", "mode", "inductor", "tensorrt")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from fxprune.config import KINDS
 from fxprune.plan import Plan, PrunedWeight
 from fxprune.report import Table
 from fxprune.sparsity import dcp
+from fxprune.stages import Stage
 
 _MOST = 24  # pictures of masks and of levels: the largest
 _NUMERIC = ' class="n"'
@@ -32,10 +33,12 @@ def write(
     levels: Table | None = None,
     plan: Plan | None = None,
     dense: nn.Module | None = None,
+    stages: Sequence[Sequence[Stage]] = (),
 ) -> None:
     """Write a page of the tables that :func:`fxprune.explain` and its neighbours return, and of the masks of a plan.
 
     dense: the model before pruning; with it depthwise masks are shown before and after balancing and recalibration.
+    stages: the graphs before and after each pass, of :func:`fxprune.stages`.
     """
     parts = [f"<h1>{html.escape(title)}</h1>"]
     if benchmark is not None:
@@ -48,6 +51,8 @@ def write(
         parts += [_section("Masks"), _masks(plan, dense)]
     if sensitivity is not None:
         parts += [_section("Sensitivity"), _sensitivity(sensitivity), _table(sensitivity), _summary(sensitivity)]
+    for number, graph in enumerate(stages, 1):
+        parts += [_section("Graph" if len(stages) == 1 else f"Graph {number} of {len(stages)}"), _graph(graph)]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
     head += f'<meta name="color-scheme" content="light dark"><title>{html.escape(title)}</title><style>{page.STYLE}</style>'
     body = f"{''.join(parts)}<script>{page.SCRIPT}</script>"
@@ -149,10 +154,12 @@ def _masks(plan: Plan, dense: nn.Module | None) -> str:
         zeros = 1 - pruned.mask.float().mean().item()
         before = _depthwise(name, pruned, parameters) if name in parameters and pruned.pattern == "dcp" else []
         pictures = [*before, ("kept" if not before else "HSR: recalibrated", pruned.layer.mask)]
-        images = "".join(f'<img alt="{label}" title="{label}" src="{charts.mask_png(mask)}">' for label, mask in pictures)
+        images = "".join(
+            f'<span class="mask"><img alt="{label}" src="{charts.mask_png(mask)}">{label if before else ""}</span>'
+            for label, mask in pictures
+        )
         size = f"{n} x {k}, tiles of {pruned.layer.tiling.granularity}, {zeros:.1%} zeros"
-        order = f"; {', '.join(label for label, _ in pictures)}" if before else ""
-        text = f"<b>{html.escape(name)}</b> {html.escape(pruned.pattern)} {size}{order}"
+        text = f"<b>{html.escape(name)}</b> {html.escape(pruned.pattern)} {size}"
         figures.append(f"<figure>{images}<figcaption>{text}</figcaption></figure>")
     intro = f"<p>Rows are output features or channels, dark is kept; the {len(shown)} largest.</p>"
     return f'{intro}<div class="grid">{"".join(figures)}</div>'
@@ -176,8 +183,29 @@ def _sensitivity(table: Table) -> str:
         return ""
     dash = '<svg width="14" height="8"><polyline class="c{}" points="0,4 14,4"/></svg>'
     names = "".join(f"<span>{dash.format(i)}{html.escape(name)}</span>" for i, name in enumerate(series))
-    return f'<figure>{charts.lines(series, "sensitivity over sparsity")}<div class="legend">{names}</div></figure>'
+    curves = charts.lines(series, "sensitivity over sparsity")
+    return f'<figure class="curves">{curves}<div class="legend">{names}</div></figure>'
 
 
 def _share(text: str) -> float:
     return float(text.rstrip("%")) / 100
+
+
+def _graph(stages: Sequence[Stage]) -> str:
+    """A folded part per pass: what is gone and new among the lines around it, or every line."""
+    parts = []
+    for stage in stages:
+        gone, new = stage.counts
+        counts = f'<span class="gone">-{gone}</span> <span class="new">+{new}</span>'
+        what = counts if gone or new else f"{len(stage.after)} nodes"
+        body = "".join(
+            f"<code{'' if sign == ' ' else f' data-c={chr(34)}{sign}{chr(34)}'}>{html.escape(text)}</code>"
+            for sign, text in stage.changes()
+        )
+        title = f"{stage.number} <b>{html.escape(stage.name)}</b> {what}"
+        parts.append(f"<details><summary>{title}</summary><pre>{body}</pre></details>")
+    return (
+        '<section class="graph"><p>Passes that changed the graph. Red lines are gone, green ones are new.</p>'
+        '<div class="controls"><input type="search" placeholder="find a node" aria-label="find a node">'
+        f'<label><input type="checkbox"> all lines</label><output></output></div>{"".join(parts)}</section>'
+    )

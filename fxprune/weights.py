@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,6 +161,12 @@ def is_state(node: Node) -> bool:
     """True for the placeholder of a module's parameter or buffer."""
     source = _source_name(node)
     return STATE_NAME in node.meta or "_buffers" in source or "_parameters" in source
+
+
+def states(gm: GraphModule, inputs: Sequence[Any]) -> list[bool]:
+    """Return for each input of a graph whether it is a module's parameter or buffer."""
+    nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    return [is_state(n) or isinstance(value, torch.nn.Parameter) for n, value in zip(nodes, inputs, strict=True)]
 
 
 def _attribute(gm: GraphModule, target: object) -> object:

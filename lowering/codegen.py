@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
@@ -18,11 +19,17 @@ from torch.fx import Graph, GraphModule
 
 from ..config import Config
 from ..graph import name_of
-from . import library
+from ..weights import states
+from . import library, tensorrt
 
 
 def stock(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
     """Compile a graph that holds none of our operators exactly as ``backend="inductor"`` would."""
+    if config.fallback == "tensorrt":
+        gm = GraphModule(gm, copy.deepcopy(gm.graph))  # weights become attributes
+        return _frozen(
+            gm, example_inputs, states(gm, example_inputs), lambda live: tensorrt.compile_rest(gm, live, config.tensorrt)
+        )
     if config.fallback == "eager" or _unrolls(gm):
         return gm.forward
     return _compile(gm, example_inputs, _patches(config))
@@ -49,6 +56,8 @@ def compile_rest(
     constant: per input, whether it is a weight; with ``freeze`` those are folded into the compiled code. joint: runs on the
     joint graph of autograd, before Inductor's own passes.
     """
+    if config.fallback == "tensorrt":
+        return _frozen(gm, example_inputs, constant, lambda live: tensorrt.compile_rest(gm, live, config.tensorrt))
     if config.fallback == "eager" or _unrolls(gm):
         return gm.forward if joint is None else _differentiate(gm, example_inputs, joint)
     settings = patches(gm.graph, config)
@@ -56,11 +65,8 @@ def compile_rest(
         settings["joint_custom_pre_pass"] = Salt(joint)
     if not config.freeze or torch.is_grad_enabled():
         return _compile(gm, example_inputs, settings)
-    live = [i for i, fixed in enumerate(constant) if not fixed]
-    _lift_constants(gm, example_inputs, constant)
     with torch._inductor.config.patch(freezing=True):
-        run = _compile(gm, [example_inputs[i] for i in live], {**settings, "freezing": True})
-    return lambda *args: run(*[args[i] for i in live])
+        return _frozen(gm, example_inputs, constant, lambda live: _compile(gm, live, {**settings, "freezing": True}))
 
 
 def patches(graph: Graph, config: Config) -> dict[str, Any]:
@@ -101,6 +107,19 @@ def _differentiate(gm: GraphModule, inputs: Sequence[Any], joint: JointPass) -> 
         return make_boxed_func(graph.forward)
 
     return cast("Callable[..., Any]", aot_autograd(fw_compiler=run, partition_fn=partition)(gm, list(inputs)))
+
+
+def _frozen(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    constant: Sequence[bool],
+    compile: Callable[[list[Any]], Callable[..., Any]],
+) -> Callable[..., Any]:
+    """Compile ``gm`` with its weights as attributes: ``compile`` gets the other inputs."""
+    live = [i for i, fixed in enumerate(constant) if not fixed]
+    _lift_constants(gm, example_inputs, constant)
+    run = compile([example_inputs[i] for i in live])
+    return lambda *args: run(*[args[i] for i in live])
 
 
 def _lift_constants(gm: GraphModule, example_inputs: Sequence[Any], constant: Sequence[bool]) -> None:

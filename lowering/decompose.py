@@ -40,7 +40,8 @@ def decompose(gm: GraphModule) -> int:
         if any(value is None for value in packed):
             continue
         name = f"standard_{node.name}"
-        gm.add_submodule(name, build[1](node, *packed))
+        part = build[1](node, *[value.cpu() for value in packed if value is not None])
+        gm.add_submodule(name, part.to(packed[0].device))  # type: ignore[union-attr]
         with gm.graph.inserting_before(node):
             new = gm.graph.call_module(name, tuple(argument(node, name) for name in build[2]))
         new.meta = dict(node.meta)
@@ -103,7 +104,7 @@ class Gemm(nn.Module):
             x = x * gate.reshape([*gate.shape, *[1] * (x.dim() - 2)])
         dtype = x.dtype
         x, bias, residual = widened(x, bias, residual)
-        return self._rows(x, bias, residual).to(dtype)
+        return _rounded(self._rows(x, bias, residual), dtype)
 
     def _rows(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         if self.number == 1 and self.finish.whole:  # a runtime fuses the bias it finds here
@@ -130,6 +131,11 @@ class Gemm(nn.Module):
             return F.conv2d(x, weight[:, :, None, None], bias)
         flat = F.conv1d(x.flatten(2), weight[:, :, None], bias)
         return flat.reshape([flat.shape[0], flat.shape[1], *x.shape[2:]])
+
+
+def _rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """``y.to(dtype)`` without a node, and an assertion beside it, where there is nothing to do."""
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def _runs(tiles: list[Tensor], width: int, columns: int, k: int) -> list[tuple[Tensor | None, int, int]]:
@@ -175,7 +181,7 @@ class Conv(nn.Module):
         x, bias, residual = widened(x if self.channels is None else x.index_select(1, self.channels), bias, residual)
         inside = bias if self.finish.whole else None
         y = F.conv2d(x, self.weight, inside, self.stride, self.padding, self.dilation, self.groups)
-        return self.finish(y, None if self.finish.whole else bias, residual).to(dtype)  # type: ignore[no-any-return]
+        return _rounded(self.finish(y, None if self.finish.whole else bias, residual), dtype)
 
 
 def _channels(node: Node, dim: int) -> int:

@@ -31,6 +31,11 @@ SCHEMAS = (
     'int out_features, int granularity, int feature_dim, str activation="none") -> Tensor',
     f"tile_conv(Tensor x, Tensor values, {_TILES}, Tensor? bias, Tensor? residual, int out_features, int granularity, "
     'int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, str activation="none") -> Tensor',
+    "depthwise_pool(Tensor x, Tensor weight, Tensor taps, Tensor? bias, int[] kernel_size, int[] stride, "
+    'int[] padding, int[] dilation, str activation="none") -> Tensor[]',
+    f"dsconv(Tensor x, Tensor weight, Tensor taps, Tensor? depthwise_bias, Tensor values, {_TILES}, Tensor? bias, "
+    "Tensor? residual, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int out_features, "
+    'int granularity, str depthwise_activation="none", str activation="none") -> Tensor',
     f"tile_pack(Tensor weight, {_TILES}, int granularity, int nnz) -> Tensor",
     f"tile_unpack(Tensor values, {_TILES}, int granularity, int out_features, int in_features) -> Tensor",
     "region(Tensor[] x, Tensor[] packed, int[] program, int[] outputs) -> Tensor[]",

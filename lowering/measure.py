@@ -77,7 +77,8 @@ class Measure:
         return repr((match.kind, shape, match.matrix_shape, *window, unit, round(kept * 20), *on))
 
     def _time(self, match: Match, mask: LayerMask | None, inputs: Weight | None) -> tuple[list[float], bool]:
-        sizes, unit = [cost.hint(s) for s in match.geometry.x], self._units(match.kind, match.value.dtype)
+        sizes = [cost.hint(s) for s in match.geometry.x]
+        unit = self._units(match.kind, match.value.dtype, match.value.device.type)
         with torch.inference_mode():
             if inputs is not None:
                 runs = recurrent_calls(inputs, (match, mask), unit, *sizes[:2])
@@ -115,6 +116,8 @@ def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> 
     n, dim, step = match.matrix_shape[0], 1 if match.kind == "pointwise" else -1, g.stride
     if match.kind == "conv":
         weights = tile.operands(matrix, layer.mask, layer.tiling)
+        if x.is_cuda:
+            weights = [t.to(x.device) for t in tile.imaged(weights, layer.tiling, x.device)]
         shape = (n, layer.tiling.granularity, *g.windows, g.groups, "none")
         return lambda: torch.ops.fxprune.tile_conv(x, *weights, None, None, *shape)
     x = x.flatten(1) if one_pixel(match) else x

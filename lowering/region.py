@@ -25,6 +25,7 @@ from ..ops import region as ops
 aten = torch.ops.aten
 _DEPTHWISE = torch.ops.fxprune.depthwise_taps.default
 _GEMM = torch.ops.fxprune.tile_gemm.default
+_CONV = torch.ops.fxprune.tile_conv.default
 _MEAN = aten.mean.dim
 _RESHAPES = (aten.flatten.using_ints, aten.unflatten.int, aten.reshape.default)
 _REGION = torch.ops.fxprune.region.default
@@ -35,7 +36,7 @@ class _Region:
     nodes: list[Node] = field(default_factory=list)
 
     def kernels(self) -> int:
-        return sum(n.target in (_DEPTHWISE, _GEMM) for n in self.nodes)
+        return sum(n.target in (_DEPTHWISE, _GEMM, _CONV) for n in self.nodes)
 
 
 def form_regions(gm: GraphModule, ctx: Context) -> int:
@@ -86,6 +87,8 @@ def _eligible(node: Node, members: list[Node]) -> bool:
     x = fake(node.args[0])
     if x is None or x.dtype != value.dtype:
         return False
+    if node.target is _CONV:
+        return value.dtype == torch.float32
     if node.target is _GEMM:
         if node.args[10] == 1:
             return x.dim() == 4 and not _is_channel_vector(x)
@@ -151,6 +154,11 @@ class _Program:
             tail = [*values, *a[8:11], activation.NAMES.index(a[11])]
             record = [self.value(a[0]), *[self.weight(w) for w in a[1:6]], *tail]
             code = ops.GEMM
+        elif node.target is _CONV:
+            numbers = [n for window in a[9:13] for n in window]
+            record = [self.value(a[0]), *[self.weight(w) for w in a[1:6]], self.value(a[6]), a[7], a[8], *numbers, a[13]]
+            record.append(activation.NAMES.index(a[14]))
+            code = ops.CONV
         else:
             record, code = [self.value(a[0])], ops.MEAN
         self.code += [code, len(record), *record]
@@ -159,7 +167,7 @@ class _Program:
 
 
 def _activations(node: Node) -> list[Node]:
-    positions = (0, 6, 7) if node.target is _GEMM else (0,)
+    positions = {_GEMM: (0, 6, 7), _CONV: (0, 6)}.get(node.target, (0,))
     return [n for p in positions if isinstance(n := node.args[p], Node)]
 
 

@@ -136,7 +136,7 @@ def _cut(planned: PrunedWeight, match: Match, ctx: Context) -> LayerMask:
 
 
 def _native(match: Match, ctx: Context) -> int:
-    return ctx.kernels.unit(match.kind, match.value.dtype).granularity
+    return ctx.kernels.unit(match.kind, match.value.dtype, match.value.device.type).granularity
 
 
 def _drops(match: Match) -> bool:

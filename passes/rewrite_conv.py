@@ -28,7 +28,8 @@ def rewrite_conv(gm: GraphModule, ctx: Context) -> int:
 
 def _rewrite(decision: Decision, ctx: Context) -> None:
     match = decision.match
-    width = match.tile_width(ctx.kernels.unit(match.kind).granularity)
+    unit = ctx.kernels.unit(match.kind, match.value.dtype, match.value.device.type)
+    width = match.tile_width(unit.granularity)
     layer = decision.mask or tile.keep_all(match.matrix_shape, width)
     weight = packed(match, layer, ctx, match.node.name)
     x, (n, _) = as_image(match), match.matrix_shape

@@ -35,7 +35,8 @@ def rewrite_gemm(gm: GraphModule, ctx: Context) -> int:
 
 def _rewrite(decision: Decision, ctx: Context) -> None:
     match = decision.match
-    layer = decision.mask or tile.keep_all(match.matrix_shape, ctx.kernels.unit(match.kind, match.value.dtype).granularity)
+    unit = ctx.kernels.unit(match.kind, match.value.dtype, match.value.device.type)
+    layer = decision.mask or tile.keep_all(match.matrix_shape, unit.granularity)
     n, _ = match.matrix_shape
     feature_dim = 1 if match.kind == "pointwise" else -1
     one_pixel = match.kind == "linear" and len(match.geometry.x) == 4 and match.value.dim() == 4
@@ -61,7 +62,7 @@ def packed(match: Match, layer: LayerMask, ctx: Context, prefix: str, whole: Ten
 
     def build(weight: Tensor) -> tuple[Tensor, ...]:
         operands = tile.operands(match.matrix(weight), layer.mask, layer.tiling)
-        images = ctx.inference and match.kind != "conv"
+        images = ctx.inference and (match.kind != "conv" or match.value.is_cuda)
         return tuple(tile.imaged(operands, layer.tiling, match.value.device) if images else operands)
 
     labels = [f"{prefix}_{name}" for name in tile.OPERANDS]

@@ -107,7 +107,14 @@ def test_a_row_shows_the_fastest_rivals(tmp_path: Path, dense: float | None, cel
 def test_one_case_from_end_to_end(tmp_path: Path) -> None:
     assert bench_models.main(["--models", "bert_tiny", "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "bert_tiny-b1-float32-2t.json").read_text())
-    for name in ("eager channels_last", "inductor", "inductor freezing", "inductor max-autotune", "fxprune", "fxprune exported"):
+    for name in (
+        "eager channels_last",
+        "inductor",
+        "inductor freezing",
+        "inductor max-autotune",
+        "fxprune",
+        "fxprune exported",
+    ):
         assert 0 < record["engines"][name]["p10"] <= record["engines"][name]["p90"]
         assert record["engines"][name]["error"] < 1e-5
     assert {"onnxruntime", "openvino"} <= record["engines"].keys() | record["not_comparable"].keys()

@@ -254,3 +254,18 @@ def test_pruning_while_exporting_leaves_the_model(tmp_path: Path) -> None:
     assert "fxprune.tile_gemm.default" in loaded.manifest.operators and torch.equal(model[0].weight, before)
     wanted = fxprune.prune(model, rows(), sparsity=0.5).model
     torch.testing.assert_close(loaded(rows()), run(wanted, rows()))
+
+
+def test_a_loaded_program_looks_nothing_up_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``nn.Module.__getattr__`` runs for each tensor of a program, and a region has hundreds."""
+    model = pruned(mobile(), image(), granularity=8)
+    expected = run(model, image())
+    fxprune.export(model, image(), tmp_path / "m.pt2", **CHOSEN)
+    loaded = fxprune.load(tmp_path / "m.pt2")
+    asked: list[str] = []
+    real = nn.Module.__getattr__
+    monkeypatch.setattr(nn.Module, "__getattr__", lambda self, name: asked.append(name) or real(self, name))
+    given = image().requires_grad_()
+    output = loaded(given)
+    assert_exact(output, expected)
+    assert set(asked) <= {"_guards_fn"} and not output.requires_grad

@@ -37,7 +37,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     times = Table("milliseconds", ("engine", "median"), [("eager", "2.000"), ("hwprune", "1.000")])
     report_html.write(
         path, title="<b>mobile", explain=explained, levels=levels, sensitivity=sensitive, benchmark=times,
-        plan=result.plan, dense=dense,
+        plan=result.plan, dense=dense, stages=fxprune.stages(result.model, x, autotune="off", min_speedup=0.0),
     )  # fmt: skip
     return path
 
@@ -128,6 +128,39 @@ def test_filters(page: Path) -> None:
         """,
     )
     assert told == [["dw,fc,pw", "3 of 3"], ["fc,pw", "2 of 3"], ["fc", "1 of 3"], ["", "0 of 3"], "2 of 3"]
+
+
+def test_graphs_of_the_passes(page: Path) -> None:
+    text = page.read_text()
+    names = re.findall(r"<summary>\d+ <b>(\w+)</b>", text)
+    rewrites = ["fold_batchnorm", "rewrite_depthwise", "rewrite_gemm", "fuse_epilogue", "form_regions"]
+    assert names == ["captured", "normalize", *rewrites]
+    assert '<code data-c="-">conv2d_default (2, 16, 8, 8) float32 = aten.conv2d(' in text
+    assert '<code data-c="+">region_default = fxprune.region([l_x_], [' in text
+
+
+@browser
+def test_finding_a_node(page: Path) -> None:
+    told = evaluated(
+        page,
+        """
+        const box = document.querySelector("section.graph"), passes = [...box.querySelectorAll("details")];
+        const set = (input, key, value) => { input[key] = value; input.dispatchEvent(new Event("input")); };
+        const open = () => passes.filter(p => p.open).map(p => p.querySelector("b").textContent);
+        const shown = p => [...p.querySelectorAll("code:not([data-c=s])")].filter(c => !c.hidden).length;
+        const skipped = p => [...p.querySelectorAll("code[data-c=s]")].map(c => c.textContent).join();
+        const result = [[open().join(), shown(passes[0]), shown(passes[3]), skipped(passes[3])]];
+        const search = box.querySelector("input[type=search]"), said = box.querySelector("output");
+        set(search, "value", "FXPRUNE.region"); 
+        result.push([open().join(), said.value, box.querySelectorAll(".hit").length]);
+        set(search, "value", "");
+        set(box.querySelector("input[type=checkbox]"), "checked", true); result.push([shown(passes[3]), skipped(passes[3])]);
+        tell(result);
+        """,
+    )
+    assert told[0] == ["", 8, 6, "... 2 lines"]
+    assert told[1] == ["form_regions", "1 line", 1]
+    assert told[2] == [8, ""]
 
 
 @browser

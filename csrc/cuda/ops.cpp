@@ -8,40 +8,27 @@
 #include <cstdlib>
 #include <string>
 
-#include "cuda/arguments.h"
+#include "cuda/parts.h"
 
-namespace fxprune {
-namespace {
+namespace fxprune::cuda_ops {
 
-using IntList = std::vector<int64_t>;
 using gpu::Element;
 
-void check_pair(const IntList& v, const char* name, int64_t least) {
-  STD_TORCH_CHECK(v.size() == 2, name, " must have 2 entries, got ", v.size());
-  for (int64_t entry : v) {
-    STD_TORCH_CHECK(entry >= least && entry <= 1 << 20, name, " must lie in [", least,
-                    ", 1048576], got ", entry);
-  }
-}
+namespace {
 
-Tensor depthwise_taps(const Tensor& x_in, const Tensor& weight_in, const Tensor& taps_in,
-                      const OptionalTensor& bias_in, const IntList& kernel_size,
-                      const IntList& stride, const IntList& padding, const IntList& dilation,
-                      const Text& activation) {
-  check_pair(kernel_size, "kernel_size", 1);
-  check_pair(stride, "stride", 1);
-  check_pair(padding, "padding", 0);
-  check_pair(dilation, "dilation", 1);
+// The depthwise convolution; with `mean`, also that of its planes.
+Tensor depthwise(const Tensor& x_in, const Tensor& weight_in, const Tensor& taps_in,
+                 const OptionalTensor& bias_in, const IntList& kernel_size, const IntList& stride,
+                 const IntList& padding, const IntList& dilation, const Text& activation,
+                 OptionalTensor* mean) {
+  check_windows(kernel_size, stride, padding, dilation);
   check_cuda_tensor(x_in, "x");
   const Element element = check_element(x_in);
   STD_TORCH_CHECK(x_in.dim() == 4, "x must have shape (B, C, H, W), got ", shape_of(x_in));
   DepthwiseTaps g{};
   g.batch = x_in.size(0), g.channels = x_in.size(1);
   g.height = x_in.size(2), g.width = x_in.size(3);
-  g.kernel_h = kernel_size[0], g.kernel_w = kernel_size[1];
-  g.stride_h = stride[0], g.stride_w = stride[1];
-  g.pad_h = padding[0], g.pad_w = padding[1];
-  g.dilation_h = dilation[0], g.dilation_w = dilation[1];
+  set_windows(kernel_size, stride, padding, dilation, &g);
   check_window(&g);
   const int64_t words = (g.kernel() + 63) / 64;
   check_shape(weight_in, "weight", {g.channels, g.kernel()});
@@ -51,6 +38,7 @@ Tensor depthwise_taps(const Tensor& x_in, const Tensor& weight_in, const Tensor&
   const Tensor x = like_input(x_in, "x", x_in), weight = like_input(weight_in, "weight", x_in),
                taps = list_input(taps_in, "taps", x_in, element_types().int64, "int64");
   Tensor out = empty_like(x, {g.batch, g.channels, g.out_h, g.out_w}, type_of(x));
+  if (mean != nullptr) *mean = empty_like(x, {g.batch, g.channels}, type_of(x));
   if (out.numel() == 0) return out;
 
   gpu::DepthwiseArgs a{};
@@ -64,68 +52,38 @@ Tensor depthwise_taps(const Tensor& x_in, const Tensor& weight_in, const Tensor&
   a.out_h = small_size(g.out_h, "height"), a.out_w = small_size(g.out_w, "width");
   a.tap_words = small_size(words, "kernel_size");
   small_size(g.kernel(), "kernel_size");
-  int* const windows[] = {&a.kernel_h, &a.kernel_w, &a.stride_h,   &a.stride_w,
-                          &a.pad_h,    &a.pad_w,    &a.dilation_h, &a.dilation_w};
-  const int64_t values[] = {g.kernel_h, g.kernel_w, g.stride_h,   g.stride_w,
-                            g.pad_h,    g.pad_w,    g.dilation_h, g.dilation_w};
-  for (int i = 0; i < 8; ++i) *windows[i] = static_cast<int>(values[i]);
+  copy_windows(g, &a);
   a.activation = chosen;
   const OnDeviceOf guard(x);
-  gpu::depthwise_taps_cuda(a, element, current_stream(x));
+  void* const stream = current_stream(x);
+  if (mean == nullptr) {
+    gpu::depthwise_taps_cuda(a, element, stream);
+    return out;
+  }
+  Tensor sums = empty_like(x, {g.batch, g.channels, gpu::pool_parts(a)}, element_types().float32);
+  a.pool = static_cast<float*>(sums.mutable_data_ptr());
+  gpu::depthwise_pool_cuda(a, element, (*mean)->mutable_data_ptr(), stream);
   return out;
 }
 
-// The structure of a tile-packed weight: what shapes tell.
-struct Structure {
-  Tensor index, tile_ptr, columns;
-  int64_t rows, kept, granularity, tiles;
+}  // namespace
 
-  Structure(const Tensor& index_in, const Tensor& tile_ptr_in, const Tensor& columns_in,
-            int64_t granularity_in, const Tensor& x)
-      : index(list(index_in, "index", x)),
-        tile_ptr(list(tile_ptr_in, "tile_ptr", x)),
-        columns(list(columns_in, "columns", x)),
-        rows(index.size(0)),
-        kept(columns.size(0)) {
-    STD_TORCH_CHECK(granularity_in >= 1, "granularity must be at least 1, got ", granularity_in);
-    granularity = std::min(granularity_in, std::max<int64_t>(kept, 1));
-    tiles = (kept + granularity - 1) / granularity;
-    STD_TORCH_CHECK(tile_ptr.size(0) == tiles + 1, "tile_ptr must have ", tiles + 1,
-                    " entries for ", kept, " columns in tiles of ", granularity, ", got ",
-                    tile_ptr.size(0));
-  }
+Tensor depthwise_taps(const Tensor& x, const Tensor& weight, const Tensor& taps,
+                      const OptionalTensor& bias, const IntList& kernel_size, const IntList& stride,
+                      const IntList& padding, const IntList& dilation, const Text& activation) {
+  return depthwise(x, weight, taps, bias, kernel_size, stride, padding, dilation, activation,
+                   nullptr);
+}
 
-  static Tensor list(const Tensor& t, const char* name, const Tensor& x) {
-    STD_TORCH_CHECK(t.dim() == 1, name, " must have one dimension, got shape ", shape_of(t));
-    return list_input(t, name, x, element_types().int32, "int32");
-  }
-  template <class T>
-  static const T* data(const Tensor& t) {
-    return static_cast<const T*>(t.const_data_ptr());
-  }
-  // The number of packed weights follows from the shapes but for the K rows of a narrower last
-  // tile.
-  void check_values(const Tensor& values) const {
-    const int64_t most = rows * granularity, narrower = tiles * granularity - kept;
-    const int64_t missing = values.dim() == 1 ? most - values.size(0) : -1;
-    const bool possible =
-        narrower == 0 ? missing == 0
-                      : missing >= 0 && missing % narrower == 0 && missing / narrower <= rows;
-    STD_TORCH_CHECK(possible, "values must have ", narrower == 0 ? "" : "at most ", most,
-                    " elements for ", rows, " kept rows in tiles of ", granularity, ", got shape ",
-                    shape_of(values));
-  }
-  // Sets the structure's part of an argument record.
-  template <class Args>
-  void fill(Args* a) const {
-    a->index = data<int32_t>(index);
-    a->tile_ptr = data<int32_t>(tile_ptr);
-    a->columns = data<int32_t>(columns);
-    a->kept = kept;
-    a->granularity = granularity;
-    a->tiles = tiles;
-  }
-};
+std::vector<Tensor> depthwise_pool(const Tensor& x, const Tensor& weight, const Tensor& taps,
+                                   const OptionalTensor& bias, const IntList& kernel_size,
+                                   const IntList& stride, const IntList& padding,
+                                   const IntList& dilation, const Text& activation) {
+  OptionalTensor mean;
+  const Tensor y =
+      depthwise(x, weight, taps, bias, kernel_size, stride, padding, dilation, activation, &mean);
+  return {y, *mean};
+}
 
 // Rows (m, k) -> (k, m) in memory of its own.
 Tensor transposed(const Tensor& x, int64_t rows, int64_t columns, Element element, void* stream) {
@@ -163,15 +121,7 @@ Tensor tile_gemm(const Tensor& x_in, const Tensor& values_in, const Tensor& inde
   const Structure structure(index, tile_ptr, columns, granularity, x_in);
   STD_TORCH_CHECK(structure.kept <= out_features, "columns must hold at most ", out_features,
                   " output features, got ", structure.kept);
-  // values may be the image itself, made when the weight was packed.
-  const bool has_image =
-      element != Element::kFloat && type_of(values_in) == aoti_torch_dtype_uint8();
-  const gpu::TileImage layout{structure.tiles, structure.rows, structure.granularity};
-  if (has_image) {
-    check_shape(values_in, "values", {layout.bytes()});
-  } else {
-    structure.check_values(values_in);
-  }
+  PackedValues weights(values_in, structure, x_in);
   const int64_t axis = feature_major ? 1 : rank - 1;
   std::vector<int64_t> shape(rank);
   for (int64_t i = 0; i < rank; ++i) shape[i] = i == axis ? out_features : x_in.size(i);
@@ -190,31 +140,20 @@ Tensor tile_gemm(const Tensor& x_in, const Tensor& values_in, const Tensor& inde
   OptionalTensor residual = like_input(residual_in, "residual", x_in, shape);
   const OptionalTensor gate = like_input(gate_in, "gate", x_in, {x_in.size(0), a.k});
   Tensor x = like_input(x_in, "x", x_in);
-  const Tensor values =
-      has_image ? list_input(values_in, "values", x_in, aoti_torch_dtype_uint8(), "uint8")
-                : like_input(values_in, "values", x_in);
   Tensor out = empty_like(x, shape, type_of(x));
   if (out.numel() == 0) return out;
   structure.fill(&a);
 
   const OnDeviceOf guard(x);
   void* const stream = current_stream(x);
-  OptionalTensor image, result;
-  if (has_image) {
-    image = values;
-  } else if (element != Element::kFloat) {
-    image = empty_like(x, {layout.bytes()}, aoti_torch_dtype_uint8());
-    gpu::tile_image_cuda(
-        {layout, values.const_data_ptr(), a.tile_ptr, a.kept, image->mutable_data_ptr()}, stream);
-  }
+  weights.fill(&a, stream);
+  OptionalTensor result;
   if (!feature_major) {
     x = transposed(x, a.m, a.k, element, stream);
     if (residual.has_value()) residual = transposed(*residual, a.m, a.n, element, stream);
     result = empty_like(x, {a.n, a.m}, type_of(x));
   }
   a.x = x.const_data_ptr();
-  a.values = values.const_data_ptr();
-  a.image = address(image);
   a.bias = address(bias);
   a.residual = address(residual);
   a.gate = address(gate);
@@ -267,16 +206,16 @@ Tensor tile_unpack(const Tensor& values, const Tensor& index, const Tensor& tile
   return pack(values, structure, in_features, out, true);
 }
 
-}  // namespace
-}  // namespace fxprune
+}  // namespace fxprune::cuda_ops
 
 #ifdef FXPRUNE_SIMULATED
 STABLE_TORCH_LIBRARY_IMPL(fxprune_simulated, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(fxprune, CUDA, m) {
 #endif
-  m.impl("depthwise_taps", TORCH_BOX(&fxprune::depthwise_taps));
-  m.impl("tile_gemm", TORCH_BOX(&fxprune::tile_gemm));
-  m.impl("tile_pack", TORCH_BOX(&fxprune::tile_pack));
-  m.impl("tile_unpack", TORCH_BOX(&fxprune::tile_unpack));
+  m.impl("depthwise_taps", TORCH_BOX(&fxprune::cuda_ops::depthwise_taps));
+  m.impl("depthwise_pool", TORCH_BOX(&fxprune::cuda_ops::depthwise_pool));
+  m.impl("tile_gemm", TORCH_BOX(&fxprune::cuda_ops::tile_gemm));
+  m.impl("tile_pack", TORCH_BOX(&fxprune::cuda_ops::tile_pack));
+  m.impl("tile_unpack", TORCH_BOX(&fxprune::cuda_ops::tile_unpack));
 }

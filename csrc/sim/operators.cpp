@@ -28,6 +28,23 @@ void depthwise_taps_cuda(const DepthwiseArgs& a, Element element, void*) {
   with_element(element, [&](auto t) { depthwise_taps<decltype(t)>(simulator, a); });
 }
 
+void depthwise_pool_cuda(const DepthwiseArgs& a, Element element, void* mean, void*) {
+  with_element(element, [&](auto t) { depthwise_pool<decltype(t)>(simulator, a, mean); });
+}
+
+void depthwise_grad_input_cuda(const DepthwiseArgs& a, Element element, void* stream) {
+  if (is_reversed_convolution(a)) {
+    DepthwiseArgs reversed = a;
+    reversed.flipped = true;
+    return depthwise_taps_cuda(reversed, element, stream);
+  }
+  with_element(element, [&](auto t) { depthwise_grad_input<decltype(t)>(simulator, a); });
+}
+
+void depthwise_grad_weight_cuda(const DepthwiseArgs& a, Element element, void*) {
+  with_element(element, [&](auto t) { depthwise_grad_weight<decltype(t)>(simulator, a); });
+}
+
 void tile_image_cuda(const TileImageArgs& a, void*) {
   tile_image(simulator, a);
 }
@@ -40,6 +57,23 @@ void transpose_cuda(const TransposeArgs& a, int element_bytes, void*) {
 void tile_pack_cuda(const TilePackArgs& a, int64_t rows, int element_bytes, bool unpack, void*) {
   if (element_bytes == 4) return tile_pack<uint32_t>(simulator, a, rows, unpack);
   tile_pack<uint16_t>(simulator, a, rows, unpack);
+}
+
+void dsconv_cuda(const DsconvArgs& a, Element element, void*) {
+  if (element == Element::kHalf) return dsconv<Half>(simulator, a);
+  dsconv<Bfloat>(simulator, a);
+}
+
+int64_t most_shared_bytes() {
+  return 99 << 10;  // of the smallest GPU of compute capability 8
+}
+
+void nm_prune_cuda(const NmPruneArgs& a, Element element, void*) {
+  with_element(element, [&](auto t) { nm_prune<decltype(t)>(simulator, a); });
+}
+
+void tile_conv_cuda(const TileGemmArgs& a, Element element, void*) {
+  with_element(element, [&](auto t) { tile_conv<decltype(t)>(simulator, a); });
 }
 
 void tile_gemm_cuda(const TileGemmArgs& a, Element element, bool hopper, void*) {

@@ -1,12 +1,25 @@
 """The semantic operators. Adding one is a file here and its name in ``OPS``."""
 
-from fxprune.ops import depthwise_taps, nm_prune, region, rnn_steps, skip_zeros, tile_conv, tile_gemm, tile_pack
+from fxprune.ops import (
+    depthwise_pool,
+    depthwise_taps,
+    dsconv,
+    nm_prune,
+    region,
+    rnn_steps,
+    skip_zeros,
+    tile_conv,
+    tile_gemm,
+    tile_pack,
+)
 from fxprune.ops.operator import Operator
 
 OPS: tuple[Operator, ...] = (
     depthwise_taps.OPERATOR,
     tile_gemm.OPERATOR,
     tile_conv.OPERATOR,
+    depthwise_pool.OPERATOR,
+    dsconv.OPERATOR,
     tile_pack.PACK,
     tile_pack.UNPACK,
     region.OPERATOR,

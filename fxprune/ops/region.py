@@ -5,8 +5,10 @@
     gemm (1):      x, values, index, tile_ptr, columns, bias, residual, gate, out_features, granularity, feature_dim,
                    activation
     mean (2):      x          over the pixels, (B, C, *) -> (B, C)
+    conv (3):      x, values, index, tile_ptr, columns, bias, residual, out_features, granularity, kernel h w, stride h w,
+                   padding h w, dilation h w, groups, activation
 
-All values are float32, or all bfloat16. x, residual and gate are values: first the inputs, then one per step. Weights are
+All values are float32, or all bfloat16 (no conv then). x, residual and gate are values: first the inputs, then one per step. Weights are
 indices into ``packed``; -1 is absent. The program is data: it can be printed, checked, exported and rebuilt.
 """
 
@@ -18,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.ops import activation, depthwise_taps, tile_gemm
+from fxprune.ops import activation, depthwise_taps, tile_conv, tile_gemm
 from fxprune.ops.operator import Args, Operator
 
-DEPTHWISE, GEMM, MEAN = 0, 1, 2
-_NAMES = {DEPTHWISE: "depthwise", GEMM: "gemm", MEAN: "mean"}
+DEPTHWISE, GEMM, MEAN, CONV = 0, 1, 2, 3
+_NAMES = {DEPTHWISE: "depthwise", GEMM: "gemm", MEAN: "mean", CONV: "conv"}
 
 
 def records(program: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
@@ -46,6 +48,7 @@ def _interpret(
     outputs: Sequence[int],
     depthwise: Callable[..., Tensor],
     gemm: Callable[..., Tensor],
+    conv: Callable[..., Tensor],
 ) -> list[Tensor]:
     values = list(x)
 
@@ -65,6 +68,10 @@ def _interpret(
                 residual = residual.flatten(1) if residual is not None else None
             operands = [*(packed[i] for i in a[1:5]), optional(packed, a[5]), residual, gate]
             values.append(gemm(operand, *operands, a[8], a[9], a[10], activation.NAMES[a[11]]))
+        elif code == CONV:
+            windows = [a[9:11], a[11:13], a[13:15], a[15:17]]
+            operands = [*(packed[i] for i in a[1:5]), optional(packed, a[5]), optional(values, a[6])]
+            values.append(conv(_as_image(values[a[0]]), *operands, a[7], a[8], *windows, a[17], activation.NAMES[a[18]]))
         else:
             values.append(values[a[0]].flatten(2).mean(2, dtype=torch.float32).to(values[a[0]].dtype))
     return [values[i] for i in outputs]
@@ -77,11 +84,11 @@ def _as_image(value: Tensor) -> Tensor:
 
 def reference(x: list[Tensor], packed: list[Tensor], program: list[int], outputs: list[int]) -> list[Tensor]:
     """Run the steps one by one on the operators' references; inputs are (B, C, *), all with one B."""
-    return _interpret(x, packed, program, outputs, depthwise_taps.reference, tile_gemm.reference)
+    return _interpret(x, packed, program, outputs, depthwise_taps.reference, tile_gemm.reference, tile_conv.reference)
 
 
 def fake(x: list[Tensor], packed: list[Tensor], program: list[int], outputs: list[int]) -> list[Tensor]:
-    shapes = _interpret(x, packed, program, outputs, depthwise_taps.fake, tile_gemm.fake)
+    shapes = _interpret(x, packed, program, outputs, depthwise_taps.fake, tile_gemm.fake, tile_conv.fake)
     return [s.new_empty(s.shape) for s in shapes]
 
 
@@ -97,7 +104,7 @@ def backward(ctx: Any, *grads: Tensor) -> Args:
 
 
 def samples() -> Iterator[Args]:
-    """A depthwise-separable block with squeeze-and-excite and a residual; a chain with a strided depthwise step."""
+    """A depthwise-separable block with squeeze-and-excite and a residual; one with a strided depthwise step; a stem."""
     gen = torch.Generator().manual_seed(0)
     for batch, channels, size, stride in ((1, 6, 8, 1), (3, 5, 8, 2)):
         window = depthwise_taps.random_taps(channels, 9, gen)
@@ -111,6 +118,11 @@ def samples() -> Iterator[Args]:
         gate = [GEMM, 12, 2, 7, 8, 9, 10, 2, -1, -1, channels, 64, -1, 6]
         project = [GEMM, 12, 1, 3, 4, 5, 6, -1, 0 if stride == 1 else -1, 3, channels, 4, 1, 0]
         yield [x], packed, [*depthwise, *mean, *gate, *project], [4] if stride == 1 else [1, 4]
+    stem = tile_gemm.tile_pack.random_structure(6, 27, 4, gen)
+    project = tile_gemm.tile_pack.random_structure(5, 6, 8, gen)
+    conv = [CONV, 19, 0, 0, 1, 2, 3, 4, -1, 6, 4, 3, 3, 2, 2, 1, 1, 1, 1, 1, 2]
+    gemm = [GEMM, 12, 1, 5, 6, 7, 8, -1, -1, -1, 5, 8, 1, 0]
+    yield [torch.randn(2, 3, 9, 7, generator=gen)], [*stem, torch.randn(6, generator=gen), *project], [*conv, *gemm], [2]
 
 
 def bad_samples() -> Iterator[tuple[Args, str]]:

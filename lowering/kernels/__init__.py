@@ -38,10 +38,14 @@ class KernelTables:
             reasons.append(f"{impl.provider}: {reason}")
         return "; ".join(reasons) or "no compiled kernel"
 
-    def unit(self, kind: str, dtype: torch.dtype = torch.float32) -> Unit:
+    def unit(self, kind: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Unit:
+        """Return what the kernels of a device type like."""
+        if device == "cuda":
+            return cuda.UNITS[kind]
         return (cpu.BF16_UNITS if dtype == torch.bfloat16 else cpu.UNITS)[kind]
 
     def units(self, matches: Iterable[Match]) -> Callable[[str], Unit]:
-        """Return :meth:`unit` for weights that are pruned together: bfloat16's when all of them are."""
-        dtypes = {match.value.dtype for match in matches}
-        return partial(self.unit, dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32)
+        """Return :meth:`unit` for weights that are pruned together: that of their type and device when all agree."""
+        found = {(match.value.dtype, match.value.device.type) for match in matches}
+        dtype, device = found.pop() if len(found) == 1 else (torch.float32, "cpu")
+        return partial(self.unit, dtype=dtype, device=device)

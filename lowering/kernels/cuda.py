@@ -6,12 +6,19 @@ from typing import Any
 
 import torch
 
+from ...context import Unit
 from .. import library
 from .cpu import operator
 from .impl import Impl
 
 # The other operators have no CUDA kernel: their layers stay dense on a GPU.
-OPERATORS = ("depthwise_taps", "tile_gemm", "tile_pack", "tile_unpack")
+OPERATORS = (
+    "depthwise_taps", "depthwise_pool", "dsconv", "nm_prune", "tile_conv", "tile_gemm", "tile_pack", "tile_unpack",
+)  # fmt: skip
+# The tensor cores' kernels take 64 output features at a time, two panels of them on Hopper, and K rows by 32; a tile
+# that is narrower runs as wide. Depthwise, each channel has its own taps.
+_WIDE = Unit(granularity=128, k_step=32, column_step=64)
+UNITS = {"depthwise": Unit(granularity=32), "pointwise": _WIDE, "conv": _WIDE, "linear": _WIDE, "rnn": _WIDE}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST = (8, 0)  # compute capability of the code in the library
 
@@ -37,4 +44,19 @@ def supports(x: Any, weight: Any = None) -> str | None:
     return None
 
 
-IMPLS = tuple(Impl(name, "cuda", operator(name), supports) for name in OPERATORS)
+def dsconv_bytes(channels: int, kernel: int, stride: int) -> int:
+    """Return the shared memory that the fused depthwise-separable kernel needs for 8x8 pixels (Dsconv::shared_bytes)."""
+    rows, pitch = 7 * stride + kernel, 16 + 8 * stride  # of a staged plane with its halo
+    planes = -(-64 * kernel * kernel * 4 // 16) * 16 + 64 * rows * pitch * 2
+    ring = 4 * (32 * 64 * 2 + 32 * 4)
+    return (channels + 1) * 128 + max(planes, ring)
+
+
+def supports_gradient(grad: Any, key: Any = None) -> str | None:
+    """As :func:`supports`; ``key`` holds counters, on the CPU or on the GPU."""
+    return supports(grad)
+
+
+IMPLS = tuple(
+    Impl(name, "cuda", operator(name), supports_gradient if name == "nm_prune" else supports) for name in OPERATORS
+)

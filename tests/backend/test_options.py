@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,13 @@ import pytest
 import torch
 
 import fxprune
+from fxprune import dump
 from fxprune.backend import LAST_REPORTS
 from fxprune.errors import ConfigError, RequireSparse, UnknownOption
 from tests.oracle import assert_exact, compiled
 from tests.toys import image, mlp, mobile, pruned, rows, run
 
+ROOT = Path(__file__).resolve().parents[2]
 LEGAL: dict[str, list[Any]] = {
     "sparsity": [None, 0, 0.5, {"linear": 0.5}, {"fc*": 0.25, "depthwise": 0.0}],
     "target_speedup": [None, 1, 2.5],
@@ -49,6 +52,7 @@ LEGAL: dict[str, list[Any]] = {
     "tolerance": [0, 1e-3, 1],
     "mode": [None, "default", "max-autotune"],
     "inductor": [{}, {"max_autotune": True}],
+    "tensorrt": [{}, {"min_block_size": 1}],
     "grad_sparsity": [None, "off", "2:4", "1:32", "auto", "auto:4:8", {0: "off", 100: "2:4"}, {}],
     "grad_pruning": ["magnitude", "rescaled_magnitude", "group_rescaled_magnitude", "random", "mvue"],
     "grad_target": ["dX", "dW", "both"],
@@ -83,6 +87,7 @@ ILLEGAL: dict[str, list[Any]] = {
     "tolerance": [-1e-3, 2, NAN],
     "mode": ["fastest", 3],
     "inductor": [None, "max_autotune", [("a", 1)]],
+    "tensorrt": [None, "dryrun"],
     "grad_sparsity": [
         "3:2",
         "2:33",
@@ -192,26 +197,39 @@ def test_min_speedup_out_of_reach_keeps_everything_dense_with_reasons() -> None:
     assert all("kept dense" in d.reason and "x of dense" in d.reason for d in decisions)
 
 
-def test_dump_writes_numbered_runnable_graphs(tmp_path: Path) -> None:
+def test_dump_writes_numbered_graphs_that_run(tmp_path: Path) -> None:
     model = pruned(mobile(), image())
-    assert_exact(run(compiled(model, dump=str(tmp_path)).call, image()), run(model, image()))
-    names = sorted(p.name for p in tmp_path.iterdir())
+    expected = run(model, image())
+    assert_exact(run(compiled(model, dump=str(tmp_path)).call, image()), expected)
+    folder = tmp_path / "graph-1"
+    names = sorted(p.name for p in folder.glob("*.py"))
     assert names[0] == "00-captured.py"
-    for stage in ("normalize", "fold_batchnorm", "rewrite_depthwise", "rewrite_gemm"):
+    for stage in ("normalize", "fold_batchnorm", "rewrite_depthwise", "rewrite_gemm", "form_regions"):
         (before,) = [n for n in names if n.endswith(f"-{stage}.before.py")]
         after = before.replace("before", "after")
         assert before[:2].isdigit() and after in names
-        for name in (before, after):
-            compile((tmp_path / name).read_text(), name, "exec")
-        assert (tmp_path / before).read_text() != (tmp_path / after).read_text()
+        assert (folder / before).read_text() != (folder / after).read_text()
     assert not any("match" in n for n in names), "a pass that changes nothing writes nothing"
-    final = sorted(n for n in names if n.endswith("after.py"))[-1]
-    assert "fxprune.depthwise_taps" in (tmp_path / final).read_text()
+    for name in names:
+        forward = runpy.run_path(str(folder / name))["forward"]
+        assert_exact(dump.run(forward, str(folder / name))[0], expected)
+    assert "fxprune.region" in (folder / names[-2]).read_text()
 
 
-def test_dump_of_an_unpruned_model_shows_it_too(tmp_path: Path) -> None:
+def test_a_dumped_graph_is_a_script(tmp_path: Path) -> None:
+    model = pruned(mlp(), rows())
+    expected = run(compiled(model, dump=str(tmp_path)).call, rows())
+    (last,) = (tmp_path / "graph-1").glob("*-rewrite_gemm.after.py")
+    printed = subprocess.run([sys.executable, str(last)], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert f"{expected[0, 0].item():.4e}" in printed.stdout or f"{expected[0, 0].item():.0f}." in printed.stdout
+
+
+def test_dump_of_two_graphs_and_of_another_compile(tmp_path: Path) -> None:
     run(compiled(mlp(), dump=str(tmp_path)).call, rows())
-    assert (tmp_path / "00-captured.py").is_file()
+    torch._dynamo.reset()
+    run(compiled(mlp(), dump=str(tmp_path)).call, rows())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["graph-1", "graph-2"]
+    assert (tmp_path / "graph-2" / "00-captured.py").is_file()
 
 
 def test_fallback_eager_runs_no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxprune.ops import activation
-from fxprune.ops.region import DEPTHWISE, GEMM, MEAN
+from fxprune.ops.region import CONV, DEPTHWISE, GEMM, MEAN
 from tests.integers import bitmap, generator, integers, tiles
 
 Program = tuple[list[Tensor], list[Tensor], list[int], list[int]]
@@ -32,7 +32,9 @@ class Writer:
     def program(self) -> Program:
         inputs, steps = len(self.x), self.rng.randint(1, 8)
         for _ in range(steps):
-            self.rng.choice((self.depthwise, self.gemm, self.gemm, self.mean))()
+            self.rng.choice((self.depthwise, self.gemm, self.gemm, self.conv, self.mean))()
+        if not self.code:
+            self.gemm()
         made = range(inputs, len(self.values))
         outputs = sorted({len(self.values) - 1, *(i for i in made if self.rng.random() < 0.2)})
         return self.x, self.packed, self.code, outputs
@@ -47,6 +49,22 @@ class Writer:
         weights = [self._keep(integers(self.gen, c, mask.shape[1]) * mask), self._keep(bitmap(mask)), self._bias(c)]
         record = [number, *weights, *kernel, stride, stride, *padding, 1, 1, self.rng.choice(_EXACT)]
         self._add(DEPTHWISE, record, (c, *((s - 1) // stride + 1 for s in size)))
+
+    def conv(self) -> None:
+        number = self._pick([i for i, v in enumerate(self.values) if len(v) == 3])
+        c, *size = self.values[number]
+        kernel, stride = [self.rng.choice((1, 3, 5)) for _ in range(2)], self.rng.choice((1, 1, 2))
+        padding, dilation = [k // 2 for k in kernel], 1 if min(size) < 8 else self.rng.choice((1, 1, 2))
+        padding = [p * dilation for p in padding]
+        out = [(s - 1) // stride + 1 for s in size]
+        n, g = self.rng.randint(1, 20), self.rng.choice((1, 4, 8, 16))
+        n = self.rng.choice([n, *(v[0] for v in self.values if list(v[1:]) == out)])
+        _, packed = tiles(self.gen, n, c * kernel[0] * kernel[1], g, columns=self.rng.choice((1.0, 1.0, 0.6)))
+        alike = [i for i, v in enumerate(self.values) if v == (n, *out)]
+        operands = [self._keep(t) for t in packed]
+        window = [*kernel, stride, stride, *padding, dilation, dilation, 1]
+        record = [number, *operands, self._bias(n), self.rng.choice([-1, *alike]), n, g, *window, self.rng.choice(_EXACT)]
+        self._add(CONV, record, (n, *out))
 
     def gemm(self) -> None:
         number = self._pick(range(len(self.values)))

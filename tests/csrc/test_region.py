@@ -24,7 +24,7 @@ def compare(case: Program, repro: str) -> None:
     before = torch.get_num_threads()
     try:
         for isa in every_isa():
-            for threads in (1, 2):
+            for threads in (1, 2, 4):
                 torch.set_num_threads(threads)
                 assert_same(OPS.region(*case), expected, exact, f"{repro} on {isa}, {threads} threads", trusted=False)
     finally:
@@ -53,7 +53,7 @@ def test_the_programs_are_worth_it() -> None:
         operands["several outputs"] += len(outputs) > 1
         last = region.reference(x, packed, code, outputs)[-1]
         zeros.append((last == 0).float().mean().item())
-    assert codes == {region.DEPTHWISE, region.GEMM, region.MEAN}
+    assert codes == {region.DEPTHWISE, region.GEMM, region.MEAN, region.CONV}
     assert min(operands.values()) >= 10, operands
     assert sum(zeros) / len(zeros) < 0.5
 

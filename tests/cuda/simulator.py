@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fxprune.ops.activation import NAMES
+from fxprune.ops.nm_prune import FUNCTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 # operators.cpp is for the binding, which needs torch (test_binding.py)
@@ -34,7 +35,8 @@ FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)
 # the functions that return a text or null
-MESSAGES = ("depthwise", "tile_image", "tile_gemm", "tile_pack", "transpose", "case", "run_case")
+MESSAGES = ("depthwise", "dsconv", "nm_prune", "tile_image", "tile_gemm", "tile_conv", "tile_pack", "transpose")
+MESSAGES += ("depthwise_gradient", "case", "run_case")
 SEEDS = (0, 1, 2)  # threads in order, in reverse, shuffled
 
 
@@ -64,24 +66,29 @@ def build() -> Path:
         pytest.skip("the simulator switches stacks in x86-64 assembly")
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"no C++ compiler ({compiler[0]})")
-    headers = [p for folder in ("csrc/sim", "csrc/include/fxprune") for p in (ROOT / folder).rglob("*") if p.is_file()]
-    digest = hashlib.sha256(" ".join([*compiler, *FLAGS]).encode())
-    for path in sorted({*headers, *SOURCES}):
-        digest.update(path.read_bytes())
-    folder = ROOT / "build" / f"sim-{digest.hexdigest()[:12]}"
-    target = folder / "simulator.so"
+    include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
+
+    def compile_one(source: Path) -> Path:
+        """Compile a source unless it, what it includes and the command are those of an object that is there."""
+        command = [*compiler, *FLAGS, *include]
+        listing = subprocess.run([*command, "-MM", str(source)], check=True, capture_output=True, text=True).stdout
+        digest = hashlib.sha256(repr(command).encode())
+        for name in listing.replace("\\\n", " ").partition(":")[2].split():
+            digest.update(Path(name).read_bytes())
+        built = folder / f"{source.stem}-{digest.hexdigest()[:12]}.o"
+        if not built.is_file():
+            scratch = built.with_suffix(f".{os.getpid()}")
+            subprocess.run([*command, "-c", str(source), "-o", str(scratch)], check=True)
+            scratch.replace(built)
+        return built
+
+    folder = ROOT / "build" / "sim"
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        objects = [str(path) for path in pool.map(compile_one, SOURCES)]
+    target = folder / f"simulator-{hashlib.sha256(repr(objects).encode()).hexdigest()[:12]}.so"
     if not target.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
-
-        def compile_one(source: Path) -> str:
-            built = folder / f"{source.stem}.{os.getpid()}.o"
-            subprocess.run([*compiler, *FLAGS, *include, "-c", str(source), "-o", str(built)], check=True)
-            return str(built)
-
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            objects = list(pool.map(compile_one, SOURCES))
-        scratch = folder / f"simulator.{os.getpid()}.tmp"
+        scratch = target.with_suffix(f".{os.getpid()}")
         subprocess.run([*compiler, *FLAGS, "-shared", *objects, "-o", str(scratch)], check=True)
         scratch.replace(target)
     return target
@@ -94,6 +101,9 @@ def library() -> ctypes.CDLL:
         getattr(loaded, f"fxprune_sim_{name}").restype = ctypes.c_char_p
     loaded.fxprune_sim_all_written.restype = ctypes.c_bool
     loaded.fxprune_sim_tile_image_bytes.restype = ctypes.c_int64
+    loaded.fxprune_sim_pool_parts.restype = ctypes.c_int64
+    loaded.fxprune_sim_dsconv_bytes.restype = ctypes.c_int64
+    loaded.fxprune_sim_dsconv_bytes.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_int]
     return loaded
 
 
@@ -136,12 +146,51 @@ def depthwise_taps(
     padding: list[int], dilation: list[int], activation: str = "none", *, seed: int = 0, plant: Plant = Plant.NONE,
 ) -> Tensor:  # fmt: skip
     """``fxprune::depthwise_taps`` on the simulator."""
+    window = (kernel, stride, padding, dilation)
+    return _depthwise(x, weight, taps, bias, window, activation, False, seed, plant)[0]
+
+
+def depthwise_pool(
+    x: Tensor, weight: Tensor, taps: Tensor, bias: Tensor | None, kernel: list[int], stride: list[int],
+    padding: list[int], dilation: list[int], activation: str = "none", *, seed: int = 0, plant: Plant = Plant.NONE,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``fxprune::depthwise_pool`` on the simulator."""
+    window = (kernel, stride, padding, dilation)
+    return _depthwise(x, weight, taps, bias, window, activation, True, seed, plant)
+
+
+def _depthwise(
+    x: Tensor, weight: Tensor, taps: Tensor, bias: Tensor | None, window: tuple[list[int], ...], activation: str, pool: bool,
+    seed: int, plant: Plant,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    kernel, stride, padding, dilation = window
     size = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     out = shifted(torch.full((x.shape[0], x.shape[1], *size), float("nan"), dtype=x.dtype), 0)
-    geometry = [*x.shape, *size, taps.shape[1], *kernel, *stride, *padding, *dilation, NAMES.index(activation)]
-    begin(seed, plant, (x, weight, taps, bias), (out,))
-    operands = [pointer(t) for t in (x, weight, taps, bias, out)]
-    finish(library().fxprune_sim_depthwise(TYPES[x.dtype], *operands, longs(*geometry)), (out,))
+    numbers = [*x.shape, *size, taps.shape[1], *kernel, *stride, *padding, *dilation, NAMES.index(activation)]
+    geometry = longs(*numbers)
+    parts = library().fxprune_sim_pool_parts(geometry)
+    sums, mean = torch.full((*x.shape[:2], parts), float("nan")), torch.full(x.shape[:2], float("nan"), dtype=x.dtype)
+    pooled = [sums, mean] if pool else [None, None]
+    begin(seed, plant, (x, weight, taps, bias), (out, *(t for t in pooled if t is not None)))
+    operands = [pointer(t) for t in (x, weight, taps, bias, out, *pooled)]
+    written = (out, sums, mean) if pool else (out,)
+    finish(library().fxprune_sim_depthwise(TYPES[x.dtype], *operands, geometry), written)
+    return out, mean
+
+
+def depthwise_gradient(
+    grad: Tensor, given: Tensor, taps: Tensor, size: tuple[int, int], window: tuple[list[int], ...], *, seed: int = 0,
+    plant: Plant = Plant.NONE,
+) -> Tensor:  # fmt: skip
+    """The gradient of the input of size (H, W) (given: the weight) or of the weight (given: x) on the simulator."""
+    of_input = given.dim() == 2
+    shape = (*grad.shape[:2], *size) if of_input else (grad.shape[1], window[0][0] * window[0][1])
+    out = shifted(torch.full(shape, float("nan"), dtype=grad.dtype), 0)
+    geometry = longs(*grad.shape[:2], *size, *grad.shape[2:], taps.shape[1], *(v for pair in window for v in pair), 0)
+    begin(seed, plant, (grad, given, taps), (out,))
+    operands = [pointer(t) for t in ((grad, given) if of_input else (given, grad))]
+    call = library().fxprune_sim_depthwise_gradient
+    finish(call(TYPES[grad.dtype], of_input, *operands, pointer(taps), pointer(out), geometry), (out,))
     return out
 
 
@@ -161,15 +210,45 @@ def tile_gemm(
 ) -> Tensor:  # fmt: skip
     """Feature-major ``fxprune::tile_gemm`` on the simulator; x: (B, K, M) -> (B, N, M)."""
     out = shifted(torch.full((x.shape[0], n, x.shape[2]), float("nan"), dtype=x.dtype), shift)
+    packed = (values, index, tile_ptr, columns, bias, residual, gate)
+    numbers = (NAMES.index(activation), int(hopper), processors)
+    return _tiles("tile_gemm", x, packed, out, (x.shape[2], x.shape[1], n), granularity, numbers, seed, plant)
+
+
+def tile_conv(
+    x: Tensor, values: Tensor, index: Tensor, tile_ptr: Tensor, columns: Tensor, bias: Tensor | None,
+    residual: Tensor | None, n: int, granularity: int, kernel: list[int], stride: list[int], padding: list[int],
+    dilation: list[int], groups: int, activation: str = "none", *, seed: int = 0, plant: Plant = Plant.NONE,
+) -> Tensor:  # fmt: skip
+    """``fxprune::tile_conv`` on the simulator."""
+    size = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+    out = shifted(torch.full((x.shape[0], n, *size), float("nan"), dtype=x.dtype), 0)
+    packed = (values, index, tile_ptr, columns, bias, residual, None)
+    k = x.shape[1] // groups * kernel[0] * kernel[1]
+    window = (x.shape[1], groups, *x.shape[2:], size[1], *kernel, *stride, *padding, *dilation)
+    numbers = (NAMES.index(activation), *window)
+    return _tiles("tile_conv", x, packed, out, (size[0] * size[1], k, n), granularity, numbers, seed, plant)
+
+
+def _tiles(
+    name: str, x: Tensor, packed: tuple[Tensor | None, ...], out: Tensor, shape: tuple[int, int, int], granularity: int,
+    numbers: tuple[int, ...], seed: int, plant: Plant,
+) -> Tensor:  # fmt: skip
+    """Run a kernel on a tile-packed weight.
+
+    packed: values, index, tile_ptr, columns, bias, residual, gate; shape: M, K, N.
+    """
+    values, index, tile_ptr, columns = packed[:4]
+    assert values is not None and index is not None and tile_ptr is not None and columns is not None
     image = None
     if x.dtype != torch.float32:
         image = tile_image(values, tile_ptr, len(index), granularity, len(columns))
-    read = (x, values, image, index, tile_ptr, columns, bias, residual, gate)
+    read = (x, values, image, *packed[1:])
     begin(seed, plant, read, (out,))
-    sizes = [x.shape[0], x.shape[2], x.shape[1], n, len(columns), len(index), granularity, len(tile_ptr) - 1]
+    sizes = (x.shape[0], *shape, len(columns), len(index), granularity, len(tile_ptr) - 1)
     tensors = (ctypes.c_void_p * 10)(*[pointer(t) for t in (*read, out)])
-    numbers = longs(*sizes, NAMES.index(activation), int(hopper), processors)
-    finish(library().fxprune_sim_tile_gemm(TYPES[x.dtype], tensors, numbers), (out,))
+    call = getattr(library(), f"fxprune_sim_{name}")
+    finish(call(TYPES[x.dtype], tensors, longs(*sizes, *numbers)), (out,))
     return out
 
 
@@ -193,4 +272,37 @@ def tile_pack(
     sizes = longs(k, len(columns), granularity, len(tile_ptr) - 1, len(index))
     tensors = [pointer(t) for t in (given, out, index, tile_ptr, columns)]
     finish(library().fxprune_sim_tile_pack(given.element_size(), unpack, *tensors, sizes), () if unpack else (out,))
+    return out
+
+
+def nm_prune(
+    grad: Tensor, key: Tensor, n: int, m: int, groups: int, function: str, layer: int, *, row_major: bool, seed: int = 0,
+    plant: Plant = Plant.NONE,
+) -> Tensor:  # fmt: skip
+    """``fxprune::nm_prune`` on the simulator; grad: (B, C, S), or (B, S, C) when ``row_major``."""
+    out = shifted(torch.empty_like(grad), 0)
+    batch, channels, positions = (grad.shape[0], *((grad.shape[2], grad.shape[1]) if row_major else grad.shape[1:]))
+    factors = torch.empty(batch, channels)
+    begin(seed, plant, (grad, key), (out, factors))
+    sizes = longs(len(key), layer, FUNCTIONS.index(function), row_major, batch, channels, positions, groups, n, m)
+    operands = [pointer(t) for t in (grad, key, factors, out)]
+    finish(library().fxprune_sim_nm_prune(TYPES[grad.dtype], *operands, sizes), (out,))
+    return out
+
+
+def dsconv(
+    x: Tensor, weight: Tensor, taps: Tensor, depthwise_bias: Tensor | None, values: Tensor, index: Tensor, tile_ptr: Tensor,
+    columns: Tensor, bias: Tensor | None, residual: Tensor | None, kernel: int, stride: int, n: int, granularity: int,
+    depthwise_activation: str = "none", activation: str = "none", *, seed: int = 0, plant: Plant = Plant.NONE,
+) -> Tensor:  # fmt: skip
+    """``fxprune::dsconv`` on the simulator, padding kernel // 2; x: (B, C, H, W) in 16 bits."""
+    size = [(s - 1) // stride + 1 for s in x.shape[2:]]
+    out = shifted(torch.full((x.shape[0], n, *size), float("nan"), dtype=x.dtype), 0)
+    image = tile_image(values, tile_ptr, len(index), granularity, len(columns))
+    read = (x, weight, taps, depthwise_bias, image, index, tile_ptr, columns, bias, residual)
+    begin(seed, plant, read, (out,))
+    counts = (n, len(columns), len(index), granularity, len(tile_ptr) - 1, NAMES.index(activation))
+    sizes = longs(*x.shape, *size, kernel, stride, NAMES.index(depthwise_activation), *counts)
+    tensors = (ctypes.c_void_p * 11)(*[pointer(t) for t in (*read, out)])
+    finish(library().fxprune_sim_dsconv(TYPES[x.dtype], tensors, sizes), (out,))
     return out

@@ -44,8 +44,8 @@ def call() -> Callable[..., Tensor]:
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-DFXPRUNE_SIMULATED"]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-isystem{package / 'include'}"]
     flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
-    names = ("cuda/ops.cpp", "sim/operators.cpp", "sim/machine.cpp", "sim/asynchronous.cpp", "sim/shadow.cpp")
-    sources = [ROOT / "csrc" / name for name in (*names, "sim/tensor_core.cpp")]
+    names = ("operators", "machine", "asynchronous", "shadow", "tensor_core")
+    sources = [*sorted((ROOT / "csrc/cuda").glob("*.cpp")), *(ROOT / f"csrc/sim/{name}.cpp" for name in names)]
     digest = hashlib.sha256(repr([compiler, flags, torch.__version__]).encode())
     for path in sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp")):
         digest.update(path.read_bytes())
@@ -74,14 +74,17 @@ def test_samples(call: Callable[..., Tensor], op: Operator, args: tuple[Any, ...
     given = cast(args, dtype)
     got = call(op.name, *given)
     expected = op.reference(*[a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in given])
-    assert got.shape == expected.shape and got.dtype == dtype and got.is_contiguous()
-    torch.testing.assert_close(got, expected.to(dtype), atol=2e-2 if dtype == torch.bfloat16 else 2e-3, rtol=2e-2)
+    outputs = [y if isinstance(y, list) else [y] for y in (got, expected, op.fake(*given))]
+    for ours, exact, fake in zip(*outputs, strict=True):
+        assert ours.shape == exact.shape and ours.dtype == dtype and ours.stride() == fake.stride()
+        torch.testing.assert_close(ours, exact.to(dtype), atol=2e-2 if dtype == torch.bfloat16 else 2e-3, rtol=2e-2)
 
 
 @pytest.mark.parametrize(("op", "args", "message"), BAD)
 def test_bad_samples(call: Callable[..., Tensor], op: Operator, args: tuple[Any, ...], message: str) -> None:
     """Whatever shapes and types tell is refused. What values tell is not looked at, and not run here."""
-    if message in ON_THE_HOST:
+    # a missing value may be a kept row of the last tile, where that is one feature narrower
+    if message in ON_THE_HOST or (op.name, message) == ("tile_conv", "values"):
         pytest.skip("told by values, or legal on a GPU")
     with pytest.raises(RuntimeError, match=message):
         call(op.name, *args)

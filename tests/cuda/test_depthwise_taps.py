@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cuda.activations import EXACT, SMOOTH
-from tests.cuda.simulator import ELEMENTS, SEEDS, depthwise_taps, shifted
+from tests.cuda.simulator import ELEMENTS, SEEDS, Fault, Plant, depthwise_pool, depthwise_taps, shifted
 from tests.integers import bitmap, generator, integers
 
 PLANES = ((1, 1), (1, 7), (7, 1), (7, 7), (14, 14), (16, 16), (15, 33), (9, 40))
@@ -36,6 +36,11 @@ def check(
     case = f"x {shape} {dtype} kernel {kernel} stride {stride} padding {padding} dilation {dilation} keep {keep} seed {seed}"
     if activation in EXACT:
         assert torch.equal(got, expected), case
+        again, mean = depthwise_pool(
+            given_x, *packed, *map(list, (kernel, stride, padding, dilation)), activation, seed=seed
+        )
+        sums = expected.float().sum((2, 3)) / (expected.shape[2] * expected.shape[3])
+        assert torch.equal(again, expected) and torch.equal(mean, sums.to(dtype)), case
     else:
         torch.testing.assert_close(got, expected, msg=lambda text: f"{case}: {text}")
 
@@ -53,6 +58,14 @@ def test_square_windows(kernel: int, dtype: torch.dtype) -> None:
 def test_kept_shares(keep: float) -> None:
     for kernel in (3, 7):
         check((1, 3, 12, 16), (kernel, kernel), (1, 1), (kernel // 2, kernel // 2), keep=keep, bias=keep == 1.0)
+
+
+def test_a_missing_barrier_of_the_sums_is_caught() -> None:
+    gen = generator(4)
+    x, weight, mask = integers(gen, 1, 1, 16, 40), integers(gen, 1, 9), torch.ones(1, 9, dtype=torch.bool)
+    for seed in SEEDS:
+        with pytest.raises(Fault):
+            depthwise_pool(x, weight, bitmap(mask), None, [3, 3], [1, 1], [1, 1], [1, 1], seed=seed, plant=Plant.NO_BARRIER)
 
 
 def test_many_images_share_a_block() -> None:

@@ -26,7 +26,13 @@ struct PortableBf16 {
   static void copy_bf16(const Bf16* p, int64_t n, Bf16* to) {
     for (int64_t i = 0; i < 32; ++i) to[i] = i < n ? p[i] : Bf16{0};
   }
-  // to[2 i] = low[i], to[2 i + 1] = high[i] for 32 i.
+  // A row of a panel: the first n pixels in their order, then zeros.
+  static void panel_row(const Bf16* p, int64_t n, Bf16* to) { V::copy_bf16(p, n, to); }
+  // Rows k of a panel from the 32 x 32 square from[ld r + k].
+  static void panel_square(const Bf16* from, int64_t ld, Bf16* to) {
+    V::transpose_bf16(from, ld, to);
+  }
+  // to[2 i] = low's pixel i, to[2 i + 1] = high's, for 32 i.
   static void interleave(const Bf16* low, const Bf16* high, Bf16* to) {
     for (int64_t i = 0; i < 32; ++i) {
       to[2 * i] = low[i];

@@ -4,7 +4,18 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "fxprune/cuda/number.cuh"
+
 namespace fxprune {
+
+// A step of SplitMix64 (Steele, Lea, Flood 2014): random numbers are keyed by the state that a list
+// of counters, and the number of the layer behind them, lead to from 0.
+FXPRUNE_BOTH uint64_t add_counter(uint64_t state, uint64_t counter) {
+  state = (state ^ counter) + 0x9e3779b97f4a7c15u;
+  state = (state ^ (state >> 30)) * 0xbf58476d1ce4e5b9u;
+  state = (state ^ (state >> 27)) * 0x94d049bb133111ebu;
+  return state ^ (state >> 31);
+}
 
 enum class Element : int32_t { kFloat32, kBfloat16, kFloat16 };
 

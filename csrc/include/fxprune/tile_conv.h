@@ -16,21 +16,23 @@
 
 namespace fxprune {
 
-// The GEMM part holds: m = out_h * out_w, k = channels / groups * kernel_h * kernel_w, n, the
-// packed weight and its epilogue. Every tile lies inside one group, and its index counts that
-// group's k.
-struct TileConv : TileGemm {
-  int64_t channels, height, width, groups, out_h, out_w;
-  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-
-  // The layout of a band's copy, (channels, row planes, column planes, plane_rows, pitch), with a
-  // gap of zeros behind each plane. Position i of a plane holds input row (or column) begin + i *
-  // stride of its axis.
+// The layout of a band's copy, (channels, row planes, column planes, plane_rows, pitch), with a gap
+// of zeros behind each plane. Position i of a plane holds input row (or column) begin + i * stride
+// of its axis.
+struct ConvLayout {
   int64_t bands, band_rows, row_planes, column_planes, plane_rows, pitch, gap;
   const int64_t *row_begin, *column_begin;  // per plane
   const uint32_t*
       masks;             // per plane and vector of a row: the input lanes on the image; stride <= 2
   const int32_t* table;  // (k): offset of each (c, r, s) in the copy
+};
+
+// The GEMM part holds: m = out_h * out_w, k = channels / groups * kernel_h * kernel_w, n, the
+// packed weight and its epilogue. Every tile lies inside one group, and its index counts that
+// group's k.
+struct TileConv : TileGemm, ConvLayout {
+  int64_t channels, height, width, groups, out_h, out_w;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 
   int64_t group_channels() const { return channels / groups; }
   int64_t plane_size() const { return plane_rows * pitch + gap; }

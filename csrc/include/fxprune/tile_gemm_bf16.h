@@ -24,7 +24,7 @@ struct TileBf16 {
   using Reg = typename V::Reg;
   static constexpr int kW = V::kWidth;
   static constexpr int64_t kMost = 32;  // output features that are stored at once
-  static constexpr int64_t kChunk = 8;  // blocks of input features whose pairs stay in L1
+  static constexpr int64_t kChunk = 4;  // blocks of input features whose pairs stay in L1
   static constexpr int64_t kSquare = kMost * kPixels;
 
   // Parts of the scratch (bf16_scratch).
@@ -50,7 +50,7 @@ struct TileBf16 {
     const Bf16* from = a.x + image * a.k * a.m + pixel;
     const Bf16* gate = a.gate ? a.gate + image * a.k : nullptr;
     for (int64_t k = 0; k < a.k; ++k, from += a.m, panel += kPixels) {
-      V::copy_bf16(from, count, panel);
+      V::panel_row(from, count, panel);
       if (!gate) continue;
       const Reg factor = V::set1(widen(gate[k]));
       for (int64_t p = 0; p < kPixels; p += kW)
@@ -60,17 +60,19 @@ struct TileBf16 {
 
   // Writes whole squares, up to kDeep rows more than x has input features.
   static void pack_rows(const TileGemmBf16& a, int64_t row, int64_t count, Bf16* panel) {
+    constexpr int64_t kAhead = 3 * kDeep;  // input features asked for ahead
     alignas(64) Bf16 square[kPixels * kDeep];
     for (int64_t k = 0; k < a.k; k += kDeep) {
       const Bf16* from = a.x + row * a.k + k;
       const int64_t deep = std::min(kDeep, a.k - k);
+      for (int64_t r = 0; r < count; ++r) __builtin_prefetch(from + r * a.k + kAhead);
       if (count == kPixels && deep == kDeep) {
-        V::transpose_bf16(from, a.k, panel + k * kPixels);
+        V::panel_square(from, a.k, panel + k * kPixels);
         continue;
       }
       for (int64_t r = 0; r < kPixels; ++r)
         V::copy_bf16(from + (r < count ? r * a.k : 0), r < count ? deep : 0, square + r * kDeep);
-      V::transpose_bf16(square, kDeep, panel + k * kPixels);
+      V::panel_square(square, kDeep, panel + k * kPixels);
     }
   }
 

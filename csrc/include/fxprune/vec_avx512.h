@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <limits>
 
 #include "fxprune/bf16.h"
 #include "fxprune/unroll.h"
@@ -152,54 +153,49 @@ struct Avx512Vectors {
     const __mmask32 mask = n >= 32 ? ~0u : (1u << n) - 1u;
     _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(mask, p));
   }
-  // to[2 i] = low[i], to[2 i + 1] = high[i] for 32 i.
+  // A panel's row holds pixels 0 to 3, 16 to 19, 4 to 7, 20 to 23 and so on, so that interleaving
+  // two rows takes an instruction a half.
+  static void panel_row(const Bf16* p, int64_t n, Bf16* to) {
+    const __mmask32 mask = n >= 32 ? ~0u : (1u << n) - 1u;
+    const __m512i quads = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi64(quads, _mm512_maskz_loadu_epi16(mask, p)));
+  }
+  // to[2 i] = low's pixel i, to[2 i + 1] = high's, for 32 i.
   static void interleave(const Bf16* low, const Bf16* high, Bf16* to) {
-    const __m512i count = _mm512_set_epi32(
-        0x2F000F, 0x2E000E, 0x2D000D, 0x2C000C, 0x2B000B, 0x2A000A, 0x290009, 0x280008, 0x270007,
-        0x260006, 0x250005, 0x240004, 0x230003, 0x220002, 0x210001, 0x200000);
-    const __m512i behind = _mm512_add_epi16(count, _mm512_set1_epi16(16));
     const __m512i a = _mm512_loadu_si512(low), b = _mm512_loadu_si512(high);
-    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, count, b));
-    _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(a, behind, b));
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi16(a, b));
+    _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi16(a, b));
   }
-  // to[32 k + r] = from[ld r + k] of a 32 x 32 square: pairs of k as 32-bit numbers, then apart.
+  // Rows k of a panel from the 32 x 32 square from[ld r + k].
+  static void panel_square(const Bf16* from, int64_t ld, Bf16* to) {
+    transposed_bf16(from, ld, to,
+                    _mm512_set_epi32(0x3E003C, 0x3A0038, 0x1E001C, 0x1A0018, 0x360034, 0x320030,
+                                     0x160014, 0x120010, 0x2E002C, 0x2A0028, 0x0E000C, 0x0A0008,
+                                     0x260024, 0x220020, 0x060004, 0x020000));
+  }
+  // to[32 k + r] = from[ld r + k] of a 32 x 32 square.
   static void transpose_bf16(const Bf16* from, int64_t ld, Bf16* to) {
-    const __m512i step = _mm512_set1_epi32(0x20002);
-    const __m512i count = _mm512_set_epi32(
-        0x3E003C, 0x3A0038, 0x360034, 0x320030, 0x2E002C, 0x2A0028, 0x260024, 0x220020, 0x1E001C,
-        0x1A0018, 0x160014, 0x120010, 0x0E000C, 0x0A0008, 0x060004, 0x020000);
-    const __m512i odd = _mm512_add_epi16(count, _mm512_srli_epi16(step, 1));
-    alignas(64) float square[2][16 * 16];
-    for (int half = 0; half < 2; ++half) {
-      Reg a[16], b[16];
-      FXPRUNE_UNROLL
-      for (int i = 0; i < 16; ++i)
-        a[i] = _mm512_castsi512_ps(_mm512_loadu_si512(from + (16 * half + i) * ld));
-      transpose(a, b);
-      FXPRUNE_UNROLL
-      for (int i = 0; i < 16; ++i) store(square[half] + 16 * i, b[i]);
-    }
-    for (int p = 0; p < 16; ++p) {
-      const __m512i a = _mm512_load_si512(square[0] + 16 * p),
-                    b = _mm512_load_si512(square[1] + 16 * p);
-      _mm512_storeu_si512(to + 64 * p, _mm512_permutex2var_epi16(a, count, b));
-      _mm512_storeu_si512(to + 64 * p + 32, _mm512_permutex2var_epi16(a, odd, b));
-    }
+    transposed_bf16(from, ld, to,
+                    _mm512_set_epi32(0x3E003C, 0x3A0038, 0x360034, 0x320030, 0x2E002C, 0x2A0028,
+                                     0x260024, 0x220020, 0x1E001C, 0x1A0018, 0x160014, 0x120010,
+                                     0x0E000C, 0x0A0008, 0x060004, 0x020000));
   }
-
   // to[ld p + j] = lines[j][p] + bias[j], clamped, for p < count, j < features <= 32: rounded
   // first, then transposed as pairs of features.
   static void store_transposed(const float* const* lines, const float* bias, float low, float high,
                                float*, Bf16* to, int64_t ld, int64_t features, int64_t count) {
     const Reg least = set1(low), most = set1(high);
     const __mmask32 mask = features >= 32 ? ~0u : (1u << features) - 1u;
+    constexpr float kInf = std::numeric_limits<float>::infinity();
+    const bool clamped = low > -kInf || high < kInf;
     for (int64_t p = 0; p < count; p += 16) {
       Reg a[16], b[16];
       FXPRUNE_UNROLL
       for (int i = 0; i < 16; ++i) {
         const Reg even = add(load(lines[2 * i] + p), set1(bias[2 * i])),
                   odd = add(load(lines[2 * i + 1] + p), set1(bias[2 * i + 1]));
-        a[i] = Isa::joined(min(most, max(least, even)), min(most, max(least, odd)));
+        a[i] = clamped ? Isa::joined(min(most, max(least, even)), min(most, max(least, odd)))
+                       : Isa::joined(even, odd);
       }
       transpose(a, b);
       Bf16* at = to + p * ld;
@@ -251,6 +247,27 @@ struct Avx512Vectors {
   }
 
  private:
+  // Pairs of k as 32-bit numbers, then apart. even: where the columns of even k lie in two vectors
+  // of pairs.
+  static void transposed_bf16(const Bf16* from, int64_t ld, Bf16* to, __m512i even) {
+    const __m512i odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+    alignas(64) float square[2][16 * 16];
+    for (int half = 0; half < 2; ++half) {
+      Reg a[16], b[16];
+      FXPRUNE_UNROLL
+      for (int i = 0; i < 16; ++i)
+        a[i] = _mm512_castsi512_ps(_mm512_loadu_si512(from + (16 * half + i) * ld));
+      transpose(a, b);
+      FXPRUNE_UNROLL
+      for (int i = 0; i < 16; ++i) store(square[half] + 16 * i, b[i]);
+    }
+    for (int p = 0; p < 16; ++p) {
+      const __m512i a = _mm512_load_si512(square[0] + 16 * p),
+                    b = _mm512_load_si512(square[1] + 16 * p);
+      _mm512_storeu_si512(to + 64 * p, _mm512_permutex2var_epi16(a, even, b));
+      _mm512_storeu_si512(to + 64 * p + 32, _mm512_permutex2var_epi16(a, odd, b));
+    }
+  }
   static const __m256i* as_vector(const Bf16* p) { return reinterpret_cast<const __m256i*>(p); }
   static Reg widened(__m256i a) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16));

@@ -29,6 +29,9 @@ struct DepthwiseArgs {
   int height, width, out_h, out_w, tap_words;
   int kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   Activation activation;
+  // (batch, channels, tiles_x * tiles_y): sums of the rounded results by tile, or null.
+  float* pool;
+  bool flipped;  // DepthwiseTiles only: tap t has the weight and the bit of tap K*K-1-t
   // DepthwiseTiles only: threads of a tile along x and y, images per block, tiles per plane, and
   // how the tile is staged.
   int threads_x, threads_y, images, tiles_x, tiles_y, row_lanes;
@@ -49,8 +52,10 @@ struct DepthwiseTile {
   FXPRUNE_BOTH static int pitch(int threads_x) {
     return 2 * kPack + threads_x * kDepthwiseColumns * S;
   }
+  // In front of the planes: the weights, and a float per thread for adding up.
+  static constexpr int kWeights = 256, kBefore = kWeights + 512;
   FXPRUNE_BOTH static int64_t bytes(int threads_x, int threads_y, int images) {
-    return 256 + int64_t{images} * rows(threads_y) * pitch(threads_x) * int64_t{sizeof(T)};
+    return kBefore + int64_t{images} * rows(threads_y) * pitch(threads_x) * int64_t{sizeof(T)};
   }
 };
 
@@ -126,10 +131,11 @@ struct DepthwiseTiles {
               left = tile_x * a.threads_x * kDepthwiseColumns;
 
     char* weights = shared_memory();
-    char* tile = shared_memory() + 256;
+    char* tile = shared_memory() + Tile::kBefore;
     if (thread() < K * K) {
       const T* weight = static_cast<const T*>(a.weight) + channel * K * K;
-      store_shared<float>(weights + 4 * thread(), to_float(load_global<T>(weight + thread())));
+      const int slot = a.flipped ? K * K - 1 - thread() : thread();
+      store_shared<float>(weights + 4 * slot, to_float(load_global<T>(weight + thread())));
     }
     const int64_t plane = first_image * a.channels + channel;
     const int first_row = top * S - kPad, first_column = left * S - Tile::kLeft;
@@ -141,16 +147,32 @@ struct DepthwiseTiles {
       stage<sizeof(T)>(a, tile, plane, images, first_row, first_column);
     }
     copy_commit();
-    const uint64_t mask = load_global<uint64_t>(a.taps + channel);
+    uint64_t mask = load_global<uint64_t>(a.taps + channel);
+    if (a.flipped) mask = reverse_bits(mask) >> (64 - K * K);
     copy_wait<0>();
     barrier();
 
     const int per_image = a.threads_x * a.threads_y;
     const int image = thread() / per_image, within = thread() % per_image;
-    if (image >= images) return;
     const int ty = within / a.threads_x, tx = within % a.threads_x;
     const int row = top + ty * kDepthwiseRows, column = left + tx * kDepthwiseColumns;
-    if (row >= a.out_h || column >= a.out_w) return;
+    float pooled = 0.0f;
+    if (image < images && row < a.out_h && column < a.out_w) {
+      pooled = compute(a, tile, weights, mask, plane + image * a.channels, channel, image, ty, tx,
+                       row, column);
+    }
+    if (a.pool == nullptr) return;
+    pooled = add_up(pooled, within, per_image);
+    if (image < images && within == 0) {
+      const int64_t at = (plane + image * a.channels) * a.tiles_y + tile_y;
+      store_global<float>(a.pool + at * a.tiles_x + tile_x, pooled);
+    }
+  }
+
+  // Computes and stores the outputs of a thread; returns the sum of them as stored.
+  static FXPRUNE_GPU float compute(const Args& a, const char* tile, const char* weights,
+                                   uint64_t mask, int64_t out_plane, int64_t channel, int image,
+                                   int ty, int tx, int row, int column) {
     const int pitch = Tile::pitch(a.threads_x) * static_cast<int>(sizeof(T));
     const char* window =
         tile + (int64_t{image} * Tile::rows(a.threads_y) + ty * kDepthwiseRows * S) * pitch +
@@ -166,14 +188,40 @@ struct DepthwiseTiles {
     }
     multiply(window, pitch, weights, static_cast<uint32_t>(mask), static_cast<uint32_t>(mask >> 32),
              sums);
+    float pooled = 0.0f;
     FXPRUNE_UNROLLED
     for (int o = 0; o < kDepthwiseRows; ++o) {
       activate(a.activation, sums[o]);
       if (row + o < a.out_h) {
-        const int64_t at = ((plane + image * a.channels) * a.out_h + row + o) * a.out_w + column;
+        const int64_t at = (out_plane * a.out_h + row + o) * a.out_w + column;
         store(a, static_cast<T*>(a.out) + at, a.out_w - column, sums[o]);
+        if (a.pool != nullptr) {
+          FXPRUNE_UNROLLED
+          for (int j = 0; j < kDepthwiseColumns; ++j) {
+            if (column + j < a.out_w) pooled += to_float(from_float<T>(sums[o][j]));
+          }
+        }
       }
     }
+    return pooled;
+  }
+
+  // Sums over the `count` neighbouring threads of which this one is number `within`, in a fixed
+  // order; number 0 gets the result.
+  static FXPRUNE_GPU float add_up(float value, int within, int count) {
+    char* own = shared_memory() + Tile::kWeights + 4 * thread();
+    store_shared<float>(own, value);
+    int half = 1;
+    while (2 * half < count) half *= 2;
+    for (; count > 1 && half > 0; half /= 2) {
+      barrier();
+      if (within < half && within + half < count) {
+        value += load_shared<float>(own + 4 * half);
+        store_shared<float>(own, value);
+      }
+      count = half;
+    }
+    return value;
   }
 
   static FXPRUNE_GPU void multiply(const char* window, int pitch, const char* weights, uint32_t low,
@@ -258,19 +306,32 @@ struct DepthwiseAny {
   }
 };
 
+// True for the windows of DepthwiseTiles.
+FXPRUNE_BOTH bool has_tiles(const DepthwiseArgs& a) {
+  const int k = a.kernel_h, s = a.stride_h;
+  return k == a.kernel_w && s == a.stride_w && a.pad_h == k / 2 && a.pad_w == k / 2 &&
+         a.dilation_h == 1 && a.dilation_w == 1 && (k == 3 || k == 5 || k == 7) &&
+         (s == 1 || s == 2);
+}
+
+// Cuts planes in tiles, for blocks of so many threads.
+inline void set_tiles(DepthwiseArgs* a, int threads) {
+  const auto up = [](int64_t count, int64_t step) { return (count + step - 1) / step; };
+  const auto least = [](int64_t x, int64_t y) { return static_cast<int>(x < y ? x : y); };
+  a->threads_x = least(up(a->out_w, kDepthwiseColumns), 16);
+  a->threads_y = least(up(a->out_h, kDepthwiseRows), threads / a->threads_x);
+  a->images = least(a->batch, threads / (a->threads_x * a->threads_y));
+  a->tiles_x = static_cast<int>(up(a->out_w, a->threads_x * kDepthwiseColumns));
+  a->tiles_y = static_cast<int>(up(a->out_h, a->threads_y * kDepthwiseRows));
+}
+
 // Runs the operator by `launcher.launch<Kernel>(grid, shared bytes, args)`. The geometry and the
 // pointers of `a` are set; the rest is chosen here.
 template <class T, class Launcher>
 void depthwise_taps(Launcher& launcher, DepthwiseArgs a) {
   const auto tiles = [&](auto kernel) {
     using Kernel = decltype(kernel);
-    const auto up = [](int64_t count, int64_t step) { return (count + step - 1) / step; };
-    const auto least = [](int64_t x, int64_t y) { return static_cast<int>(x < y ? x : y); };
-    a.threads_x = least(up(a.out_w, kDepthwiseColumns), 16);
-    a.threads_y = least(up(a.out_h, kDepthwiseRows), Kernel::kThreads / a.threads_x);
-    a.images = least(a.batch, Kernel::kThreads / (a.threads_x * a.threads_y));
-    a.tiles_x = static_cast<int>(up(a.out_w, a.threads_x * kDepthwiseColumns));
-    a.tiles_y = static_cast<int>(up(a.out_h, a.threads_y * kDepthwiseRows));
+    set_tiles(&a, Kernel::kThreads);
     const auto aligned = [](const void* p, int64_t width, int64_t bytes) {
       return width * int64_t{sizeof(T)} % bytes == 0 && reinterpret_cast<uintptr_t>(p) % bytes == 0;
     };
@@ -282,20 +343,23 @@ void depthwise_taps(Launcher& launcher, DepthwiseArgs a) {
     const int64_t units = Kernel::Tile::pitch(a.threads_x) * int64_t{sizeof(T)} / unit;
     a.row_lanes = 1;
     while (a.row_lanes < 32 && a.row_lanes < units) a.row_lanes *= 2;
-    const int64_t grid[3] = {up(a.batch, a.images) * a.tiles_x * a.tiles_y,
-                             least(a.channels, kMostBlocksY), up(a.channels, kMostBlocksY)};
+    const int64_t layers = (a.channels + kMostBlocksY - 1) / kMostBlocksY;
+    const int64_t grid[3] = {(a.batch + a.images - 1) / a.images * a.tiles_x * a.tiles_y,
+                             layers > 1 ? kMostBlocksY : a.channels, layers};
     launcher.template launch<Kernel>(grid, Kernel::Tile::bytes(a.threads_x, a.threads_y, a.images),
                                      a);
   };
-  const int k = a.kernel_h, s = a.stride_h;
-  const bool square = k == a.kernel_w && s == a.stride_w && a.pad_h == k / 2 && a.pad_w == k / 2 &&
-                      a.dilation_h == 1 && a.dilation_w == 1;
-  if (square && k == 3 && s == 1) return tiles(DepthwiseTiles<T, 3, 1>());
-  if (square && k == 3 && s == 2) return tiles(DepthwiseTiles<T, 3, 2>());
-  if (square && k == 5 && s == 1) return tiles(DepthwiseTiles<T, 5, 1>());
-  if (square && k == 5 && s == 2) return tiles(DepthwiseTiles<T, 5, 2>());
-  if (square && k == 7 && s == 1) return tiles(DepthwiseTiles<T, 7, 1>());
-  if (square && k == 7 && s == 2) return tiles(DepthwiseTiles<T, 7, 2>());
+  const int k = a.kernel_h;
+  if (has_tiles(a)) {
+    if (a.stride_h == 1) {
+      if (k == 3) return tiles(DepthwiseTiles<T, 3, 1>());
+      if (k == 5) return tiles(DepthwiseTiles<T, 5, 1>());
+      return tiles(DepthwiseTiles<T, 7, 1>());
+    }
+    if (k == 3) return tiles(DepthwiseTiles<T, 3, 2>());
+    if (k == 5) return tiles(DepthwiseTiles<T, 5, 2>());
+    return tiles(DepthwiseTiles<T, 7, 2>());
+  }
   const int64_t total = a.batch * a.channels * a.out_h * a.out_w;
   const int64_t wanted = (total + DepthwiseAny<T>::kThreads - 1) / DepthwiseAny<T>::kThreads;
   const int64_t grid[3] = {wanted < (int64_t{1} << 20) ? wanted : int64_t{1} << 20, 1, 1};

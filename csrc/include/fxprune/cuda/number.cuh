@@ -24,6 +24,16 @@ struct Bfloat {
   uint16_t bits;
 };
 
+FXPRUNE_GPU uint64_t reverse_bits(uint64_t x) {
+#ifdef __CUDACC__
+  return __brevll(x);
+#else
+  uint64_t y = 0;
+  for (int i = 0; i < 64; ++i) y |= (x >> i & 1) << (63 - i);
+  return y;
+#endif
+}
+
 // 16 bytes, the widest access.
 struct alignas(16) Quad {
   uint32_t word[4];

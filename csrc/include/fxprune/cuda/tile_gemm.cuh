@@ -62,37 +62,62 @@ constexpr bool uses_image() {
   return sizeof(T) == 2;
 }
 
-// Feature-major: x (batch, k, m) -> out (batch, n, m). All of `a` is set but `vector`.
-template <class T, class Launcher>
-void tile_gemm(Launcher& launcher, TileGemmArgs a, const Gpu& gpu) {
-  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  a.vector = a.m % Pack<T>::kCount == 0 && aligned(a.x) && aligned(a.residual) && aligned(a.out);
-  if (a.kept < a.n) {
-    const int64_t grid[3] = {(a.batch * a.m + 1023) / 1024, a.n < 65535 ? a.n : 65535, 1};
-    launcher.template launch<TileRest<T>>(grid, 0, a);
-  }
-  if (a.tiles == 0) return;
+// Runs a kernel over all items in blocks of one, but at most so many.
+template <class Kernel, class Launcher>
+void launch_items(Launcher& launcher, const TileGemmArgs& a, int features, int64_t most_blocks) {
+  const int64_t items = tile_items(a, features, Kernel::kTokens);
+  const int64_t grid[3] = {items < most_blocks ? items : most_blocks, 1, 1};
+  launcher.template launch<Kernel>(grid, Kernel::kSharedBytes, a);
+}
+
+// The kernels that run on every GPU.
+template <class T, bool Windowed, class Launcher>
+void tile_blocks_of(Launcher& launcher, const TileGemmArgs& a) {
   if constexpr (!uses_image<T>()) {
-    using Kernel = TileGemmFfma;
+    using Kernel = TileGemmFfma<Windowed>;
     const int64_t parts = (a.granularity + Kernel::kFeatures - 1) / Kernel::kFeatures;
     const int64_t grid[3] = {
         (a.m + Kernel::kTokens - 1) / Kernel::kTokens * a.batch * parts * a.tiles, 1, 1};
     launcher.template launch<Kernel>(grid, Kernel::kSharedBytes, a);
+  } else if (a.layout().panels() % 2 == 0) {
+    launch_items<TileGemmMma<T, 128, Windowed>>(launcher, a, 128, INT64_MAX);
   } else {
-    const auto run = [&](auto kernel, int features, int64_t most_blocks) {
-      using Kernel = decltype(kernel);
-      const int64_t items = tile_items(a, features, Kernel::kTokens);
-      const int64_t grid[3] = {items < most_blocks ? items : most_blocks, 1, 1};
-      launcher.template launch<Kernel>(grid, Kernel::kSharedBytes, a);
-    };
+    launch_items<TileGemmMma<T, 64, Windowed>>(launcher, a, 64, INT64_MAX);
+  }
+}
+
+// Sets `vector`: rows of m elements begin at 16-byte boundaries.
+template <class T>
+void set_vector(TileGemmArgs* a, const void* x) {
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  a->vector = a->m % Pack<T>::kCount == 0 && aligned(x) && aligned(a->residual) && aligned(a->out);
+}
+
+// Feature-major: x (batch, k, m) -> out (batch, n, m). All of `a` is set but `vector` and `window`.
+template <class T, class Launcher>
+void tile_gemm(Launcher& launcher, TileGemmArgs a, const Gpu& gpu) {
+  set_vector<T>(&a, a.x);
+  tile_rest<T>(launcher, a);
+  if (a.tiles == 0) return;
+  if constexpr (uses_image<T>()) {
     const int64_t panels = a.layout().panels();
     if (gpu.hopper && a.vector && a.gate == nullptr && panels % 2 == 0) {
-      if (panels % 4 == 0) return run(TileGemmWgmma<T, 256>(), 256, gpu.processors);
-      return run(TileGemmWgmma<T, 128>(), 128, gpu.processors);
+      if (panels % 4 == 0) {
+        return launch_items<TileGemmWgmma<T, 256>>(launcher, a, 256, gpu.processors);
+      }
+      return launch_items<TileGemmWgmma<T, 128>>(launcher, a, 128, gpu.processors);
     }
-    if (panels % 2 == 0) return run(TileGemmMma<T, 128>(), 128, INT64_MAX);
-    run(TileGemmMma<T, 64>(), 64, INT64_MAX);
   }
+  tile_blocks_of<T, false>(launcher, a);
+}
+
+// x (batch, channels, height, width) -> out (batch, n, out_h, out_w), m = out_h * out_w. All of `a`
+// is set but `vector`.
+template <class T, class Launcher>
+void tile_conv(Launcher& launcher, TileGemmArgs a) {
+  set_vector<T>(&a, a.out);  // pixels of x come one by one
+  tile_rest<T>(launcher, a);
+  if (a.tiles > 0) tile_blocks_of<T, true>(launcher, a);
 }
 
 }  // namespace fxprune::gpu

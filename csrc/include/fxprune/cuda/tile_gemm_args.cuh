@@ -13,8 +13,16 @@
 
 namespace fxprune::gpu {
 
+// The window of a convolution whose GEMM this is: K rows are (channel of a group, dy, dx), tokens
+// are output pixels. Every tile lies inside one group.
+struct TileWindow {
+  int64_t channels, groups;
+  int height, width, out_w;
+  int kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+};
+
 struct TileGemmArgs {
-  const void* x;            // (batch, k, m)
+  const void* x;            // (batch, k, m), or (batch, channels, height, width) under a window
   const void* values;       // packed, as the operator gets it
   const void* image;        // TileImage, 16-bit kernels only
   const int32_t* index;     // kept K rows, tile after tile
@@ -27,6 +35,7 @@ struct TileGemmArgs {
   int64_t batch, m, k, n, kept, rows, granularity, tiles;
   Activation activation;
   bool vector;  // 16-byte accesses to rows of x, residual and out are aligned
+  TileWindow window;
 
   FXPRUNE_BOTH TileImage layout() const { return {tiles, rows, granularity}; }
 };
@@ -97,15 +106,18 @@ FXPRUNE_GPU void gather_columns(const float (&v)[4][2], float (&out)[8]) {
   }
 }
 
-// Finishes eight tokens from `token` on of the output feature in column `column` of the tile.
-template <class T>
-FXPRUNE_GPU void finish_tokens(const TileGemmArgs& a, const TileItem& item, int64_t column,
-                               int64_t token, float (&v)[8]) {
+// The output feature in column `column` of the item's tile, -1 behind its last one.
+FXPRUNE_GPU int64_t feature_of(const TileGemmArgs& a, const TileItem& item, int64_t column) {
   const int64_t at = item.tile * a.granularity + column;
-  if (column >= a.granularity || at >= a.kept || token >= a.m) return;
-  const int64_t feature = load_global<int32_t>(a.columns + at);
-  const int64_t start = (item.image * a.n + feature) * a.m + token;
-  const int64_t count = a.m - token;
+  if (column >= a.granularity || at >= a.kept) return -1;
+  return load_global<int32_t>(a.columns + at);
+}
+
+// Finishes the first `count` of eight results in a row of output feature `feature`, from element
+// `start` of the output on.
+template <class T>
+FXPRUNE_GPU void finish_run(const TileGemmArgs& a, int64_t feature, int64_t start, int64_t count,
+                            float (&v)[8]) {
   constexpr int kPack = Pack<T>::kCount;
   if (a.bias != nullptr) {
     const float bias = to_float(load_global<T>(static_cast<const T*>(a.bias) + feature));
@@ -145,6 +157,15 @@ FXPRUNE_GPU void finish_tokens(const TileGemmArgs& a, const TileItem& item, int6
   }
 }
 
+// The same for eight tokens from `token` on of the feature in column `column` of the tile.
+template <class T>
+FXPRUNE_GPU void finish_tokens(const TileGemmArgs& a, const TileItem& item, int64_t column,
+                               int64_t token, float (&v)[8]) {
+  const int64_t feature = feature_of(a, item, column);
+  if (feature < 0 || token >= a.m) return;
+  finish_run<T>(a, feature, (item.image * a.n + feature) * a.m + token, a.m - token, v);
+}
+
 // Output features that no tile holds: act(bias + residual). One thread an element of them.
 template <class T>
 struct TileRest {
@@ -180,5 +201,12 @@ struct TileRest {
     }
   }
 };
+
+template <class T, class Launcher>
+void tile_rest(Launcher& launcher, const TileGemmArgs& a) {
+  if (a.kept == a.n) return;
+  const int64_t grid[3] = {(a.batch * a.m + 1023) / 1024, a.n < 65535 ? a.n : 65535, 1};
+  launcher.template launch<TileRest<T>>(grid, 0, a);
+}
 
 }  // namespace fxprune::gpu

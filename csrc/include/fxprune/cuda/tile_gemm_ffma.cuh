@@ -2,13 +2,16 @@
 // weights as they are.
 //
 // A block of 256 threads computes 64 features x 64 tokens, a thread 4 x 4 of them; K goes by in
-// stages of 16 rows, three of them in flight.
+// stages of 16 rows, three of them in flight. Windowed: the implicit GEMM of a convolution.
 #pragma once
 
-#include "fxprune/cuda/tile_gemm_args.cuh"
+#include <type_traits>
+
+#include "fxprune/cuda/tile_window.cuh"
 
 namespace fxprune::gpu {
 
+template <bool Windowed>
 struct TileGemmFfma {
   using Args = TileGemmArgs;
   static constexpr int kThreads = 256, kBlocks = 2;
@@ -44,7 +47,15 @@ struct TileGemmFfma {
     return item;
   }
 
-  static FXPRUNE_GPU void fill(const Args& a, const Item& item, int64_t first_row, char* to) {
+  // A thread always copies the same token.
+  using Tokens = WindowTokens<float, 1>;
+  struct NoTokens {
+    FXPRUNE_GPU NoTokens(const Args&, int64_t, int64_t, int64_t) {}
+  };
+  using Source = std::conditional_t<Windowed, Tokens, NoTokens>;
+
+  static FXPRUNE_GPU void fill(const Args& a, const Item& item, const Source& source,
+                               int64_t first_row, char* to) {
     FXPRUNE_UNROLLED
     for (int i = 0; i < kRows * kFeatures / kThreads; ++i) {
       const int at = thread() + i * kThreads, k = at / kFeatures, f = at % kFeatures;
@@ -58,8 +69,16 @@ struct TileGemmFfma {
       const int at = thread() + i * kThreads, k = at / kTokens, column = at % kTokens;
       const bool real = first_row + k < item.rows && item.token + column < a.m;
       const int64_t row = real ? load_global<int32_t>(item.index + first_row + k) : 0;
-      const float* from = real ? item.x + row * a.m + column : static_cast<const float*>(a.x);
       char* slot = tokens + k * kRowBytes + 4 * column;
+      if constexpr (Windowed) {
+        bool inside;
+        const float* at =
+            source.at(a.window, Tokens::tap_of(a.window, static_cast<int32_t>(row)), 0, &inside);
+        inside = inside && real;
+        copy_async<4>(slot, inside ? at : source.x, inside);
+        continue;
+      }
+      const float* from = real ? item.x + row * a.m + column : static_cast<const float*>(a.x);
       if (item.gate == nullptr) {
         copy_async<4>(slot, from, real);
       } else {
@@ -73,13 +92,14 @@ struct TileGemmFfma {
   static FXPRUNE_GPU void run(const Args& a) {
     const Item item = item_of(a, block(0));
     if (item.first >= item.width) return;
+    const Source source(a, item.tile, item.image, item.token + thread() % kTokens);
     const int stages = static_cast<int>((item.rows + kRows - 1) / kRows);
     const int tx = thread() % 16, ty = thread() / 16;
     float sums[4][4];
     FXPRUNE_UNROLLED
     for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] = 0.0f;
     for (int i = 0; i < kStages - 1; ++i) {
-      if (i < stages) fill(a, item, int64_t{i} * kRows, shared_memory() + i * kStageBytes);
+      if (i < stages) fill(a, item, source, int64_t{i} * kRows, shared_memory() + i * kStageBytes);
       copy_commit();
     }
     for (int i = 0; i < stages; ++i) {
@@ -87,7 +107,8 @@ struct TileGemmFfma {
       barrier();
       const int next = i + kStages - 1;
       if (next < stages) {
-        fill(a, item, int64_t{next} * kRows, shared_memory() + next % kStages * kStageBytes);
+        fill(a, item, source, int64_t{next} * kRows,
+             shared_memory() + next % kStages * kStageBytes);
       }
       copy_commit();
       const char* stage = shared_memory() + i % kStages * kStageBytes;

@@ -4,16 +4,19 @@
 // kStages of them in flight. The weights of a stage are copied from the image as they lie there;
 // the rows of x are gathered by the tile's index list, into panels of the same layout. Where rows
 // cannot be copied in 16-byte pieces, or are scaled by a gate, they come through registers.
+// Windowed: the implicit GEMM of a convolution, whose rows always do.
 #pragma once
 
-#include "fxprune/cuda/tile_gemm_args.cuh"
+#include <type_traits>
+
+#include "fxprune/cuda/tile_window.cuh"
 
 namespace fxprune::gpu {
 
-template <class T, int Features>
+template <class T, int Features, bool Windowed>
 struct TileGemmMma {
   using Args = TileGemmArgs;
-  static constexpr int kThreads = 256, kBlocks = Features == 128 ? 2 : 3;
+  static constexpr int kThreads = 256, kBlocks = Windowed ? 1 : Features == 128 ? 2 : 3;
   static constexpr int kTokens = 128, kRows = 32, kStages = 4;
   static constexpr int kHalfPanel = kRows * 128;  // bytes of a stage's panel
   static constexpr int kWeightBytes = Features / kPanel * kHalfPanel;
@@ -29,9 +32,15 @@ struct TileGemmMma {
     const T* gate;         // of the image, or null
     int64_t tokens;        // that exist from there on
   };
+  // A thread always gathers the same eight tokens.
+  using Tokens = WindowTokens<T, 8>;
+  struct NoTokens {
+    FXPRUNE_GPU NoTokens(const Args&, int64_t, int64_t, int64_t) {}
+  };
+  using Window = std::conditional_t<Windowed, Tokens, NoTokens>;
 
-  static FXPRUNE_GPU void fill(const Args& a, const TileItem& item, const Source& s, int stage,
-                               char* to) {
+  static FXPRUNE_GPU void fill(const Args& a, const TileItem& item, const Source& s,
+                               const Window& window, int stage, char* to) {
     const int64_t first_row = int64_t{stage} * kRows;
     const char* weights = s.weights + first_row / kBlockRows * a.layout().block_bytes() +
                           first_row % kBlockRows * 128;
@@ -49,8 +58,12 @@ struct TileGemmMma {
       const bool real = first_row + k < item.rows && column < s.tokens;
       const int64_t row =
           first_row + k < item.rows ? load_global<int32_t>(s.index + first_row + k) : 0;
-      const T* from = s.x + row * a.m + column;
       char* at = tokens + column / kPanel * kHalfPanel + panel_offset(k, column % kPanel);
+      if constexpr (Windowed) {
+        gather(a.window, window, static_cast<int32_t>(row), first_row + k < item.rows, at);
+        continue;
+      }
+      const T* from = s.x + row * a.m + column;
       if (a.vector && s.gate == nullptr) {
         copy_async<16>(at, real ? from : s.x, real);
       } else {
@@ -66,14 +79,32 @@ struct TileGemmMma {
                 s.gate == nullptr ? value.bits : from_float<T>(to_float(value) * scale).bits;
           }
         }
-        Quad quad;
-        FXPRUNE_UNROLLED
-        for (int j = 0; j < 4; ++j) {
-          quad.word[j] = element[2 * j] | static_cast<uint32_t>(element[2 * j + 1]) << 16;
-        }
-        store_shared<Quad>(at, quad);
+        store_shared<Quad>(at, quad_of(element));
       }
     }
+  }
+
+  // Eight pixels of one K row; zeros for one that pads (`real` is false).
+  static FXPRUNE_GPU void gather(const TileWindow& w, const Tokens& tokens, int32_t row, bool real,
+                                 char* to) {
+    const typename Tokens::Tap tap = Tokens::tap_of(w, row);
+    uint16_t element[8];
+    FXPRUNE_UNROLLED
+    for (int j = 0; j < 8; ++j) {
+      bool inside;
+      const T* from = tokens.at(w, tap, j, &inside);
+      element[j] = real && inside ? load_global<T>(from).bits : uint16_t{0};
+    }
+    store_shared<Quad>(to, quad_of(element));
+  }
+
+  static FXPRUNE_GPU Quad quad_of(const uint16_t (&element)[8]) {
+    Quad quad;
+    FXPRUNE_UNROLLED
+    for (int j = 0; j < 4; ++j) {
+      quad.word[j] = element[2 * j] | static_cast<uint32_t>(element[2 * j + 1]) << 16;
+    }
+    return quad;
   }
 
   static FXPRUNE_GPU void multiply(const char* stage, float (&sums)[kBlocksM][4][4]) {
@@ -110,20 +141,22 @@ struct TileGemmMma {
     s.x = static_cast<const T*>(a.x) + item.image * a.k * a.m + item.token;
     s.gate = a.gate == nullptr ? nullptr : static_cast<const T*>(a.gate) + item.image * a.k;
     s.tokens = a.m - item.token;
+    const Window window(a, item.tile, item.image, item.token + thread() % (kTokens / 8) * 8);
     const int stages = static_cast<int>((item.rows + kRows - 1) / kRows);
 
     float sums[kBlocksM][4][4];
     FXPRUNE_UNROLLED
     for (int i = 0; i < kBlocksM * 16; ++i) sums[i / 16][i / 4 % 4][i % 4] = 0.0f;
     for (int i = 0; i < kStages - 1; ++i) {
-      if (i < stages) fill(a, item, s, i, shared_memory() + i * kStageBytes);
+      if (i < stages) fill(a, item, s, window, i, shared_memory() + i * kStageBytes);
       copy_commit();
     }
     for (int i = 0; i < stages; ++i) {
       copy_wait<kStages - 2>();
       barrier();  // the stage is there for all, and nobody reads the one before any more
       const int next = i + kStages - 1;
-      if (next < stages) fill(a, item, s, next, shared_memory() + next % kStages * kStageBytes);
+      if (next < stages)
+        fill(a, item, s, window, next, shared_memory() + next % kStages * kStageBytes);
       copy_commit();
       multiply(shared_memory() + i % kStages * kStageBytes, sums);
     }

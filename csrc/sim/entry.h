@@ -1,0 +1,39 @@
+// What the C functions for the tests share. Each of them returns null, or what went wrong; the text
+// lives until the next call.
+#pragma once
+
+#include <string>
+
+#include "fxprune/cuda/number.cuh"
+#include "sim/machine.h"
+
+namespace fxprune::gpu {
+
+struct Simulator {
+  template <class Kernel>
+  void launch(const int64_t (&grid)[3], int64_t shared_bytes, const typename Kernel::Args& a) {
+    sim::launch(grid, Kernel::kThreads, shared_bytes, [&a] { Kernel::run(a); });
+  }
+};
+
+// Calls work(T) for the element type of the given number: 0 float, 1 Half, 2 Bfloat.
+template <class Work>
+void with_type(int type, Work work) {
+  if (type == 0) return work(float());
+  if (type == 1) return work(Half());
+  work(Bfloat());
+}
+
+template <class Work>
+const char* guarded(Work work) {
+  static std::string message;
+  try {
+    work();
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
+}  // namespace fxprune::gpu
