@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fxprune.config import Config
-from fxprune.devices import device as device_row
+from fxprune.context import Unit
+from fxprune.devices import DEVICES
 from fxprune.errors import ConfigError, PlanMismatch, nearest
 from fxprune.lowering.kernels import KernelTables
 from fxprune.plan import LayerPlan, Plan, PrunedWeight, register, tiles
@@ -37,15 +40,14 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
 def recalibrate(plan: Plan, device: str, dense: nn.Module | None = None) -> Plan:
     """Return ``plan`` in the tiles that the kernels of ``device`` run without waste; layers that have them stay as they are.
 
-    device: a row of :data:`fxprune.devices.DEVICES`. Without ``dense`` no kept weight is lost: tiles of the device cover
-    what is kept, so sparsity may fall and the pruned model computes what it did. dense: the model before pruning; its
-    weights are ranked anew (by magnitude, with the layer's own pattern) at the sparsity the plan has.
+    device: a row of :data:`fxprune.devices.DEVICES`, or "cuda". Without ``dense`` no kept weight is lost: tiles of it
+    cover what is kept, so sparsity may fall and the pruned model computes what it did. dense: the model before pruning;
+    its weights are ranked anew (by magnitude, with the layer's own pattern) at the sparsity the plan has.
 
     Only the patterns "dcp" and "tile" have tiles of a device. Raises :class:`~fxprune.errors.ConfigError` for an unknown
     device and :class:`~fxprune.errors.PlanMismatch`.
     """
-    device_row(device)
-    unit = KernelTables().unit
+    unit = _unit(device)
     parameters = {} if dense is None else _fitting(dense, plan)
     weights, layers = dict(plan.weights), []
     for layer in plan.layers:
@@ -59,11 +61,20 @@ def recalibrate(plan: Plan, device: str, dense: nn.Module | None = None) -> Plan
         if dense is None:
             mask = refit(pruned.layer.mask, width, layer.kind == "depthwise", layer.columns is not None)
         else:
-            mask = _ranked(layer, pruned, parameters[layer.parameter].detach(), width)
+            mask = _ranked(layer, pruned, parameters[layer.parameter].detach(), width, unit)
         shaped = (mask.mask.t() if pruned.transposed else mask.mask).reshape(pruned.mask.shape)
         weights[layer.parameter] = replace(pruned, layer=mask, mask=shaped)
         layers.append(_described(layer, mask))
     return Plan(layers, weights=weights)
+
+
+def _unit(device: str) -> Callable[[str], Unit]:
+    """Return what the kernels of a device like, by kind of layer."""
+    known = (*DEVICES, "cuda")
+    if device not in known:
+        expected = f"one of {', '.join(known)}; did you mean {nearest(str(device), known)!r}?"
+        raise ConfigError(name="device", given=device, expected=expected)
+    return partial(KernelTables().unit, device="cuda" if device == "cuda" else "cpu")
 
 
 def _width(kind: str, given: int, wanted: int) -> int:
@@ -73,11 +84,11 @@ def _width(kind: str, given: int, wanted: int) -> int:
     return divisor(given, wanted)
 
 
-def _ranked(layer: LayerPlan, pruned: PrunedWeight, weight: Tensor, width: int) -> LayerMask:
+def _ranked(layer: LayerPlan, pruned: PrunedWeight, weight: Tensor, width: int, unit: Callable[[str], Unit]) -> LayerMask:
     matrix = weight.t() if pruned.transposed else weight.reshape(pruned.layer.tiling.shape)
     config = Config(granularity=width, group=width, columns=layer.columns is not None)
     name, scores = layer.parameter, matrix.float().abs().cpu().contiguous()
-    ask = Ask({name: scores}, {name: layer.sparsity}, {name: layer.kind}, config, KernelTables().unit)
+    ask = Ask({name: scores}, {name: layer.sparsity}, {name: layer.kind}, config, unit)
     return get(layer.pattern).choose(ask)[name]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.ao.pruning.sparsifier.utils import FakeSparsity
 from torch.fx import Graph, GraphModule
 
 from fxprune.config import Config
@@ -34,7 +35,7 @@ ISOLATED: dict[str, Any] = (
 class Captured:
     """One graph Dynamo saw, with the real tensors it was called with.
 
-    outside: recurrent layers of the model that are in none of its graphs; the first graph has them.
+    outside: layers of the model that are in none of its graphs, with the reason; the first graph has them.
     """
 
     gm: GraphModule
@@ -77,10 +78,33 @@ def capture(model: nn.Module, example_inputs: Any) -> list[Captured]:
         remedy = "Check that model(*example_inputs) runs; a tuple is positional arguments, a dict keyword arguments."
         cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise CaptureError(inputs=shapes, cause=cause, remedy=remedy) from error
-    return [replace(graph, outside=() if i else _outside(model, graphs)) for i, graph in enumerate(graphs)]
+    outside = _outside(model, graphs)
+    if outside and not graphs:  # one to tell it
+        nothing = Graph()
+        nothing.output(())
+        graphs.append(Captured(GraphModule(nn.Module(), nothing), ()))
+    return [replace(graph, outside=() if i else outside) for i, graph in enumerate(graphs)]
 
 
 def _outside(model: nn.Module, graphs: Sequence[Captured]) -> tuple[Refusal, ...]:
+    return (*_recurrent(model, graphs), *_masked(model))
+
+
+def _masked(model: nn.Module) -> list[Refusal]:
+    """Return the layers with a mask of torch.ao.pruning: Dynamo traces none of its functions."""
+    reason = (
+        "a mask of torch.ao.pruning keeps it out of every graph: sparsifier.squash_mask() writes the zeros and removes it"
+    )
+    found = []
+    for name, layer in model.named_modules():
+        for of, chain in getattr(layer, "parametrizations", {}).items():
+            if any(isinstance(part, FakeSparsity) for part in chain):
+                shape = "x".join(map(str, chain.original.shape))
+                found.append(Refusal(".".join(filter(None, (name, of))), "linear", shape, reason))
+    return found
+
+
+def _recurrent(model: nn.Module, graphs: Sequence[Captured]) -> tuple[Refusal, ...]:
     inputs = {id(value) for graph in graphs for value in graph.inputs}
     reason = "in no graph: Dynamo breaks around its call, as it does for packed sequences"
     return tuple(

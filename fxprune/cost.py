@@ -33,11 +33,16 @@ if TYPE_CHECKING:
     Cost: TypeAlias = float | sympy.Expr
     Terms: TypeAlias = dict[str, Any]
 
-_FLOAT = 4  # bytes
+_FLOAT, _HALF = 4, 2  # bytes
 _ROWS = 6  # rows of x in the row-major kernel's register block
 _VECTORS = 3  # vectors of pixels in the feature-major kernel's
 _EDGE = 2  # pixels that kernel computes without starting a vector
+_BLOCK = 32  # pixels or rows of x, and input features, that the bfloat16 kernel multiplies at once
 _STRIP = {1: 8, -1: 4}  # output features (feature-major) or vectors of them (row-major) that share a load of x
+
+# our operator, dense feature-major, dense channels-last
+_DEPTHWISE = ("depthwise_taps", "depthwise_nchw", "depthwise_nhwc")
+_POINTWISE = ("tile_gemm_pixels", "conv1x1_nchw", "conv1x1_nhwc")
 
 
 def depthwise_terms(
@@ -49,8 +54,9 @@ def depthwise_terms(
     height: Size,
     width: Size,
     stride: int = 1,
+    item: int = _FLOAT,
 ) -> Terms:
-    """Return the amounts of ``depthwise_taps``.
+    """Return the amounts of ``depthwise_taps``; item: bytes of a number.
 
     kept: kept taps of all channels together. height, width: of the output. Vectors run over the flattened plane where
     a row does not fill one, else along each row; a stride makes every load a shuffle.
@@ -65,7 +71,7 @@ def depthwise_terms(
         "taps" if stride == 1 else "strided": taps / 1e3,
         "vectors": b * c * vectors / dev.threads / 1e3,
         "planes": b * c / dev.threads / 1e3,
-        **_memory(dev, sp, _FLOAT * b * c * h * w * (1 + stride**2)),
+        **_memory(dev, sp, item * b * c * h * w * (1 + stride**2)),
     }
 
 
@@ -118,6 +124,42 @@ def tile_gemm_terms(
     }
 
 
+def tile_gemm_bf16_terms(
+    dev: Device,
+    *,
+    counts: Sequence[Size],
+    columns: Size,
+    granularity: int,
+    out_features: Size,
+    in_features: Size,
+    batch: Size,
+    pixels: Size = 1,
+    feature_dim: int = 1,
+) -> Terms:
+    """Return the amounts of ``tile_gemm`` in bfloat16; arguments as for :func:`tile_gemm_terms`.
+
+    A block of 32 pixels (of one image) or rows is copied once, its kept rows are gathered for every tile, and strips of
+    16 output features are multiplied with 32 of them at a time.
+    """
+    sp = _algebra(*counts, columns, out_features, in_features, batch, pixels)
+    b, m, n, k, n_kept = (size(value) for value in (batch, pixels, out_features, in_features, columns))
+    blocks = b * sp.ceiling(m / _BLOCK) if feature_dim == 1 else sp.ceiling(b * m / _BLOCK)
+    products = gathered = weights = 0
+    for t, count in enumerate(counts):
+        rows, width = size(count), sp.Max(sp.Min(granularity, n_kept - t * granularity), 0)
+        products += sp.ceiling(rows / _BLOCK) * sp.ceiling(width / 16)
+        gathered, weights = gathered + rows, weights + rows * width
+    shared = dev.threads * 1e3
+    return {
+        "call": 1,
+        "products": blocks * products / shared,
+        "loads": blocks * gathered / shared,
+        "copied": blocks * k / shared,
+        "stores": blocks * n / shared,
+        **_memory(dev, sp, _HALF * (b * m * (k + n) + weights)),
+    }
+
+
 def dense_conv_terms(
     dev: Device,
     *,
@@ -129,8 +171,9 @@ def dense_conv_terms(
     kernel: tuple[int, int] = (1, 1),
     stride: int = 1,
     groups: Size = 1,
+    item: int = _FLOAT,
 ) -> Terms:
-    """Return the amounts of a dense convolution; height, width: of the output."""
+    """Return the amounts of a dense convolution; height, width: of the output; item: bytes of a number."""
     sp = _algebra(batch, in_channels, out_channels, height, width, groups)
     b, c, n, g = (size(value) for value in (batch, in_channels, out_channels, groups))
     pixels, taps = b * size(height) * size(width), kernel[0] * kernel[1]
@@ -141,12 +184,12 @@ def dense_conv_terms(
         "products" if stride == 1 else "strided": products,
         "loads": pixels * c / dev.lanes / dev.threads / 1e3,
         "stores": pixels * lanes / dev.threads / 1e3,
-        "weights": _FLOAT * n * taps * c / g / 1e6,
-        **_memory(dev, sp, _FLOAT * pixels * (c * stride**2 + n)),
+        "weights": item * n * taps * c / g / 1e6,
+        **_memory(dev, sp, item * pixels * (c * stride**2 + n)),
     }
 
 
-def dense_linear_terms(dev: Device, *, rows: Size, in_features: Size, out_features: Size) -> Terms:
+def dense_linear_terms(dev: Device, *, rows: Size, in_features: Size, out_features: Size, item: int = _FLOAT) -> Terms:
     """Return the amounts of a dense ``linear`` on x (rows, in_features); one row is a product with a vector."""
     sp = _algebra(rows, in_features, out_features)
     m, k, n = size(rows), size(in_features), size(out_features)
@@ -154,8 +197,8 @@ def dense_linear_terms(dev: Device, *, rows: Size, in_features: Size, out_featur
         "call": 1,
         "batched": sp.Max(sp.Min(m - 1, 1), 0),
         "products": m * k * sp.ceiling(n / dev.lanes) / dev.threads / 1e3,
-        "weights": _FLOAT * n * k / 1e6,
-        **_memory(dev, sp, _FLOAT * (m * k + m * n + n * k)),
+        "weights": item * n * k / 1e6,
+        **_memory(dev, sp, item * (m * k + m * n + n * k)),
     }
 
 
@@ -176,41 +219,46 @@ def work(dev: Device, match: Match, mask: LayerMask | None, batch: Size | None =
 
     x, y = ([hint(s) for s in shape] for shape in (match.geometry.x, match.geometry.y))
     b, (n, k) = x[0] if batch is None else size(batch), match.matrix_shape
+    half = match.value.dtype == torch.bfloat16 and match.kind != "conv"  # larger convolutions have float32 kernels alone
+    item, suffix = (_HALF, "_bf16") if half else (_FLOAT, "")
     if match.kind == "depthwise":
         window: dict[str, Any] = {"height": y[2], "width": math.prod(y[3:]), "stride": match.geometry.stride[0]}
+        window["item"] = item
         kept = n * k if mask is None else int(mask.mask.sum())
         conv = dense_conv_terms(
             dev, batch=b, in_channels=n, out_channels=n, groups=n, kernel=match.geometry.kernel, **window
         )
         ours = depthwise_terms(dev, batch=b, channels=n, kept=kept, **window)
-        return [("depthwise_taps", ours), ("depthwise_nchw", conv), ("depthwise_nhwc", conv)]
+        return [(name + suffix, t) for name, t in zip(_DEPTHWISE, (ours, conv, conv), strict=True)]
     if match.kind == "linear":
         rows = b * (math.prod(x[1:]) // max(k, 1)) if len(x) > 1 else 1
         layer = mask or tile.keep_all((n, k), GRANULARITY)
-        narrow = layer.tiling.granularity <= dev.lanes // 2  # such tiles run with vectors along the rows
-        ours = _tiles(dev, layer, 1, rows, 1) if narrow else _tiles(dev, layer, rows, 1, -1)
-        dense = dense_linear_terms(dev, rows=rows, in_features=k, out_features=n)
-        name = "tile_gemm_pixels" if narrow else "tile_gemm_rows"
+        # in float32 narrow tiles run with vectors along the rows
+        narrow = not half and layer.tiling.granularity <= dev.lanes // 2
+        ours = _tiles(dev, layer, 1, rows, 1) if narrow else _tiles(dev, layer, rows, 1, -1, half)
+        dense = dense_linear_terms(dev, rows=rows, in_features=k, out_features=n, item=item)
+        name = "tile_gemm_pixels" if narrow else "tile_gemm_rows" + suffix
         if match.value.dim() == 4:  # a 1x1 convolution of a 1x1 map
-            return [(name, ours), ("conv_pixel", dense), ("conv_pixel", dense)]
-        return [(name, ours), ("linear", dense)]
+            return [(name, ours), ("conv_pixel" + suffix, dense), ("conv_pixel" + suffix, dense)]
+        return [(name, ours), ("linear" + suffix, dense)]
     g = match.geometry
-    window = {"height": y[2], "width": math.prod(y[3:]), "stride": max(g.stride)}
-    layer = mask or tile.keep_all((n, k), match.tile_width(8))
-    ours = _tiles(dev, layer, b, math.prod(y[2:]), 1)
+    window = {"height": y[2], "width": math.prod(y[3:]), "stride": max(g.stride), "item": item}
+    layer = mask or tile.keep_all((n, k), match.tile_width(32 if half else 8))
+    ours = _tiles(dev, layer, b, math.prod(y[2:]), 1, half)
     if match.kind == "pointwise":
         conv = dense_conv_terms(dev, batch=b, in_channels=k, out_channels=n, **window)
-        return [("tile_gemm_pixels", ours), ("conv1x1_nchw", conv), ("conv1x1_nhwc", conv)]
+        return [(name + suffix, t) for name, t in zip(_POINTWISE, (ours, conv, conv), strict=True)]
     conv = dense_conv_terms(dev, batch=b, in_channels=x[1], out_channels=n, kernel=g.kernel, groups=g.groups, **window)
     ours["copied"] = _FLOAT * b * math.prod(x[1:]) / 1e6  # the planes that the taps are read from
     return [("tile_conv", ours), ("conv_nchw", conv), ("conv_nhwc", conv)]
 
 
-def _tiles(dev: Device, layer: LayerMask, batch: Size, pixels: Size, feature_dim: int) -> dict[str, Any]:
-    """Return the amounts of the tiles of a mask and of the elements beside them."""
+def _tiles(dev: Device, layer: LayerMask, batch: Size, pixels: Size, feature_dim: int, half: bool = False) -> dict[str, Any]:
+    """Return the amounts of the tiles of a mask and of the elements beside them; half: in bfloat16."""
     n, k = layer.tiling.shape
+    of = tile_gemm_bf16_terms if half else tile_gemm_terms
     terms = dict(
-        tile_gemm_terms(
+        of(
             dev,
             counts=layer.counts,
             columns=len(layer.tiling.columns),
@@ -223,7 +271,7 @@ def _tiles(dev: Device, layer: LayerMask, batch: Size, pixels: Size, feature_dim
         )
     )
     if layer.rest is not None:
-        for term, amount in _tiles(dev, layer.rest, batch, pixels, feature_dim).items():
+        for term, amount in _tiles(dev, layer.rest, batch, pixels, feature_dim, half).items():
             terms[term] = terms.get(term, 0) + amount
     return terms
 

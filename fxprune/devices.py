@@ -58,6 +58,32 @@ RATES: Rates = {
         "stores": 1.14,
     },
     "tile_gemm_rows": {"call": 7.99, "far": 28.7, "loads": 1.26, "products": 0.117, "stores": 4.81},
+    # bfloat16, with AMX
+    "conv1x1_nchw_bf16": {"call": 59.7, "far": 16.9, "near": 46.3, "products": 0.0558, "stores": 9.17, "weights": 107},
+    "conv1x1_nhwc_bf16": {"call": 32.2, "far": 15, "products": 0.0285, "stores": 1.22, "weights": 89.3},
+    "conv_pixel_bf16": {"batched": 0.809, "call": 46.3, "weights": 193},
+    "depthwise_nchw_bf16": {"call": 47.6, "loads": 5.89, "near": 46.4, "products": 0.736, "strided": 1.29},
+    "depthwise_nhwc_bf16": {
+        "call": 33.7,
+        "far": 23.2,
+        "loads": 1.44,
+        "near": 1.62,
+        "products": 0.25,
+        "strided": 0.466,
+        "weights": 293,
+    },
+    "depthwise_taps_bf16": {
+        "call": 9.1,
+        "far": 5.17,
+        "near": 7.29,
+        "planes": 21.4,
+        "strided": 1.22,
+        "taps": 0.564,
+        "vectors": 0.759,
+    },
+    "linear_bf16": {"call": 15.9, "far": 40.2, "products": 0.0216, "weights": 27.6},
+    "tile_gemm_pixels_bf16": {"call": 6.87, "copied": 1.93, "far": 14.4, "loads": 0.316, "products": 24.6, "stores": 3.19},
+    "tile_gemm_rows_bf16": {"call": 4.63, "copied": 5.01, "far": 88, "loads": 0.908, "products": 7.46, "stores": 10.4},
 }
 
 

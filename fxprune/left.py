@@ -49,7 +49,8 @@ def why_left(match: Match, ctx: Context, readers: dict[int, str]) -> str | None:
     """Return why a match must not be pruned, ``None`` when it may be."""
     value = ctx.weights.value(ctx.weights.origin(match.weight))
     if not isinstance(value, nn.Parameter):
-        return "its weight is not a parameter"
+        joined = ctx.weights.origin(match.weight) is match.weight and ctx.weights.is_derived(match.weight)
+        return "its weight is computed from several parameters" if joined else "its weight is not a parameter"
     reader = readers.get(id(value))
     return None if reader is None else f"its weight is also read by {reader}"
 

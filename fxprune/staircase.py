@@ -8,6 +8,7 @@ to three measured points of the layer.
 from __future__ import annotations
 
 import dataclasses
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from fxprune.sparsity.pattern import LayerMask
 
 _LEVELS = 15
 _LEAST_GAIN = 0.99  # a level that is not this much faster than the one before is no level
+_LEAST_SHARE = 1e-6  # of a layer's importance; what retains less counts as this
 _RESOLUTION = 20000  # units of time in which a budget is counted
 
 Unit = Callable[[str], Any]
@@ -40,15 +42,27 @@ class Step:
 
 @dataclass(frozen=True)
 class Staircase:
-    """One parameter and the calls that use it. dense: microseconds in the fastest dense layout."""
+    """One parameter and the calls that use it. dense: microseconds in the fastest dense layout.
+
+    importance: of all its weights, where layers are compared by that (``scope="global"``); 0: they count the same.
+    """
 
     matches: tuple[Match, ...]
     steps: tuple[Step, ...]
     dense: float
+    importance: float = 0.0
 
     @property
     def parameter(self) -> str:
         return self.matches[0].parameter
+
+    def value(self, step: Step) -> float:
+        """Return what a plan gains by keeping ``step``; plans add it up over layers.
+
+        Where layers count the same it is a logarithm: they follow each other, so shares multiply, and a plan would
+        rather take a little from all than nearly everything from the few that save most time.
+        """
+        return self.importance * step.retained if self.importance else math.log(max(step.retained, _LEAST_SHARE))
 
 
 def staircases(matches: Sequence[Match], config: Config, unit: Unit, measure: Measure, predict: Measure) -> list[Staircase]:
@@ -94,12 +108,20 @@ def rounded(groups: Sequence[Sequence[Staircase]]) -> tuple[list[Group], float]:
     for group in groups:
         stays = all(len(stair.steps) == 1 for stair in group)
         layers = tuple(
-            tuple(Level(round((stair.dense if stays else s.micros) / unit), s.retained) for s in stair.steps)
+            tuple(Level(round((stair.dense if stays else s.micros) / unit), stair.value(s)) for s in stair.steps)
             for stair in group
         )
-        dense = Level(sum(round(s.dense / unit) for s in group), sum(s.steps[0].retained for s in group))
+        dense = Level(sum(round(s.dense / unit) for s in group), sum(s.value(s.steps[0]) for s in group))
         items.append(Group(layers, dense))
     return items, unit
+
+
+def retained(groups: Sequence[Sequence[Staircase]], plan: Level, whole: Level) -> float:
+    """Return the share of importance that ``plan`` keeps of ``whole``: of all, or the geometric mean over layers."""
+    stairs = [stair for group in groups for stair in group]
+    if any(stair.importance for stair in stairs):
+        return plan.value / max(whole.value, 1e-30)
+    return math.exp((plan.value - whole.value) / max(len(stairs), 1))
 
 
 def _staircase(
@@ -115,18 +137,18 @@ def _staircase(
     scores = importances([match], config)
     squares = scores[match.parameter].double().square()
     scale = float(squares.sum()) or 1.0
-    weight = scale if config.scope == "global" else 1.0
-    steps = [Step(0.0, weight, first)]
+    weight = scale if config.scope == "global" else 0.0
+    steps = [Step(0.0, 1.0, first)]
     if not prunable:
-        return Staircase(tuple(users), tuple(steps), dense)
+        return Staircase(tuple(users), tuple(steps), dense, weight)
     ratios = [config.max_sparsity * (i + 1) / _LEVELS for i in range(_LEVELS)]
     masks = [_choose(match, ratio, config, unit, scores).layer for ratio in ratios]
-    retained = [float((squares * mask.mask).sum()) / scale for mask in masks]
+    shares = [float((squares * mask.mask).sum()) / scale for mask in masks]
     bound = first if convolution else dense / max(config.min_speedup, 1e-9)
-    for ratio, share, micros in zip(ratios, retained, _times(users, masks, ours, measure, predict), strict=True):
+    for ratio, share, micros in zip(ratios, shares, _times(users, masks, ours, measure, predict), strict=True):
         if micros <= min(bound, _LEAST_GAIN * steps[-1].micros):
-            steps.append(Step(ratio, share * weight, micros))
-    return Staircase(tuple(users), tuple(steps), dense)
+            steps.append(Step(ratio, share, micros))
+    return Staircase(tuple(users), tuple(steps), dense, weight)
 
 
 def _choose(match: Match, ratio: float, config: Config, unit: Unit, scores: Mapping[str, Tensor]) -> Choice:

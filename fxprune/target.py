@@ -15,7 +15,7 @@ from fxprune.allocate import Choice, Group, Level, allocate, total
 from fxprune.benchmark import interleave
 from fxprune.config import Config
 from fxprune.errors import NothingToPrune, TargetNotReached
-from fxprune.staircase import Staircase, rounded
+from fxprune.staircase import Staircase, retained, rounded
 
 TOLERANCE = 0.05  # of the target
 _BUILDS = 4
@@ -33,8 +33,9 @@ class Speed:
     """What was asked and what came out, in milliseconds of the whole model.
 
     dense_ms: stock, measured beside measured_ms. predicted_ms: by the plan that was built. levels: sparsity by
-    parameter. retained: mean share of importance kept over the prunable layers. iterations: plans built and measured.
-    least: nothing, or the least pruning that leaves dense: a slower plan does not exist.
+    parameter. retained: share of importance kept, the geometric mean over layers (``scope="global"``: of all).
+    iterations: plans built and measured. least: nothing, or the least pruning that leaves dense: a slower plan does
+    not exist.
     seconds: "plan" without compiling and timing whole models, "build" with.
     """
 
@@ -150,7 +151,7 @@ def search(
         predicted_ms=best.predicted,
         measured_ms=best.measured,
         iterations=len(trials),
-        retained=best.plan.value / max(whole.value, 1e-30),
+        retained=retained(groups, best.plan, whole),
         levels=best.levels,
         least=best.levels in ({}, levels_of(groups, touched(items, allocate(items, whole.time - 1)))),
         seconds={"plan": seconds + time.perf_counter() - start - spent, "build": spent},

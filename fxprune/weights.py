@@ -67,10 +67,14 @@ class Weights:
         """Return the parameter node that a derived node stands for."""
         return self._origin.get(node, node)
 
-    def derive(self, names: Sequence[str], inputs: Sequence[Node], build: Build) -> tuple[Node, ...]:
+    def is_derived(self, node: Node) -> bool:
+        return any(node in entry.nodes for entry in self.derived)
+
+    def derive(self, names: Sequence[str], inputs: Sequence[Node], build: Build, own: bool = False) -> tuple[Node, ...]:
         """Add one graph input per tensor of ``build(*tensors of inputs)``; returns their nodes.
 
-        The first input is the parameter that the results stand for; without inputs they are constants.
+        The first input is the parameter that the results stand for; without inputs they are constants. own: they stand
+        for no parameter of the model.
         """
         tensors = tuple(self._real[n] for n in inputs)
         with torch.inference_mode(False), torch.no_grad():
@@ -82,7 +86,7 @@ class Weights:
                 last = self._gm.graph.placeholder(name)
             last.meta["example_value"] = _fake_like(self._gm, buffer)
             self._real[last] = buffer
-            if inputs:
+            if inputs and not own:
                 self._origin[last] = self.origin(inputs[0])
             nodes.append(last)
         self.derived.append(Derived(tuple(nodes), tensors, build, buffers))

@@ -1,10 +1,12 @@
-"""Fold a weight that is computed from parameters and buffers alone: masks left in place, weight norm, casts.
+"""Fold a weight that is computed from parameters and buffers alone: masks left in place, weight norm, casts, joined weights.
 
     linear(x, weight_orig * weight_mask)  =>  linear(x, folded)          torch.nn.utils.prune, torch.ao.pruning
     conv2d(x, _weight_norm(v, g))         =>  conv2d(x, folded)          torch.nn.utils.weight_norm
+    linear(x, cat([wq, wk, wv]))          =>  linear(x, folded)          attention that joins its projections
 
-Only in inference: in training the parameters behind it are what learns. The folded tensor remembers what it was built from,
-so new values and new masks are seen. Never where the graph writes one of them, nor for anything random.
+Only in inference: in training the parameters behind it are what learns. The folded tensor remembers what it was built
+from, so new values and new masks are seen; it stands for the parameter of its shape, and a joined one for none. Never
+where the graph writes one of them, nor for anything random.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from torch.fx import GraphModule, Node
 
 from ..context import Context
 from ..graph import TRANSPOSES, aten, fake, is_call, mutates, name_of
+from ..weights import STATE_NAME, qualified_name
 
 _PURE = {"mul", "div", "add", "sub", "to", "float", "type_as", "where", "masked_fill", "_weight_norm", "detach"}
-_PURE |= {"contiguous", "clone", "abs", "norm", "rsqrt", "norm_except_dim", "_weight_norm_interface"}
+_PURE |= {"contiguous", "clone", "abs", "norm", "rsqrt", "norm_except_dim", "_weight_norm_interface", "cat", "concat"}
 _OPERAND: dict[Any, int] = {  # position of a weight
     aten.conv2d.default: 1,
     aten.conv2d.padding: 1,
@@ -85,16 +88,22 @@ def _fold(operand: Node, steps: list[Node], ctx: Context) -> Node:
         return not (isinstance(value, torch.nn.Parameter) and value.shape == shape)
 
     inputs = sorted(leaves, key=rank)  # the parameter that the result stands for comes first
+    joined = rank(inputs[0])
+
+    given = [(step.args, step.kwargs) for step in steps]  # a node that leaves the graph loses them
 
     def build(*tensors: Tensor) -> tuple[Tensor, ...]:
         values: dict[Node, Any] = dict(zip(inputs, tensors, strict=True))
-        for step in steps:
-            args, kwargs = torch.fx.map_arg((step.args, step.kwargs), values.__getitem__)
+        for step, operands in zip(steps, given, strict=True):
+            args, kwargs = torch.fx.map_arg(operands, values.__getitem__)
             if step.op == "call_method":
                 values[step] = getattr(args[0], str(step.target))(*args[1:], **kwargs)
             else:
                 values[step] = step.target(*args, **kwargs)  # type: ignore[operator]
         return (values[operand],)
 
-    (node,) = ctx.weights.derive((f"{operand.name}_folded",), inputs, build)
+    (node,) = ctx.weights.derive((f"{operand.name}_folded",), inputs, build, own=joined)
+    if joined:
+        owners = [qualified_name(leaf).rpartition(".") for leaf in inputs]
+        node.meta[STATE_NAME] = " + ".join(owner or name for owner, _, name in owners) + ".weight"
     return node

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
+from torch.ao.pruning import WeightNormSparsifier
 
 import fxprune
 from fxprune.capture import capture, detect, detect_exported
 from fxprune.config import Config
+from fxprune.errors import NothingToPrune
 from tests.oracle import compiled, integer_model, integers, zero_some
 
 X = integers(2, 8, 5, 5)
@@ -67,3 +70,17 @@ def test_flags_of_every_submodule_are_restored() -> None:
     model.drop.eval()
     capture(model, X)
     assert [m.training for m in (model, model.dw, model.drop, model.pw)] == [True, True, False, True]
+
+
+def test_a_mask_of_torch_ao_is_named_with_the_remedy() -> None:
+    """Dynamo skips the module it lives in, so the layer is in no graph, and a Sequential leaves none at all."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval()
+    sparsifier = WeightNormSparsifier(sparsity_level=0.5, sparse_block_shape=(1, 4))
+    sparsifier.prepare(model, [{"tensor_fqn": "0.weight"}])
+    sparsifier.step()
+    (row,) = fxprune.explain(model, torch.ones(2, 8)).to_dict()["rows"]
+    assert row["layer"] == "0.weight" and row["shape"] == "8x8" and "squash_mask() writes the zeros" in row["decision"]
+    with pytest.raises(NothingToPrune, match=r"0\.weight: a mask of torch\.ao\.pruning"):
+        fxprune.prune(model, torch.ones(2, 8), sparsity=0.5)
+    sparsifier.squash_mask()
+    assert [r["layer"] for r in fxprune.explain(model, torch.ones(2, 8)).to_dict()["rows"]] == ["0"]

@@ -178,10 +178,17 @@ def test_crossover_is_exact(batch: int) -> None:
     assert cost.crossover(sympy.Integer(batch + 1), x, "x") == (batch + 2)
 
 
-def match(kind: str, matrix_shape: tuple[int, int], x: tuple[int, ...], y: tuple[int, ...], **window: object) -> Match:
+def match(
+    kind: str,
+    matrix_shape: tuple[int, int],
+    x: tuple[int, ...],
+    y: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    **window: object,
+) -> Match:
     """What the model reads of a match."""
     geometry = Geometry(x, y, **window)  # type: ignore[arg-type]
-    value = torch.empty(*matrix_shape, 1, 1) if len(x) == 4 else torch.empty(matrix_shape)
+    value = torch.empty(*matrix_shape, *[1] * (len(x) - 2 if len(x) == 4 else 0), dtype=dtype)
     sizes = {"matrix_shape": matrix_shape, "geometry": geometry, "value": value}
     return SimpleNamespace(kind=kind, tile_width=partial(width_in_groups, matrix_shape[0], geometry.groups), **sizes)  # type: ignore
 
@@ -192,6 +199,50 @@ def test_a_vector_is_one_row(granularity: int) -> None:
     vector, row = (cost.work(AVX512, match("linear", (48, 96), (*b, 96), (*b, 48)), layer) for b in ((), (1,)))
     assert vector == row
     assert all(cost.price(AVX512, *item) > 0 for item in vector)
+
+
+HALVES = (
+    ("depthwise", (144, 9), (1, 144, 56, 56), (1, 144, 56, 56), (3, 3)),
+    ("pointwise", (96, 576), (1, 576, 14, 14), (1, 96, 14, 14), (1, 1)),
+    ("linear", (768, 768), (128, 768), (128, 768), (1, 1)),
+    ("linear", (768, 768), (4, 768, 1, 1), (4, 768, 1, 1), (1, 1)),
+)
+
+
+@pytest.mark.parametrize(("kind", "weight", "x", "y", "kernel"), HALVES)
+def test_bfloat16_has_rates_of_its_own(
+    kind: str, weight: tuple[int, int], x: tuple[int, ...], y: tuple[int, ...], kernel: tuple[int, int]
+) -> None:
+    found, float32 = (match(kind, weight, x, y, dtype, kernel=kernel) for dtype in (torch.bfloat16, torch.float32))
+    operators = [name for name, _ in cost.work(AVX512, found, None)]
+    assert operators == [f"{name}_bf16" for name, _ in cost.work(AVX512, float32, None)]
+    assert set(operators) <= set(AVX512.rates)
+    plan = dcp.plan_layers if kind == "depthwise" else tile.plan_layers
+    mask = plan({"w": torch.rand(weight)}, {"w": 0.75})["w"]
+    timing, full = cost.predict(found, mask, "amx"), cost.predict(found, None, "amx")
+    assert 0 < timing.sparse < full.sparse and timing.sparse < timing.dense
+    for symbolic, numeric in zip(cost.work(AVX512, found, mask, "B"), cost.work(AVX512, found, mask, 7), strict=True):
+        assert cost.evaluate(cost.price(AVX512, *symbolic), B=7) == pytest.approx(cost.price(AVX512, *numeric))
+
+
+def test_larger_convolutions_in_bfloat16_count_as_float32() -> None:
+    shape = ("conv", (96, 64 * 9), (1, 64, 28, 28), (1, 96, 28, 28))
+    half, single = (match(*shape, dtype, kernel=(3, 3)) for dtype in (torch.bfloat16, torch.float32))
+    assert cost.work(AVX512, half, None) == cost.work(AVX512, single, None)
+
+
+def test_bfloat16_blocks_are_whole() -> None:
+    def blocks(batch: int, pixels: int, kept: int, feature_dim: int) -> float:
+        sizes = {"columns": 40, "granularity": 32, "out_features": 40, "in_features": 96}
+        return cost.tile_gemm_bf16_terms(  # type: ignore[arg-type]
+            AVX512, counts=[kept, kept], batch=batch, pixels=pixels, feature_dim=feature_dim, **sizes
+        )["products"]
+
+    one = 3 / AVX512.threads / 1e3  # strips of 16 of tiles 32 and 8 wide
+    assert blocks(1, 1, 1, 1) == blocks(1, 32, 32, 1) == blocks(32, 1, 32, -1) == pytest.approx(one)
+    assert (
+        blocks(1, 33, 32, 1) == blocks(2, 1, 1, 1) == blocks(33, 1, 1, -1) == blocks(1, 1, 33, 1) == pytest.approx(2 * one)
+    )
 
 
 def test_no_rows_take_no_negative_time() -> None:

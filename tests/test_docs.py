@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import render
+import render_export
 
 from fxprune.config import Config
 
@@ -49,6 +50,10 @@ def test_tables_of_pruned_gradients_are_current() -> None:
     import render_sdgp
 
     assert render_sdgp.rendered() == render_sdgp.PAGE.read_text(), "run benchmarks/render_sdgp.py"
+
+
+def test_exported_files_page_is_current() -> None:
+    assert render_export.page(render.RESULTS) == render_export.PAGE.read_text(), "run benchmarks/render_export.py"
 
 
 def test_readme_links_exist() -> None:

@@ -1,4 +1,4 @@
-"""The code of the migration pages and recipes runs, block after block, as a reader would paste it."""
+"""The code of the migration pages, recipes and other guides runs, block after block, as a reader would paste it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGES = [*sorted(DOCS.glob("migrating-*.md")), DOCS / "recipes.md"]
+PAGES = [*sorted(DOCS.glob("migrating-*.md")), DOCS / "recipes.md", DOCS / "debugging.md"]
 
 
 def blocks(page: Path) -> list[str]:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.plan import lookup
+from fxprune.plan import PrunedWeight, lookup, register
+from fxprune.sparsity.elements import elements
 from tests.oracle import assert_exact, check, compiled, integer_model, integers
 
 TOKENS = torch.arange(12).reshape(2, 6)
@@ -125,8 +126,51 @@ def test_a_concatenated_projection_is_left_with_a_reason() -> None:
     model = small(Attention("concatenated"))
     result = fxprune.prune(model, X, sparsity=0.5, inplace=True)
     assert [layer.name for layer in result.plan] == ["proj"]
-    assert left(result) == {"wq, wk, wv": "left: its weight is computed in the graph by cat"}
+    assert left(result) == {"wq + wk + wv": "left: its weight is computed from several parameters"}
     assert check(model, X).ops["linear"] == 1
+
+
+def test_zeros_of_a_concatenated_projection_run_sparse_and_may_change() -> None:
+    model = small(Attention("concatenated"))
+    parts = (model.wq, model.wk, model.wv)
+    with torch.no_grad():
+        for part in parts:
+            part[:, ::2] = 0
+        run = check(model, X)
+        assert run.ops["tile_gemm"] == 1 and run.context.decisions[0].match.name == "wq + wk + wv"
+        fast = compiled(model)
+        assert_exact(fast.call(X), model(X))
+        model.wk[:, 1::2] = integers(24, 12, seed=5, low=-1, high=1)  # other values
+        assert_exact(fast.call(X), model(X))
+        model.wv[:, 0] = 1  # other zeros
+        assert_exact(fast.call(X), model(X))
+
+
+def test_a_plan_of_one_part_does_not_stand_for_the_whole() -> None:
+    model = small(Attention("concatenated"))
+    with torch.no_grad():
+        for part in (model.wq, model.wk, model.wv):
+            part[:, :12] = 0
+        mask = model.wq != 0
+        register(model.wq, PrunedWeight("unstructured", elements(mask), mask))
+        assert check(model, X).ops["tile_gemm"] == 1
+        assert_exact(compiled(model).call(X), model(X))
+
+
+def test_joined_weights_train_as_they_are() -> None:
+    model = small(Attention("concatenated"))
+    with torch.no_grad():
+        for part in (model.wq, model.wk, model.wv):
+            part[:, ::2] = 0
+    fast = compiled(model)
+    fast.call(X).sum().backward()
+    grads = [p.grad.clone() for p in (model.wq, model.wk, model.wv) if p.grad is not None]
+    model.zero_grad()
+    model(X).sum().backward()
+    assert len(grads) == 3
+    for given, part in zip(grads, (model.wq, model.wk, model.wv), strict=True):
+        assert part.grad is not None
+        assert_exact(given, part.grad)
 
 
 class Twice(nn.Module):

@@ -151,6 +151,20 @@ def test_recalibrate_from_the_dense_weights_keeps_the_sparsity() -> None:
     assert {layer.name: layer.granularity for layer in plan} == {"dw": 32, "pw": 8, "fc": 64}
 
 
+def test_recalibrate_for_a_gpu_and_back() -> None:
+    """Tiles of the tensor cores' kernels hold 128 output features; what is kept only grows."""
+    result = fxprune.prune(mobile(), image(), sparsity=0.6, granularity=4, group=16)
+    plan = fxprune.recalibrate(result.plan, device="cuda")
+    assert {layer.name: layer.granularity for layer in plan} == {"dw": 32, "pw": 128, "fc": 128}
+    for layer in plan:
+        old, new = (p.weights[layer.parameter].mask for p in (result.plan, plan))
+        assert not (old & ~new).any()
+    model = fxprune.apply_plan(copy.deepcopy(result.model), plan)
+    assert_exact(run(model, image()), run(result.model, image()))
+    back = fxprune.recalibrate(plan, device="avx512", dense=mobile())
+    assert {layer.name: layer.granularity for layer in back} == {"dw": 32, "pw": 8, "fc": 64}
+
+
 def test_recalibrate_refuses_an_unknown_device() -> None:
     with pytest.raises(FxPruneError, match=r"option 'device' got 'avx51'.*did you mean 'avx512'"):
         fxprune.recalibrate(made().plan, device="avx51")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+import statistics
 import warnings
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import fxprune
 from fxprune import backend, cost, staircase, target
+from fxprune.allocate import allocate, total
 from fxprune.capture import capture, detect
 from fxprune.config import Config
 from fxprune.context import Timing
@@ -60,7 +63,8 @@ class Machine:
     def build(self, levels: Mapping[str, float]) -> Callable[[], float]:
         stairs = [s for group in self.groups for s in group]
         measured = self.clock(self.milliseconds(levels))
-        self.tried.append((measured, sum(self.step(s, levels).retained for s in stairs) / len(stairs)))
+        shares = [self.step(s, levels).retained for s in stairs]
+        self.tried.append((measured, statistics.geometric_mean(shares)))
         return lambda: measured
 
     def search(self, **options: Any) -> target.Speed:
@@ -91,6 +95,33 @@ def test_the_target_is_met_on_a_machine_that_differs(speedup: float, rest: float
     assert speed.dense_ms == pytest.approx(stock)
     assert speed.target_ms == pytest.approx(stock / speedup)
     assert speed.speedup == pytest.approx(stock / speed.measured_ms)
+
+
+@pytest.mark.parametrize(("share", "small"), [(1 / 2, {0.0}), (1 / 3, {0.3, 0.4})])
+def test_large_layers_are_not_stripped_before_small_ones_lose_anything(share: float, small: set[float]) -> None:
+    def line(name: str, dense: float) -> Staircase:  # what is kept is what it takes
+        steps = tuple(Step(i / 10, 1 - i / 10, dense * (1 - i / 10)) for i in range(10))
+        return dataclasses.replace(stair(name, dense), steps=steps)
+
+    sizes = {"query": 1000.0, "key": 1000.0, "value": 1000.0, "output": 1000.0, "up": 4000.0, "down": 4000.0}
+    groups = [[line(name, dense)] for name, dense in sizes.items()]
+    items, _ = staircase.rounded(groups)
+    whole = total(items, [None] * len(items))
+    chosen = allocate(items, int(whole.time * share))
+    levels = target.levels_of(groups, chosen)
+    assert {levels.get(name, 0.0) for name in ("query", "key", "value", "output")} <= small
+    assert {levels["up"], levels["down"]} <= {0.7, 0.8}, "0.9 and less by the sum of shares"
+    kept = [1 - levels.get(name, 0.0) for name in sizes]
+    assert staircase.retained(groups, total(items, chosen), whole) == pytest.approx(statistics.geometric_mean(kept))
+
+
+def test_with_a_global_scope_shares_count_by_importance() -> None:
+    groups = [[dataclasses.replace(stair(name, 100.0), importance=size)] for name, size in (("a", 3.0), ("b", 1.0))]
+    items, _ = staircase.rounded(groups)
+    whole = total(items, [None, None])
+    assert whole.value == 4.0
+    some = total(items, [(0,), (5,)])
+    assert staircase.retained(groups, some, whole) == pytest.approx((3 + 0.75) / 4)
 
 
 def test_a_tighter_target_retains_less() -> None:

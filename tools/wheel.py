@@ -1,8 +1,9 @@
 """Build a wheel into dist/ and check it: its tag, what it holds, its size, and that it works from its own environment.
 
-The environment borrows this interpreter's torch through a path file, so nothing is downloaded. ``auditwheel`` gives the wheel
-the manylinux tag that its symbols allow, and ``twine`` checks it, where they are installed (the extra ``fxprune[wheel]``); without
-auditwheel the tag is that of this machine only. The tag depends on the compiler: an image of manylinux gives the widest.
+The environment borrows this interpreter's torch through a path file, so nothing is downloaded. ``auditwheel`` gives the
+wheel the manylinux tag that its symbols allow, and ``twine`` checks it, where they are installed (the extra
+``fxprune[wheel]``); without auditwheel the tag is that of this machine only. The tag depends on the compiler: an image of
+manylinux gives the widest.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@
     conv (3):      x, values, index, tile_ptr, columns, bias, residual, out_features, granularity, kernel h w, stride h w,
                    padding h w, dilation h w, groups, activation
 
-All values are float32, or all bfloat16 (no conv then). x, residual and gate are values: first the inputs, then one per step. Weights are
-indices into ``packed``; -1 is absent. The program is data: it can be printed, checked, exported and rebuilt.
+All values are float32, or all bfloat16 (no conv then). x, residual and gate are values: first the inputs, then one per step.
+Weights are indices into ``packed``; -1 is absent. The program is data: it can be printed, checked, exported and rebuilt.
 """
 
 from __future__ import annotations

@@ -79,3 +79,6 @@ def test_the_shapes_are_fixed_and_every_kind_is_timed() -> None:
     first, second = ([m.geometry for m in calibrate._matches(torch.Generator().manual_seed(0))] for _ in range(2))
     assert first == second
     assert {m.kind for m in calibrate._matches(torch.Generator())} == {"depthwise", "pointwise", "conv", "linear"}
+    halves = list(calibrate._matches(torch.Generator(), torch.bfloat16))
+    assert {m.kind for m in halves} == {"depthwise", "pointwise", "linear"}
+    assert {m.value.dtype for m in halves} == {torch.bfloat16}

@@ -75,10 +75,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Tensor, str, str]] = {
     "transposed": (lambda: nn.ConvTranspose2d(6, 9, 3), X, "conv_transpose2d", "transposed"),
     "transposed sequence": (lambda: nn.ConvTranspose1d(6, 9, 3), ROW, "conv_transpose1d", "transposed"),
     "linear of a computed weight": (
-        lambda: Uses(lambda x, w: F.linear(x, torch.cat([w, w])), 4, 9),
+        lambda: Uses(lambda x, w: F.linear(x, w.repeat(2, 1)), 4, 9),
         X,
         "linear",
-        "computed in the graph by cat",
+        "computed in the graph by repeat",
     ),
     "weight on the left": (lambda: Uses(lambda x, w: w @ x.t(), 4, 13), ROW[0], "linear", "left factor of the product"),
     "batch of weights": (lambda: Uses(lambda x, w: torch.matmul(x, w), 2, 13, 4), ROW, "linear", "has 3 dimensions"),

@@ -140,11 +140,11 @@ REFUSED: dict[str, tuple[Body, tuple[int, ...], Tensor, str]] = {
         X2,
         "its weight is computed in the graph by tanh",
     ),
-    "a concatenated weight": (
-        lambda x, w, b: F.linear(x, torch.cat([w, w])),
+    "a repeated weight": (
+        lambda x, w, b: F.linear(x, w.repeat(2, 1)),
         NK,
         X2,
-        "its weight is computed in the graph by cat",
+        "its weight is computed in the graph by repeat",
     ),
 }
 

@@ -1,6 +1,7 @@
 // Tile-wise GEMM in bfloat16 with sums in float, for both layouts of the activations.
 //
-//   panel[k][32]   = x of a block of 32 pixels (or rows), times the gate        once per block
+//   panel[k][32]   = x of a block of 32 pixels (or rows), times the gate        once per block;
+//                    the pixels in the order that V::interleave takes
 //   pairs[k'][32]  = k' of the tile's rows of it, two and two interleaved       for L1
 //   sums[G][32]   += the tile's weights times the pairs, two strips at once     PairProducts
 //   out            = act(sums + bias + residual), rounded; transposed for row-major
@@ -146,9 +147,12 @@ struct TileBf16 {
         for (int64_t j = 0; j < kMost; ++j) lines[j] = sums + (f - from + j) * kPixels;
         std::copy_n(a.bias ? a.bias + f : kNothing, kMost, bias);
       } else {
+        // Which features are kept is no pattern that a branch could be predicted from.
         for (int64_t j = 0; j < kMost; ++j) {
-          const bool kept = j < here && column < features && columns[column] == f + j;
-          lines[j] = kept ? sums + column++ * kPixels : kNothing;
+          const int64_t next = column < features ? columns[column] : a.n;
+          const bool kept = next == f + j && j < here;
+          lines[j] = kept ? sums + column * kPixels : kNothing;
+          column += kept;
           bias[j] = a.bias && j < here ? a.bias[f + j] : 0.0f;
         }
       }
