@@ -21,7 +21,23 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.report import Table
 
-TRAIN, BATCH, WIDTH = 1200, 50, 128
+TRAIN, BATCH, WIDTH, HEADS, LAYERS = 1200, 50, 128, 4, 2
+
+
+class Layer(nn.Module):
+    """Attention and a feed-forward network, each behind a norm: x (B, T, WIDTH)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(WIDTH) for _ in range(2)])
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(self.norms[0](x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(*heads.unbind(0))
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norms[1](x))))
 
 
 class Encoder(nn.Module):
@@ -31,8 +47,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(4, WIDTH)
         self.place = nn.Parameter(torch.zeros(16, WIDTH))
-        layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.layers = nn.Sequential(*[Layer() for _ in range(LAYERS)])
         self.head = nn.Linear(WIDTH, 10)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -116,8 +116,7 @@ class GradientClock:
         """Return the median microseconds of the last steps and the calls of pruned graphs in one, ``None`` before two."""
         if len(self._ends) < 3:
             return None
-        ends = list(self._ends)
-        return 1e6 * statistics.median(b - a for a, b in pairwise(ends)), self._calls
+        return 1e6 * statistics.median(b - a for a, b in pairwise(self._ends)), self._calls
 
     def _stepped(self, *_: Any) -> None:
         self.step += 1

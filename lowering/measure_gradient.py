@@ -52,8 +52,8 @@ class MeasureGradient:
                 (pruned, plain), _ = interleave([lambda: dense(prune()), lambda: dense(grad)], self._rounds)
                 return GradientTimes(plain, pruned)
         with torch.no_grad():
-            dense = _product(node, real[x], matrix)
-            runs = [lambda: dense(prune()), lambda: dense(grad), lambda: _skipping(prune(), matrix, dim)]
+            product = _product(node, real[x], matrix)
+            runs = [lambda: product(prune()), lambda: product(grad), lambda: _skipping(prune(), matrix, dim)]
             (pruned, plain, skipping), _ = interleave(runs, self._rounds)
         return GradientTimes(plain, pruned, skipping)
 

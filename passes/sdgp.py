@@ -123,9 +123,9 @@ class _Layer:
             return False
         if node.target is not _BACKWARD:
             return True
-        weight, names = _value(node.args[2]), ("stride", "padding", "transposed", "output_padding", "groups")
-        stride, padding, transposed, extra, groups = (argument(node, name) for name in names)
-        ones = all(statically_known_true(v == 1) for v in (*weight.shape[2:], *stride, groups))
+        names = ("weight", "stride", "padding", "transposed", "output_padding", "groups")
+        weight, stride, padding, transposed, extra, groups = (argument(node, name) for name in names)
+        ones = all(statically_known_true(v == 1) for v in (*_value(weight).shape[2:], *stride, groups))
         return ones and not transposed and not any((*padding, *extra))
 
     def _skipping(self, node: Node, grad: Node, weight: Any, dim: int) -> Node:

@@ -45,6 +45,13 @@ def test_benchmark_tables_are_current() -> None:
     assert render.page(render.RESULTS) == render.PAGE.read_text(), "run benchmarks/render.py"
 
 
+def test_tables_of_pruned_gradients_are_current() -> None:
+    pytest.importorskip("sklearn")
+    import render_sdgp
+
+    assert render_sdgp.rendered() == render_sdgp.PAGE.read_text(), "run benchmarks/render_sdgp.py"
+
+
 def test_exported_files_page_is_current() -> None:
     assert render_export.page(render.RESULTS) == render_export.PAGE.read_text(), "run benchmarks/render_export.py"
 

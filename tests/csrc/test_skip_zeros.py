@@ -1,4 +1,4 @@
-"""``skip_zeros_mm`` at the ends of its panels, blocks and units: every format, density, instruction set and thread count.
+"""``skip_zeros_mm`` at the ends of its panels, blocks and units, in every memory format and on every instruction set.
 
 Small integers make every order of summation exact.
 """

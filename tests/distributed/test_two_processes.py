@@ -41,7 +41,7 @@ def launch(cases: str, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranks")
-    launch("ddp,fsdp,dtensor,sdgp", path)
+    launch("ddp,fsdp,dtensor,sdgp,plan", path)
     launch("resume", path)
     return path
 
@@ -109,6 +109,19 @@ def test_sharded_weights_prune_as_whole_ones(folder: Path, worker: Any) -> None:
 def test_a_restarted_group_ends_where_the_first_did(folder: Path) -> None:
     same(found(folder, "resume")[0]["weights"], found(folder, "ddp")[0]["weights"])
     same(found(folder, "resume")[0]["masks"], found(folder, "ddp")[0]["masks"])
+
+
+def test_a_pruned_model_compiled_under_ddp_trains_as_one_process(folder: Path, worker: Any) -> None:
+    first, second = found(folder, "plan")
+    same(first["weights"], second["weights"])
+    assert len(first["chosen"]) == 5 and all(first["chosen"])
+    torch._dynamo.reset()
+    model = worker.Wide()
+    assert all(worker.masked_steps(model, lambda m: m, 0, 1))
+    for name, value in worker.full(model).items():
+        torch.testing.assert_close(first["weights"][name], value, rtol=1e-4, atol=1e-5, msg=name)
+        assert torch.equal(first["weights"][name] == 0, value == 0), name
+        assert name.endswith("bias") or (value == 0).float().mean() > 0.5, name
 
 
 def test_split_graphs_have_their_pruned_gradients(folder: Path, worker: Any) -> None:

@@ -156,7 +156,31 @@ def sdgp(rank: int, world: int, folder: Path) -> dict[str, Any]:
     return {"counts": counts, "gradients": gradients}
 
 
-CASES = {"ddp": ddp, "resume": resume, "fsdp": fsdp, "dtensor": dtensor, "sdgp": sdgp}
+def masked_steps(model: nn.Module, wrap: Any, rank: int, world: int) -> list[bool]:
+    """Train four steps with the zeros of a plan held; returns which layers' masks are part of what was compiled."""
+    result = fxprune.prune(model, torch.zeros(4, 16), sparsity=0.75, inplace=True)
+    wrapped = wrap(model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
+    result.plan.hold(optimizer)
+    options = {"fallback": "eager", "autotune": "off", "min_speedup": 0.0}
+    call = torch.compile(wrapped, backend=fxprune.hwprune, options=options)
+    fxprune.backend.LAST_REPORTS.clear()
+    for step in range(4):
+        optimizer.zero_grad()
+        (call(batch(step, rank, world)) - 1).square().mean().backward()
+        optimizer.step()
+    return [decision.chosen for context in fxprune.backend.LAST_REPORTS for decision in context.decisions]
+
+
+def plan(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """A pruned model compiled under DDP as one graph, in which the weights are found."""
+    model = Wide()
+    with torch._dynamo.config.patch(optimize_ddp=False):
+        chosen = masked_steps(model, lambda m: DistributedDataParallel(m, bucket_cap_mb=1), rank, world)
+    return {"weights": full(model), "chosen": chosen}
+
+
+CASES = {"plan": plan, "ddp": ddp, "resume": resume, "fsdp": fsdp, "dtensor": dtensor, "sdgp": sdgp}
 
 
 def main() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -66,3 +69,43 @@ def test_sdgp_order(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert len(results) == 2 and all(len(r["accuracy"]) == 2 and min(r["accuracy"]) > 40 for r in results)
     assert results[0]["accuracy"] != results[1]["accuracy"]
+
+
+@pytest.mark.slow
+def test_gradual_transformer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("gradual_transformer").main(["--epochs", "3", "--rounds", "2"]) == 0
+    printed = capsys.readouterr().out
+    rows = {name: line.split() for line in printed.splitlines() for name in ("gradual", "at once") if line.startswith(name)}
+    assert rows["gradual"][-2] == rows["at once"][-2] == "75.0%"
+    assert all(float(row[-1].rstrip("%")) > 15 for row in rows.values())
+    assert all(f"\n{engine} " in printed for engine in ("eager", "inductor", "hwprune"))
+
+
+@pytest.mark.slow
+def test_deprune_or_channels(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    options = ["--epochs", "1", "--tune-epochs", "1", "--steps", "1", "--rounds", "2"]
+    assert load("deprune_or_channels").main(options) == 0
+    searched, _, printed = capsys.readouterr().out.partition("at equal latency")
+    assert "45% of the channels: " in searched
+    rows = {line.split()[0]: line for line in printed.splitlines() if line.endswith("%")}
+    assert set(rows) == {"DEPrune-BH", "channels"}
+    assert "depthwise 7" in rows["DEPrune-BH"] and "depthwise" not in rows["channels"]
+    for row in rows.values():
+        milliseconds, *accuracies = row.split()[-3:]
+        assert float(milliseconds) > 0 and all(0 < float(share.rstrip("%")) <= 100 for share in accuracies)
+
+
+@pytest.mark.slow
+def test_ddp() -> None:
+    """In a process of its own, since it starts others."""
+    root = str(EXAMPLES.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    command = [sys.executable, str(EXAMPLES / "ddp.py"), "--steps", "24"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = {line.partition(":")[0]: line for line in done.stdout.splitlines()}
+    for name in ("pruned gradually", "fine-tuned with its plan"):
+        assert "all 2 ranks have the same weights" in lines[name]
+    assert lines["zeros of the second layer"].endswith("75.0%")
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("second", "last"))] == ["pruned"] * 2

@@ -7,9 +7,9 @@
 namespace fxprune {
 
 struct SkipZeros {
-  const float* x;    // (samples, positions, n) in memory if row_major, else (samples, n, positions)
-  const float* w;    // (n, k)
-  float* out;        // as x, with k for n
+  const float* x;  // (samples, positions, n) in memory if row_major, else (samples, n, positions)
+  const float* w;  // (n, k)
+  float* out;      // as x, with k for n
   int64_t samples, positions, n, k;
   bool row_major;
 

@@ -70,7 +70,8 @@ struct SkipKernel {
 
   SkipKernel(const SkipZeros& a_in, int64_t first, int64_t last, float* scratch)
       : a(a_in), first_row(first), last_row(last) {
-    const int64_t rows = last - first, part = std::min(kSkipPart, a.n), lists = rows * part + 2 * kW;
+    const int64_t rows = last - first, part = std::min(kSkipPart, a.n),
+                  lists = rows * part + 2 * kW;
     const auto take = [&scratch](int64_t floats) {  // whole cache lines
       float* taken = scratch;
       scratch += (floats + 15) / 16 * 16;
@@ -158,8 +159,8 @@ struct SkipKernel {
       }
       for (int64_t r = 0; r < run; ++r) {
         for (int64_t c = 0; c < channels; c += kW) {
-          count += V::nonzeros(lines + (c + r) * kW, kW, c * kBlock, kBlock, value + count,
-                               at + count);
+          count +=
+              V::nonzeros(lines + (c + r) * kW, kW, c * kBlock, kBlock, value + count, at + count);
         }
         end[row + r] = static_cast<int32_t>(count);
       }
