@@ -119,10 +119,10 @@ def samples() -> Iterator[Args]:
         project = [GEMM, 12, 1, 3, 4, 5, 6, -1, 0 if stride == 1 else -1, 3, channels, 4, 1, 0]
         yield [x], packed, [*depthwise, *mean, *gate, *project], [4] if stride == 1 else [1, 4]
     stem = tile_gemm.tile_pack.random_structure(6, 27, 4, gen)
-    project = tile_gemm.tile_pack.random_structure(5, 6, 8, gen)
+    head = tile_gemm.tile_pack.random_structure(5, 6, 8, gen)
     conv = [CONV, 19, 0, 0, 1, 2, 3, 4, -1, 6, 4, 3, 3, 2, 2, 1, 1, 1, 1, 1, 2]
     gemm = [GEMM, 12, 1, 5, 6, 7, 8, -1, -1, -1, 5, 8, 1, 0]
-    yield [torch.randn(2, 3, 9, 7, generator=gen)], [*stem, torch.randn(6, generator=gen), *project], [*conv, *gemm], [2]
+    yield [torch.randn(2, 3, 9, 7, generator=gen)], [*stem, torch.randn(6, generator=gen), *head], [*conv, *gemm], [2]
 
 
 def bad_samples() -> Iterator[tuple[Args, str]]:
