@@ -1,6 +1,6 @@
 """Prune a small transformer tile by tile while it trains, by Taylor importance, on scikit-learn's digits.
 
-    python examples/gradual_transformer.py [--epochs 8] [--sparsity 0.75]
+    python examples/gradual_transformer.py [--epochs 25] [--sparsity 0.75]
 
 Trains the same network three times for as many epochs: dense, pruned gradually along a cubic schedule, and pruned at once
 halfway. Prints the accuracy of each, its zeros, and what the gradually pruned one gains when compiled.
@@ -91,7 +91,7 @@ def train(schedule: Any, sparsity: float, epochs: int) -> tuple[nn.Module, Any, 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--sparsity", type=float, default=0.75, help="of the encoder's linear layers")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds of the timing")
     args = parser.parse_args(argv)

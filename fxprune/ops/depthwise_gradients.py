@@ -9,7 +9,8 @@ are closed under differentiation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ def input_reference(
     dilation: list[int],
 ) -> Tensor:
     """grad: (B, C, OH, OW); weight: (C, KH*KW); size: of the input, (H, W); returns (B, C, H, W)."""
-    _check(grad, "weight", tuple(weight.shape), (grad.shape[1], kernel_size[0] * kernel_size[1]))
+    count = _check(grad, taps, size, kernel_size, stride, padding, dilation)
+    _check_shape("weight", weight.shape, (grad.shape[1], count))
     g, w = widened(grad.contiguous(), weight)
     x = g.new_empty((*g.shape[:2], *size))
     geometry = (stride, padding, dilation, False, [0, 0], g.shape[1], [True, False, False])
@@ -77,8 +79,8 @@ def weight_reference(
     dilation: list[int],
 ) -> Tensor:
     """grad: (B, C, OH, OW); x: (B, C, H, W); returns (C, KH*KW), 0 where a tap is pruned."""
-    _check(grad, "x", tuple(x.shape[:2]), tuple(grad.shape[:2]))
-    count = kernel_size[0] * kernel_size[1]
+    count = _check(grad, taps, kernel_size, stride, padding, dilation)
+    _check_shape("x", x.shape[:2], tuple(grad.shape[:2]))
     g, wide = widened(grad.contiguous(), x.contiguous())
     dense = g.new_empty((g.shape[1], 1, *kernel_size))
     geometry = (stride, padding, dilation, False, [0, 0], g.shape[1], [False, True, False])
@@ -113,11 +115,20 @@ def weight_backward(ctx: Any, g: Tensor) -> Args:
     return first, second, *[None] * 5
 
 
-def _check(grad: Tensor, name: str, given: tuple[int, ...], expected: tuple[int, ...]) -> None:
+def _check(grad: Tensor, taps: Tensor, *geometry: list[int]) -> int:
+    """Return the taps of a window. geometry: pairs of height and width that end with kernel, stride, padding, dilation."""
     if grad.dim() != 4:
         raise RuntimeError(f"grad must have shape (B, C, OH, OW), got {tuple(grad.shape)}")
-    if given != expected:
-        raise RuntimeError(f"{name} must have shape {expected} there, got {given}")
+    if any(len(pair) != 2 for pair in geometry):
+        raise RuntimeError(f"sizes must be pairs of height and width, got {list(geometry)}")
+    count = math.prod(geometry[-4])
+    _check_shape("taps", taps.shape, (grad.shape[1], -(-count // 64)))
+    return count
+
+
+def _check_shape(name: str, given: Sequence[int], expected: tuple[int, ...]) -> None:
+    if tuple(given) != expected:
+        raise RuntimeError(f"{name} must have shape {expected} there, got {tuple(given)}")
 
 
 def _cases() -> Iterator[tuple[Args, Args]]:
