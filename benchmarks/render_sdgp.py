@@ -30,9 +30,12 @@ the last epoch. The paper's column is its ResNet-9 on CIFAR-10 (arXiv 2202.00774
 TEXT_SPEED = """One training step (forward, backward, SGD) compiled by us against stock Inductor on the same network,
 interleaved; the ratio is the median over the rounds. With "auto" each layer prunes only where pruning and a product that
 skips zeros were measured to be faster than the dense product by `min_speedup`; `layers` counts them, of those that could
-have been pruned. The gain of a layer is its data gradient's, pruning included. The perceptron has layers
-of 1024 x 1024, the transformer those of BERT base; the bottlenecks are ResNet-50's, whose 3 x 3 convolutions have no
-product that skips zeros."""
+have been pruned. The gain of a layer is its data gradient's, pruning included."""
+LAYERS = {
+    "perceptron": "The perceptron has layers of 1024 x 1024.",
+    "transformer": "The transformer has those of BERT base.",
+    "bottlenecks": "The bottlenecks are ResNet-50's, whose 3 x 3 convolutions have no product that skips zeros.",
+}
 
 
 def main() -> int:
@@ -59,7 +62,7 @@ def page(accuracy: dict[str, Any], speed: dict[str, Any]) -> str:
         order(accuracy["results"]),
         "![loss curves](sdgp-losses.svg)",
         "## Speed",
-        TEXT_SPEED,
+        "\n".join([TEXT_SPEED, *(LAYERS[net] for net in dict.fromkeys(row["net"] for row in speed["rows"]))]),
         f"Measured by `benchmarks/bench_sdgp.py` on {setting(speed)}.",
         speeds(speed["rows"]),
     ]
