@@ -82,7 +82,7 @@ def in_processes(case: Case) -> dict[str, Any] | None:
             print(f"{case.name} failed")
             return None
         footprint = ROOT / "benchmarks" / "footprint.py"
-        for name in ("inductor", "inductor freezing", engines.OURS, engines.EXPORTED):
+        for name in ("inductor", engines.OURS, engines.EXPORTED):
             extra = child([str(footprint), text, name], {**os.environ, **folders})
             record["engines"].get(name, {}).update(extra or {})
     return {**record, "date": f"{datetime.date.today()}", "commit": commit()}
