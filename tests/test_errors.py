@@ -87,7 +87,7 @@ def train_one_layer() -> object:
 CASES: dict[str, tuple[Callable[[], object], str, type[Exception]]] = {
     "ConfigError": (
         lambda: fxprune.Config(fallback="aot_eager"),
-        r"option 'fallback' got 'aot_eager'; expected one of 'inductor', 'eager'\.",
+        r"option 'fallback' got 'aot_eager'; expected one of 'inductor', 'eager', 'tensorrt'\.",
         ValueError,
     ),
     "UnknownOption": (
