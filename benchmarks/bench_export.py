@@ -13,7 +13,6 @@ benchmarks/results/<machine>/export-MODEL.json.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -28,7 +27,7 @@ import peers
 import torch
 import zoo
 from cases import Case
-from machine import ENVIRONMENT, RESULTS, Gate, commit, machine, own_environment, versions
+from machine import ENVIRONMENT, RESULTS, Gate, machine, origin, own_environment
 from torch import Tensor, nn
 
 import fxprune
@@ -104,22 +103,18 @@ def timed(name: str, folder: Path) -> dict[str, Any]:
         }
         for f in FORMATS
     }
-    about = {"machine": machine(), "versions": {**versions(), "onnxruntime": onnxruntime.__version__}, "commit": commit()}
+    about = origin()
+    about["versions"]["onnxruntime"] = onnxruntime.__version__
     setting = {"threads": THREADS, "rounds": ROUNDS, "disturbed": gate.disturbed, "environment": ENVIRONMENT}
     return {
         "exported": name, "batch": 1, "sparsity": case.sparsity, "formats": rows, **about, **setting,
-        "date": f"{datetime.date.today()}",
     }  # fmt: skip
 
 
 def load(path: Path, format: str, side: str) -> Callable[..., Any]:
     """Return the callable of a file, for :data:`THREADS` threads."""
     if format == "onnx":
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = THREADS
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        names = [value.name for value in session.get_inputs()]
-        return lambda *args: peers.tensors(session.run(None, {n: a.numpy() for n, a in zip(names, args, strict=True)}))
+        return peers.session(path)
     if side == "pruned":
         return fxprune.load(path)
     if format == "aoti":

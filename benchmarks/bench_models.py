@@ -12,7 +12,6 @@ benchmarks/results/<machine>/; benchmarks/render.py turns them into the table of
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import BATCHES, DTYPES, MODELS, Case, cases
-from machine import ENVIRONMENT, RESULTS, ROOT, commit, machine, own_environment, versions
+from machine import ENVIRONMENT, RESULTS, ROOT, machine, origin, own_environment
 
 BURST_MS = 60.0
 PAUSE_MS = 30.0  # before each burst: the threads of the engine before it spin on for a while
@@ -85,7 +84,7 @@ def in_processes(case: Case) -> dict[str, Any] | None:
         for name in ("inductor", engines.OURS, engines.EXPORTED):
             extra = child([str(footprint), text, name], {**os.environ, **folders})
             record["engines"].get(name, {}).update(extra or {})
-    return {**record, "date": f"{datetime.date.today()}", "commit": commit()}
+    return record
 
 
 def child(arguments: Sequence[str], environment: dict[str, str]) -> dict[str, Any] | None:
@@ -159,8 +158,7 @@ def run(case: Case) -> dict[str, Any]:
     return {
         **asdict(case),
         "sparsity": {k: round(v, 4) for k, v in result.sparsity.items() if k != "all"},
-        "machine": machine(),
-        "versions": versions(),
+        **origin(),
         "environment": ENVIRONMENT,
         "gate": {"repeated rounds": gate.disturbed, "gflops": round(gate.gflops(), 1)},
         "engines": {

@@ -9,14 +9,12 @@ benchmarks/results/<machine>/paper.json; benchmarks/render_paper.py writes docs/
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from machine import ENVIRONMENT, RESULTS, commit, machine, versions
+from machine import RESULTS, machine, origin, own_environment
 
 Run = Callable[[], Any]
 # model -> sparsity of the depthwise layers in DEPrune's Tables 2 and 3
@@ -49,9 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of each timing")
     args = parser.parse_args(argv)
-    for name, value in ENVIRONMENT.items():
-        if os.environ.get(name) != value:  # read when the process starts
-            os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
+    own_environment()
     import torch
 
     torch.set_num_threads(2)
@@ -62,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         for row in SECTIONS[name](args.rounds):
             record[name].append(row)
             print(name, row, flush=True)
-    record.update(machine=machine(), versions=versions(), threads=2, date=f"{datetime.date.today()}", commit=commit())
+    record.update(**origin(), threads=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return 0

@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
-import os
 import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from machine import ENVIRONMENT, RESULTS, commit, machine, versions
+from machine import RESULTS, machine, origin, own_environment
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 EPOCHS, TUNE_EPOCHS, ROUNDS, STEPS = 4, 2, 12, 4
@@ -75,9 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", help="names of methods")
     parser.add_argument("--out", type=Path, help="the JSON file (default: results/<machine>/patterns.json)")
     args = parser.parse_args(argv)
-    for name, value in ENVIRONMENT.items():
-        if os.environ.get(name) != value:  # read when the process starts
-            os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
+    own_environment()
     import torch
 
     torch.set_num_threads(2)
@@ -94,10 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         "epochs": [args.epochs, TUNE_EPOCHS],
         "dense accuracy": [round(accuracy(net), 4) for net in nets],
         "rows": rows,
-        "machine": machine(),
-        "versions": versions(),
-        "date": f"{datetime.date.today()}",
-        "commit": commit(),
+        **origin(),
     }
     path = args.out or RESULTS / machine()["slug"] / "patterns.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
 import logging
-import os
 import statistics
 import sys
 import time
@@ -22,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_models import ENVIRONMENT, RESULTS, commit, machine, versions
+from machine import RESULTS, machine, origin, own_environment
 
 RATIOS = ("auto:2:4", "auto:2:8", "auto:4:32", "auto:1:16", "4:32")
 
@@ -35,9 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="the JSON file (default: results/<machine>/sdgp.json)")
     args = parser.parse_args(argv)
-    for name, value in ENVIRONMENT.items():
-        if os.environ.get(name) != value:  # read when the process starts
-            os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
+    own_environment()
     import torch
 
     logging.getLogger("torch").setLevel(logging.ERROR)
@@ -46,10 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         "threads": args.threads,
         "rounds": args.rounds,
         "rows": [row for net in args.nets for row in measured(net, args.ratios, args.rounds)],
-        "machine": machine(),
-        "versions": versions(),
-        "date": f"{datetime.date.today()}",
-        "commit": commit(),
+        **origin(),
     }
     path = args.out or RESULTS / machine()["slug"] / "sdgp.json"
     path.parent.mkdir(parents=True, exist_ok=True)

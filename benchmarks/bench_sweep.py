@@ -10,18 +10,18 @@ file per model and batch; benchmarks/render.py draws them.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import random
 import statistics
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bench_models import child, statistic, timed
 from cases import LEVELS, MODELS, Case
-from machine import ENVIRONMENT, RESULTS, commit, machine, own_environment, versions
+from machine import ENVIRONMENT, RESULTS, machine, origin, own_environment
 
 ROUNDS = 20
 FLOOR = 0.97  # what the lower bound of every ratio should reach
@@ -51,7 +51,6 @@ def main() -> int:
             if record is None:
                 failed += 1
                 continue
-            record = {**record, "date": f"{datetime.date.today()}", "commit": commit()}
             (folder / f"sweep-{model}-b{batch}.json").write_text(json.dumps(record, indent=1) + "\n")
             for row in record["levels"]:
                 slower += row["low"] < FLOOR
@@ -87,13 +86,8 @@ def run(case: Case) -> dict[str, Any]:
         row = {"zeros": level, **statistic(samples[str(level)]), "ratio": round(statistics.median(ratios), 4)}
         levels.append({**row, "low": round(lower_bound(ratios), 4)})
     return {
-        "model": case.model,
-        "batch": case.batch,
-        "dtype": case.dtype,
-        "threads": case.threads,
-        "rounds": case.rounds,
-        "machine": machine(),
-        "versions": versions(),
+        **asdict(case),
+        **origin(),
         "gate": {"repeated rounds": gate.disturbed, "gflops": round(gate.gflops(), 1)},
         "inductor": statistic(samples["inductor"]),
         "levels": levels,

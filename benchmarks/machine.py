@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import subprocess
@@ -52,6 +53,11 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "none"
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def origin() -> dict[str, Any]:
+    """Return what every record says of where and when it was measured."""
+    return {"machine": machine(), "versions": versions(), "date": f"{datetime.date.today()}", "commit": commit()}
 
 
 def own_environment() -> None:

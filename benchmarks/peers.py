@@ -22,16 +22,21 @@ Run = Callable[..., Any]
 
 def onnxruntime(model: nn.Module, inputs: Sequence[Tensor]) -> Run:
     """Return a session on the model's ONNX export, with as many threads as torch has."""
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), quiet():
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(model, tuple(inputs), path, dynamo=True, verbose=False)
+        return session(path)
+
+
+def session(path: Path) -> Run:
+    """Return ONNX Runtime's session of a file, with as many threads as torch has."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), quiet():
-        path = Path(folder) / "model.onnx"
-        torch.onnx.export(model, tuple(inputs), path, dynamo=True, verbose=False)
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()]
-    return lambda *args: tensors(session.run(None, {n: a.numpy() for n, a in zip(names, args, strict=True)}))
+    found = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in found.get_inputs()]
+    return lambda *args: tensors(found.run(None, {n: a.numpy() for n, a in zip(names, args, strict=True)}))
 
 
 def openvino(model: nn.Module, inputs: Sequence[Tensor]) -> Run:

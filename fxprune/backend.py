@@ -367,8 +367,8 @@ def gradient_report(graphs: int = 1) -> Table:
     found = [ctx for ctx in LAST_REPORTS if ctx.gradients][-graphs:]
     layers = [layer for ctx in found for layer in ctx.gradients]
     pruned, steps = sum(ctx.gradient_key is not None for ctx in found), gradient_clock.last_steps()
-    saved = () if steps is None else (steps[0], steps[1] / max(pruned, 1))
-    return gradient_table(layers, found[-1].config.grad_sparsity if found else "off", saved)
+    step = None if steps is None else (steps[0], steps[1] / max(pruned, 1))
+    return gradient_table(layers, found[-1].config.grad_sparsity if found else "off", step)
 
 
 def cut_channels(shrunk: Sequence[Shrunk]) -> str:

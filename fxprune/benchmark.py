@@ -69,12 +69,13 @@ def interleave(
         call()
         repeats[name] = max(1, round(burst_ms / 1e3 / max(time.perf_counter() - start, 1e-6)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    again = rounds
-    while len(next(iter(samples.values()), [0] * rounds)) < rounds:
+    kept, again = 0, rounds
+    while kept < rounds:
         one = {name: _burst(call, repeats[name], pause_ms) for name, call in calls.items()}
         if again and undisturbed is not None and not undisturbed():
             again -= 1
             continue
+        kept += 1
         for name, milliseconds in one.items():
             samples[name].append(milliseconds)
     return samples

@@ -170,10 +170,10 @@ class GradientLayer:
         return f"{self.name}: {'pruned' if self.reason is None else 'dense, ' + self.reason}"
 
 
-def gradient_table(layers: Sequence[GradientLayer], ratio: object, saved: Sequence[float] = ()) -> Table:
+def gradient_table(layers: Sequence[GradientLayer], ratio: object, step: tuple[float, float] | None = None) -> Table:
     """Return a row per layer: what its data gradient reads, how it multiplies, and the times measured.
 
-    saved: microseconds of an optimizer step, and how many times in it each layer ran.
+    step: microseconds of an optimizer step, and how many times in it each layer ran.
     """
     rows, spent, dense = [], 0.0, 0.0
     for layer in layers:
@@ -187,8 +187,8 @@ def gradient_table(layers: Sequence[GradientLayer], ratio: object, saved: Sequen
         rows.append((layer.name, reads, *cells, layer.reason or ""))
     head = ("layer", "data gradient reads", "dense us", "pruned us", "skipping zeros us", "gain", "reason")
     summary = {"all data gradients that were timed": f"{dense / spent:.2f} times as fast as dense"} if spent else {}
-    if saved and spent:
-        step, calls = saved
-        gain = (step + (dense - spent) * calls) / step
-        summary["whole step"] = f"{step / 1000:.1f} ms, by these times {gain:.2f} times as fast as with dense gradients"
+    if step is not None and spent:
+        micros, calls = step
+        gain = (micros + (dense - spent) * calls) / micros
+        summary["whole step"] = f"{micros / 1000:.1f} ms, by these times {gain:.2f} times as fast as with dense gradients"
     return Table(f"data gradients at {ratio}", head, rows, summary)

@@ -6,6 +6,7 @@ import difflib
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,12 +33,16 @@ class Stage:
 
     def changes(self) -> list[Line]:
         """Return the lines of both graphs in order, with what is gone in front of what took its place."""
-        return list(_merged(self.before, self.after))
+        return list(self._merged)
+
+    @cached_property
+    def _merged(self) -> tuple[Line, ...]:
+        return tuple(_merged(self.before, self.after))
 
     @property
     def counts(self) -> tuple[int, int]:
         """Return how many lines are gone and how many are new."""
-        signs = [sign for sign, _ in self.changes()]
+        signs = [sign for sign, _ in self._merged]
         return signs.count("-"), signs.count("+")
 
 

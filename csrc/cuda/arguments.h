@@ -14,14 +14,20 @@
 #include "check.h"
 #include "cuda/operators.h"
 
+// Starts the registration of GPU operators, or of their simulated twins.
+#ifdef FXPRUNE_SIMULATED
+#define FXPRUNE_GPU_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(fxprune_simulated, CPU, m)
+#else
+#define FXPRUNE_GPU_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(fxprune, CUDA, m)
+#endif
+
 namespace fxprune {
 
 // The element types of the CUDA kernels, as torch's C interface numbers them.
 inline gpu::Element check_element(const Tensor& x) {
   static const int32_t types[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float16(),
                                   aoti_torch_dtype_bfloat16()};
-  int32_t given;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &given));
+  const int32_t given = type_of(x);
   for (int i = 0; i < 3; ++i) {
     if (given == types[i]) return static_cast<gpu::Element>(i);
   }

@@ -12,16 +12,12 @@ void depthwise_grad_input_cuda(const DepthwiseArgs& a, Element element, void* st
     return depthwise_taps_cuda(reversed, element, stream);
   }
   CudaLauncher launcher{static_cast<cudaStream_t>(stream)};
-  if (element == Element::kFloat) return depthwise_grad_input<float>(launcher, a);
-  if (element == Element::kHalf) return depthwise_grad_input<Half>(launcher, a);
-  depthwise_grad_input<Bfloat>(launcher, a);
+  with_element(element, [&](auto t) { depthwise_grad_input<decltype(t)>(launcher, a); });
 }
 
 void depthwise_grad_weight_cuda(const DepthwiseArgs& a, Element element, void* stream) {
   CudaLauncher launcher{static_cast<cudaStream_t>(stream)};
-  if (element == Element::kFloat) return depthwise_grad_weight<float>(launcher, a);
-  if (element == Element::kHalf) return depthwise_grad_weight<Half>(launcher, a);
-  depthwise_grad_weight<Bfloat>(launcher, a);
+  with_element(element, [&](auto t) { depthwise_grad_weight<decltype(t)>(launcher, a); });
 }
 
 }  // namespace fxprune::gpu

@@ -12,16 +12,14 @@ gpu::DepthwiseArgs gradient_args(const Tensor& grad, const Tensor& taps, int64_t
   check_cuda_tensor(grad, "grad");
   STD_TORCH_CHECK(grad.dim() == 4, "grad must have shape (B, C, OH, OW), got ", shape_of(grad));
   DepthwiseTaps g{};
-  g.channels = grad.size(1), g.height = height, g.width = width;
+  g.batch = grad.size(0), g.channels = grad.size(1), g.height = height, g.width = width;
   set_windows(kernel_size, stride, padding, dilation, &g);
   check_window(&g);
-  check_shape(grad, "grad", {grad.size(0), g.channels, g.out_h, g.out_w});
+  check_shape(grad, "grad", {g.batch, g.channels, g.out_h, g.out_w});
   const int64_t words = (g.kernel() + 63) / 64;
   check_shape(taps, "taps", {g.channels, words});
   gpu::DepthwiseArgs a{};
-  a.batch = grad.size(0), a.channels = g.channels;
-  a.height = small_size(height, "height"), a.width = small_size(width, "width");
-  a.out_h = small_size(g.out_h, "height"), a.out_w = small_size(g.out_w, "width");
+  copy_sizes(g, &a);
   small_size(g.out_h * g.out_w, "the output plane");
   small_size(g.kernel(), "kernel_size");
   a.tap_words = static_cast<int>(words);
@@ -79,11 +77,7 @@ Tensor grad_weight(const Tensor& grad_in, const Tensor& x_in, const Tensor& taps
 }  // namespace
 }  // namespace fxprune
 
-#ifdef FXPRUNE_SIMULATED
-STABLE_TORCH_LIBRARY_IMPL(fxprune_simulated, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(fxprune, CUDA, m) {
-#endif
+FXPRUNE_GPU_OPERATORS(m) {
   m.impl("depthwise_grad_input", TORCH_BOX(&fxprune::grad_input));
   m.impl("depthwise_grad_weight", TORCH_BOX(&fxprune::grad_weight));
 }

@@ -7,9 +7,7 @@ namespace fxprune::gpu {
 
 void depthwise_pool_cuda(const DepthwiseArgs& a, Element element, void* mean, void* stream) {
   CudaLauncher launcher{static_cast<cudaStream_t>(stream)};
-  if (element == Element::kFloat) return depthwise_pool<float>(launcher, a, mean);
-  if (element == Element::kHalf) return depthwise_pool<Half>(launcher, a, mean);
-  depthwise_pool<Bfloat>(launcher, a, mean);
+  with_element(element, [&](auto t) { depthwise_pool<decltype(t)>(launcher, a, mean); });
 }
 
 }  // namespace fxprune::gpu

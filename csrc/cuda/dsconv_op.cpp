@@ -11,15 +11,8 @@ Tensor dsconv(const Tensor& x_in, const Tensor& weight_in, const Tensor& taps_in
               const OptionalTensor& residual_in, const IntList& kernel_size, const IntList& stride,
               const IntList& padding, const IntList& dilation, int64_t out_features,
               int64_t granularity, const Text& first_activation, const Text& activation) {
-  check_windows(kernel_size, stride, padding, dilation);
-  check_cuda_tensor(x_in, "x");
+  const auto g = check_image<DepthwiseTaps>(x_in, kernel_size, stride, padding, dilation);
   const gpu::Element element = check_element(x_in);
-  STD_TORCH_CHECK(x_in.dim() == 4, "x must have shape (B, C, H, W), got ", shape_of(x_in));
-  DepthwiseTaps g{};
-  g.batch = x_in.size(0), g.channels = x_in.size(1);
-  g.height = x_in.size(2), g.width = x_in.size(3);
-  set_windows(kernel_size, stride, padding, dilation, &g);
-  check_window(&g);
   gpu::DsconvArgs a{};
   gpu::DepthwiseArgs& d = a.depthwise;
   d.channels = g.channels;
@@ -33,8 +26,7 @@ Tensor dsconv(const Tensor& x_in, const Tensor& weight_in, const Tensor& taps_in
                      out_features, granularity, 1, activation);
   }
   const Structure structure(index, tile_ptr, columns, granularity, x_in);
-  STD_TORCH_CHECK(out_features >= 0 && structure.kept <= out_features, "columns must hold at most ",
-                  out_features, " output features, got ", structure.kept);
+  structure.check_features(out_features);
   PackedValues weights(values, structure, x_in);
   check_shape(weight_in, "weight", {g.channels, g.kernel()});
   check_shape(taps_in, "taps", {g.channels, 1});
@@ -62,9 +54,7 @@ Tensor dsconv(const Tensor& x_in, const Tensor& weight_in, const Tensor& taps_in
   d.weight = weight.const_data_ptr();
   d.taps = static_cast<const uint64_t*>(taps.const_data_ptr());
   d.bias = address(first_bias);
-  d.batch = g.batch;
-  d.height = small_size(g.height, "height"), d.width = small_size(g.width, "width");
-  d.out_h = small_size(g.out_h, "height"), d.out_w = small_size(g.out_w, "width");
+  copy_sizes(g, &d);
   d.tap_words = 1;
   gpu::dsconv_cuda(a, element, stream);
   return out;
@@ -73,10 +63,6 @@ Tensor dsconv(const Tensor& x_in, const Tensor& weight_in, const Tensor& taps_in
 }  // namespace
 }  // namespace fxprune::cuda_ops
 
-#ifdef FXPRUNE_SIMULATED
-STABLE_TORCH_LIBRARY_IMPL(fxprune_simulated, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(fxprune, CUDA, m) {
-#endif
+FXPRUNE_GPU_OPERATORS(m) {
   m.impl("dsconv", TORCH_BOX(&fxprune::cuda_ops::dsconv));
 }

@@ -7,9 +7,7 @@ namespace fxprune::gpu {
 
 void nm_prune_cuda(const NmPruneArgs& a, Element element, void* stream) {
   CudaLauncher launcher{static_cast<cudaStream_t>(stream)};
-  if (element == Element::kFloat) return nm_prune<float>(launcher, a);
-  if (element == Element::kHalf) return nm_prune<Half>(launcher, a);
-  nm_prune<Bfloat>(launcher, a);
+  with_element(element, [&](auto t) { nm_prune<decltype(t)>(launcher, a); });
 }
 
 }  // namespace fxprune::gpu

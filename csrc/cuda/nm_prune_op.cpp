@@ -41,10 +41,6 @@ Tensor nm_prune(const Tensor& grad_in, const OptionalTensor& key_in, int64_t n, 
 }  // namespace
 }  // namespace fxprune
 
-#ifdef FXPRUNE_SIMULATED
-STABLE_TORCH_LIBRARY_IMPL(fxprune_simulated, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(fxprune, CUDA, m) {
-#endif
+FXPRUNE_GPU_OPERATORS(m) {
   m.impl("nm_prune", TORCH_BOX(&fxprune::nm_prune));
 }

@@ -11,8 +11,6 @@
 
 namespace fxprune::gpu {
 
-enum class Element : int { kFloat, kHalf, kBfloat };
-
 void depthwise_taps_cuda(const DepthwiseArgs& a, Element element, void* stream);
 // mean: (batch, channels); a.pool has room for pool_parts(a) sums per plane.
 void depthwise_pool_cuda(const DepthwiseArgs& a, Element element, void* mean, void* stream);

@@ -21,15 +21,8 @@ Tensor depthwise(const Tensor& x_in, const Tensor& weight_in, const Tensor& taps
                  const OptionalTensor& bias_in, const IntList& kernel_size, const IntList& stride,
                  const IntList& padding, const IntList& dilation, const Text& activation,
                  OptionalTensor* mean) {
-  check_windows(kernel_size, stride, padding, dilation);
-  check_cuda_tensor(x_in, "x");
+  const auto g = check_image<DepthwiseTaps>(x_in, kernel_size, stride, padding, dilation);
   const Element element = check_element(x_in);
-  STD_TORCH_CHECK(x_in.dim() == 4, "x must have shape (B, C, H, W), got ", shape_of(x_in));
-  DepthwiseTaps g{};
-  g.batch = x_in.size(0), g.channels = x_in.size(1);
-  g.height = x_in.size(2), g.width = x_in.size(3);
-  set_windows(kernel_size, stride, padding, dilation, &g);
-  check_window(&g);
   const int64_t words = (g.kernel() + 63) / 64;
   check_shape(weight_in, "weight", {g.channels, g.kernel()});
   check_shape(taps_in, "taps", {g.channels, words});
@@ -47,9 +40,7 @@ Tensor depthwise(const Tensor& x_in, const Tensor& weight_in, const Tensor& taps
   a.taps = static_cast<const uint64_t*>(taps.const_data_ptr());
   a.bias = address(bias);
   a.out = out.mutable_data_ptr();
-  a.batch = g.batch, a.channels = g.channels;
-  a.height = small_size(g.height, "height"), a.width = small_size(g.width, "width");
-  a.out_h = small_size(g.out_h, "height"), a.out_w = small_size(g.out_w, "width");
+  copy_sizes(g, &a);
   a.tap_words = small_size(words, "kernel_size");
   small_size(g.kernel(), "kernel_size");
   copy_windows(g, &a);
@@ -119,8 +110,7 @@ Tensor tile_gemm(const Tensor& x_in, const Tensor& values_in, const Tensor& inde
   STD_TORCH_CHECK(out_features >= 0, "out_features must not be negative, got ", out_features);
   STD_TORCH_CHECK(feature_major || !gate_in.has_value(), "gate needs feature_dim=1");
   const Structure structure(index, tile_ptr, columns, granularity, x_in);
-  STD_TORCH_CHECK(structure.kept <= out_features, "columns must hold at most ", out_features,
-                  " output features, got ", structure.kept);
+  structure.check_features(out_features);
   PackedValues weights(values_in, structure, x_in);
   const int64_t axis = feature_major ? 1 : rank - 1;
   std::vector<int64_t> shape(rank);
@@ -208,11 +198,7 @@ Tensor tile_unpack(const Tensor& values, const Tensor& index, const Tensor& tile
 
 }  // namespace fxprune::cuda_ops
 
-#ifdef FXPRUNE_SIMULATED
-STABLE_TORCH_LIBRARY_IMPL(fxprune_simulated, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(fxprune, CUDA, m) {
-#endif
+FXPRUNE_GPU_OPERATORS(m) {
   m.impl("depthwise_taps", TORCH_BOX(&fxprune::cuda_ops::depthwise_taps));
   m.impl("depthwise_pool", TORCH_BOX(&fxprune::cuda_ops::depthwise_pool));
   m.impl("tile_gemm", TORCH_BOX(&fxprune::cuda_ops::tile_gemm));

@@ -45,6 +45,27 @@ void copy_windows(const Conv& g, Args* a) {
   for (int i = 0; i < 8; ++i) *fields[i] = static_cast<int>(values[i]);
 }
 
+// The geometry of a convolution of x (B, C, H, W), an image on a GPU.
+template <class Conv>
+Conv check_image(const Tensor& x, const IntList& kernel_size, const IntList& stride,
+                 const IntList& padding, const IntList& dilation) {
+  check_windows(kernel_size, stride, padding, dilation);
+  check_cuda_tensor(x, "x");
+  STD_TORCH_CHECK(x.dim() == 4, "x must have shape (B, C, H, W), got ", shape_of(x));
+  Conv g{};
+  g.batch = x.size(0), g.channels = x.size(1), g.height = x.size(2), g.width = x.size(3);
+  set_windows(kernel_size, stride, padding, dilation, &g);
+  check_window(&g);
+  return g;
+}
+
+// The sizes of a checked depthwise convolution as the kernels' fields.
+inline void copy_sizes(const DepthwiseTaps& g, gpu::DepthwiseArgs* a) {
+  a->batch = g.batch, a->channels = g.channels;
+  a->height = small_size(g.height, "height"), a->width = small_size(g.width, "width");
+  a->out_h = small_size(g.out_h, "height"), a->out_w = small_size(g.out_w, "width");
+}
+
 // The structure of a tile-packed weight: what shapes tell.
 struct Structure {
   Tensor index, tile_ptr, columns;
@@ -72,6 +93,10 @@ struct Structure {
   template <class T>
   static const T* data(const Tensor& t) {
     return static_cast<const T*>(t.const_data_ptr());
+  }
+  void check_features(int64_t out_features) const {
+    STD_TORCH_CHECK(out_features >= 0 && kept <= out_features, "columns must hold at most ",
+                    out_features, " output features, got ", kept);
   }
   // The number of packed weights follows from the shapes but for the K rows of a narrower last
   // tile.

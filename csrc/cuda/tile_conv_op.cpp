@@ -9,14 +9,8 @@ Tensor tile_conv(const Tensor& x_in, const Tensor& values, const Tensor& index,
                  const OptionalTensor& residual_in, int64_t out_features, int64_t granularity,
                  const IntList& kernel_size, const IntList& stride, const IntList& padding,
                  const IntList& dilation, int64_t groups, const Text& activation) {
-  check_windows(kernel_size, stride, padding, dilation);
-  check_cuda_tensor(x_in, "x");
+  const auto g = check_image<TileConv>(x_in, kernel_size, stride, padding, dilation);
   const gpu::Element element = check_element(x_in);
-  STD_TORCH_CHECK(x_in.dim() == 4, "x must have shape (B, C, H, W), got ", shape_of(x_in));
-  TileConv g{};
-  g.channels = x_in.size(1), g.height = x_in.size(2), g.width = x_in.size(3);
-  set_windows(kernel_size, stride, padding, dilation, &g);
-  check_window(&g);
   STD_TORCH_CHECK(groups >= 1 && g.channels % groups == 0 && out_features % groups == 0,
                   "groups must divide ", g.channels, " input and ", out_features,
                   " output channels, got ", groups);
@@ -25,12 +19,11 @@ Tensor tile_conv(const Tensor& x_in, const Tensor& values, const Tensor& index,
                   g.channels / groups, " channels under a window of ", window,
                   " elements is too large");
   const Structure structure(index, tile_ptr, columns, granularity, x_in);
-  STD_TORCH_CHECK(out_features >= 0 && structure.kept <= out_features, "columns must hold at most ",
-                  out_features, " output features, got ", structure.kept);
+  structure.check_features(out_features);
   PackedValues weights(values, structure, x_in);
   gpu::TileGemmArgs a{};
   a.activation = check_activation(activation);
-  a.batch = x_in.size(0), a.m = g.out_h * g.out_w, a.n = out_features;
+  a.batch = g.batch, a.m = g.out_h * g.out_w, a.n = out_features;
   a.k = g.channels / groups * window, a.rows = structure.rows;
   const IntList shape = {a.batch, a.n, g.out_h, g.out_w};
   const OptionalTensor bias = like_input(bias_in, "bias", x_in, {out_features});
@@ -60,10 +53,6 @@ Tensor tile_conv(const Tensor& x_in, const Tensor& values, const Tensor& index,
 }  // namespace
 }  // namespace fxprune
 
-#ifdef FXPRUNE_SIMULATED
-STABLE_TORCH_LIBRARY_IMPL(fxprune_simulated, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(fxprune, CUDA, m) {
-#endif
+FXPRUNE_GPU_OPERATORS(m) {
   m.impl("tile_conv", TORCH_BOX(&fxprune::tile_conv));
 }

@@ -40,9 +40,7 @@ void tile_gemm_cuda(const TileGemmArgs& a, Element element, bool hopper, void* s
   CudaLauncher launcher{static_cast<cudaStream_t>(stream)};
   Gpu gpu = current_gpu();
   gpu.hopper = gpu.hopper && hopper;
-  if (element == Element::kFloat) return tile_gemm<float>(launcher, a, gpu);
-  if (element == Element::kHalf) return tile_gemm<Half>(launcher, a, gpu);
-  tile_gemm<Bfloat>(launcher, a, gpu);
+  with_element(element, [&](auto t) { tile_gemm<decltype(t)>(launcher, a, gpu); });
 }
 
 }  // namespace fxprune::gpu

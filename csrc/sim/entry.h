@@ -16,12 +16,10 @@ struct Simulator {
   }
 };
 
-// Calls work(T) for the element type of the given number: 0 float, 1 Half, 2 Bfloat.
+// Calls work(T()) with the element type of the given number.
 template <class Work>
 void with_type(int type, Work work) {
-  if (type == 0) return work(float());
-  if (type == 1) return work(Half());
-  work(Bfloat());
+  with_element(static_cast<Element>(type), work);
 }
 
 template <class Work>

@@ -15,13 +15,6 @@ struct Simulator {
   }
 } simulator;
 
-template <class Work>
-void with_element(Element element, Work work) {
-  if (element == Element::kFloat) return work(float());
-  if (element == Element::kHalf) return work(Half());
-  work(Bfloat());
-}
-
 }  // namespace
 
 void depthwise_taps_cuda(const DepthwiseArgs& a, Element element, void*) {

@@ -9,12 +9,11 @@ float32 and in a fixed order. Made by ``lowering/fuse_pool.py`` for inference.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor
 
 from fxprune.ops import depthwise_taps
-from fxprune.ops.operator import Args, Operator
+from fxprune.ops.operator import Args, Operator, without_gradient
 
 
 def reference(
@@ -48,14 +47,6 @@ def fake(
     return [y, x.new_empty(x.shape[:2])]
 
 
-def setup_context(ctx: Any, inputs: Args, output: list[Tensor]) -> None:
-    pass
-
-
-def backward(ctx: Any, *grads: Tensor) -> Args:
-    raise RuntimeError("fxprune::depthwise_pool has no gradient: it is made for inference. Call it under torch.no_grad().")
-
-
 def samples() -> Iterator[Args]:
     yield from depthwise_taps.samples()
 
@@ -64,4 +55,4 @@ def bad_samples() -> Iterator[tuple[Args, str]]:
     yield from depthwise_taps.bad_samples()
 
 
-OPERATOR = Operator("depthwise_pool", reference, fake, setup_context, backward, samples, bad_samples)
+OPERATOR = Operator("depthwise_pool", reference, fake, *without_gradient("depthwise_pool"), samples, bad_samples)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fxprune.ops import depthwise_taps, tile_gemm, tile_pack
-from fxprune.ops.operator import Args, Operator
+from fxprune.ops.operator import Args, Operator, without_gradient
 
 
 def reference(
@@ -70,14 +70,6 @@ def fake(
     return x.new_empty((x.shape[0], out_features, *between.shape[2:]))
 
 
-def setup_context(ctx: Any, inputs: Args, output: Tensor) -> None:
-    pass
-
-
-def backward(ctx: Any, grad: Tensor) -> Args:
-    raise RuntimeError("fxprune::dsconv has no gradient: it is made for inference. Call it under torch.no_grad().")
-
-
 def _sample(
     shape: tuple[int, int, int, int], n: int, g: int, kernel: int, stride: int, names: tuple[str, str], extras: str = ""
 ) -> Args:
@@ -119,4 +111,4 @@ def bad_samples() -> Iterator[tuple[Args, str]]:
     yield broken(17, "swish"), r"activation"
 
 
-OPERATOR = Operator("dsconv", reference, fake, setup_context, backward, samples, bad_samples)
+OPERATOR = Operator("dsconv", reference, fake, *without_gradient("dsconv"), samples, bad_samples)

@@ -17,6 +17,18 @@ def widened(*tensors: Tensor | None) -> list[Any]:
     return [t.float() if t is not None and t.dtype == torch.bfloat16 else t for t in tensors]
 
 
+def without_gradient(name: str) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """Return the setup_context and the backward of an operator that passes put into inference graphs alone."""
+
+    def setup_context(ctx: Any, inputs: Args, output: Any) -> None:
+        pass
+
+    def backward(ctx: Any, *grads: Tensor) -> Args:
+        raise RuntimeError(f"fxprune::{name} has no gradient: it is made for inference. Call it under torch.no_grad().")
+
+    return setup_context, backward
+
+
 @dataclass(frozen=True)
 class Operator:
     """One ``fxprune::`` operator.

@@ -6,10 +6,11 @@
 #include <cstdint>
 
 #include "fxprune/bf16_portable.h"
+#include "fxprune/lists_portable.h"
 
 namespace fxprune {
 
-struct Avx2 : PortableBf16<Avx2> {
+struct Avx2 : PortableBf16<Avx2>, PortableLists<Avx2> {
   static constexpr int kWidth = 8;
   static constexpr int kAccumulators = 12;  // of 16 registers
   static constexpr int kTileRows = 4;
@@ -88,18 +89,6 @@ struct Avx2 : PortableBf16<Avx2> {
     for (int i = 0; i < kWidth; ++i) {
       if (b >> i & 1) *p++ = lanes[i];
     }
-  }
-  // Writes the numbers other than 0 among p[0 .. n), and `at + step * lane` of each; returns how
-  // many. Both are whole vectors of memory.
-  static int64_t nonzeros(const float* p, int64_t n, int64_t at, int64_t step, float* value,
-                          int32_t* index) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      value[count] = p[i];
-      index[count] = static_cast<int32_t>(at + step * i);
-      count += p[i] != 0;
-    }
-    return count;
   }
   static Mask bits(uint32_t b) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);

@@ -5,10 +5,11 @@
 #include <cstdint>
 
 #include "fxprune/bf16_portable.h"
+#include "fxprune/lists_portable.h"
 
 namespace fxprune {
 
-struct Scalar : PortableBf16<Scalar> {
+struct Scalar : PortableBf16<Scalar>, PortableLists<Scalar> {
   static constexpr int kWidth = 4;
   static constexpr int kAccumulators = 8;
   static constexpr int kTileRows = 4;
@@ -64,18 +65,6 @@ struct Scalar : PortableBf16<Scalar> {
     for (int i = 0; i < kWidth; ++i) {
       if (b >> i & 1) *p++ = a[i];
     }
-  }
-  // Writes the numbers other than 0 among p[0 .. n), and `at + step * lane` of each; returns how
-  // many. Both are whole vectors of memory.
-  static int64_t nonzeros(const float* p, int64_t n, int64_t at, int64_t step, float* value,
-                          int32_t* index) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      value[count] = p[i];
-      index[count] = static_cast<int32_t>(at + step * i);
-      count += p[i] != 0;
-    }
-    return count;
   }
   static Mask bits(uint32_t b) { return b & 15u; }
   static Mask first(int64_t n) { return n >= 4 ? 15u : (1u << n) - 1u; }

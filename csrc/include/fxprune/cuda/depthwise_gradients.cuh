@@ -8,6 +8,7 @@
 // reverse, and runs as one. All sums are in float and in a fixed order.
 #pragma once
 
+#include "fxprune/cuda/block_sum.cuh"
 #include "fxprune/cuda/depthwise_taps.cuh"
 
 namespace fxprune::gpu {
@@ -61,17 +62,8 @@ struct DepthwiseWeightGradient {
       if (load_global<uint64_t>(a.taps + channel * a.tap_words + t / 64) >> (t % 64) & 1) {
         sum = add_positions(a, channel, t);
       }
-      char* own = shared_memory() + 4 * thread();
-      store_shared<float>(own, sum);
-      for (int half = kThreads / 2; half > 0; half /= 2) {
-        barrier();
-        if (thread() < half) {
-          sum += load_shared<float>(own + 4 * half);
-          store_shared<float>(own, sum);
-        }
-      }
+      sum = add_threads<kThreads>(sum);
       if (thread() == 0) store_global<T>(static_cast<T*>(a.out) + i, from_float<T>(sum));
-      barrier();
     }
   }
 

@@ -3,6 +3,7 @@
 // them again. Sums are of the results as they are stored, in a fixed order.
 #pragma once
 
+#include "fxprune/cuda/block_sum.cuh"
 #include "fxprune/cuda/depthwise_taps.cuh"
 
 namespace fxprune::gpu {
@@ -25,17 +26,8 @@ struct PlaneSums {
       const T* x = static_cast<const T*>(a.x) + plane * a.size;
       float sum = 0.0f;
       for (int64_t i = thread(); i < a.size; i += kThreads) sum += to_float(load_global<T>(x + i));
-      char* own = shared_memory() + 4 * thread();
-      store_shared<float>(own, sum);
-      for (int half = kThreads / 2; half > 0; half /= 2) {
-        barrier();
-        if (thread() < half) {
-          sum += load_shared<float>(own + 4 * half);
-          store_shared<float>(own, sum);
-        }
-      }
+      sum = add_threads<kThreads>(sum);
       if (thread() == 0) store_global<float>(static_cast<float*>(a.out) + plane, sum);
-      barrier();
     }
   }
 };

@@ -157,4 +157,14 @@ struct Pack<Half> : Pack16<Half> {};
 template <>
 struct Pack<Bfloat> : Pack16<Bfloat> {};
 
+enum class Element : int { kFloat, kHalf, kBfloat };
+
+// Calls work(T()) with the type of an element.
+template <class Work>
+void with_element(Element element, Work work) {
+  if (element == Element::kFloat) return work(float());
+  if (element == Element::kHalf) return work(Half());
+  work(Bfloat());
+}
+
 }  // namespace fxprune::gpu
