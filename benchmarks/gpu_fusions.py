@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxprune.ops import cuda_tile_image as tile_image
 from fxprune.ops.depthwise_taps import random_taps
-from fxprune.ops.tile_conv import random_structure
+from fxprune.ops.tile_pack import random_structure
 
 DEVICE = "cuda"
 DTYPE = torch.bfloat16
@@ -32,6 +32,8 @@ PAIRS = (
 POOLS = ((32, 240, 28, 5, 1), (256, 480, 14, 3, 1), (256, 1152, 7, 5, 1))
 WINDOWS = ((32, 64, 56, 64, 3, 1), (32, 128, 28, 128, 3, 1), (1, 256, 14, 256, 3, 1))
 GRADIENTS = ((32, 4096, 4), (32, 4096, 16))
+# tokens, K, N, share of kept K rows: BERT-base
+LINEARS = ((4096, 768, 3072, 0.5), (4096, 768, 3072, 0.3), (4096, 3072, 768, 0.3))
 
 
 def fusion_rows(ceilings: dict[str, float]) -> Iterator[Row]:
@@ -43,6 +45,10 @@ def fusion_rows(ceilings: dict[str, float]) -> Iterator[Row]:
         yield window_row(*window)
     for kernel in (3, 7):
         yield backward_row(32, 96, 56, kernel)
+    for window in WINDOWS[:2]:
+        yield window_backward_row(*window)
+    for linear in LINEARS:
+        yield linear_backward_row(*linear)
     for function in ("magnitude", "rescaled_magnitude", "mvue"):
         for rows, channels, m in GRADIENTS:
             yield prune_row(128 * rows, channels, m, function, ceilings)
@@ -59,7 +65,7 @@ def depthwise(channels: int, kernel: int) -> tuple[Tensor, Tensor]:
 
 def packed(n: int, k: int, g: int) -> list[Tensor]:
     """Return the operands of a random tile-wise weight, 16-bit values as the image that inference packs."""
-    values, index, ptr, columns = random_structure(n, k, g, 1, torch.Generator().manual_seed(0))
+    values, index, ptr, columns = random_structure(n, k, g, torch.Generator().manual_seed(0))
     values = values.to(DTYPE)
     if torch.float32 != DTYPE:
         values = tile_image.build(values, ptr, g, len(columns))
@@ -133,6 +139,44 @@ def backward_row(batch: int, channels: int, side: int, kernel: int) -> Row:
     rivals.add("ours", lambda: ours)
     rivals.add("pytorch", lambda: lambda: torch.ops.aten.convolution_backward(grad, x, dense, None, *rest))
     return row(f"depthwise backward b{batch} {channels}@{side} k{kernel} keep 60%", rivals, None)
+
+
+def window_backward_row(batch: int, channels: int, side: int, n: int, kernel: int, stride: int) -> Row:
+    x, grad, window = random(batch, channels, side, side), random(batch, n, side, side), windows(kernel, stride)
+    k, gen = channels * kernel * kernel, torch.Generator().manual_seed(0)
+    values, *lists = random_structure(n, k, 64, gen)
+    values, structure = values.to(DEVICE, DTYPE), [t.to(DEVICE) for t in lists]
+    dense = random(n, channels, kernel, kernel)
+
+    def ours() -> Any:
+        data = CALL.tile_conv_grad_input(grad, values, *structure, 64, channels, [side, side], *window, 1)
+        return data, CALL.tile_conv_grad_weight(grad, x, *structure, 64, len(values), *window, 1)
+
+    rest = ([stride] * 2, [kernel // 2] * 2, [1, 1], False, [0, 0], 1, [True, True, False])
+    last = [t.contiguous(memory_format=torch.channels_last) for t in (grad, x, dense)]
+    rivals = Rivals()
+    rivals.add("ours", lambda: ours)
+    rivals.add("nchw", lambda: lambda: torch.ops.aten.convolution_backward(grad, x, dense, None, *rest))
+    rivals.add("nhwc", lambda: lambda: torch.ops.aten.convolution_backward(*last, None, *rest))
+    return row(f"conv backward b{batch} {channels}@{side}->{n} k{kernel} keep 48%", rivals, None)
+
+
+def linear_backward_row(tokens: int, k: int, n: int, keep: float) -> Row:
+    """Feature-major, G = 128."""
+    x, grad, dense, gen = random(1, k, tokens), random(1, n, tokens), random(n, k), torch.Generator().manual_seed(0)
+    lists = [torch.randperm(k, generator=gen)[: int(k * keep)].sort().values for _ in range(n // 128)]
+    ptr = torch.arange(len(lists) + 1) * int(k * keep)
+    structure = [t.int().to(DEVICE) for t in (torch.cat(lists), ptr, torch.arange(n))]
+    values = random(128 * len(lists) * int(k * keep))
+
+    def ours() -> Any:
+        data = CALL.tile_grad_input(grad, values, *structure, 128, k, 1)
+        return data, CALL.tile_grad_weight(grad, x, *structure, 128, len(values), 1)
+
+    rivals = Rivals()
+    rivals.add("ours", lambda: ours)
+    rivals.add("cublas", lambda: lambda: (dense.t() @ grad[0], grad[0] @ x[0].t()))
+    return row(f"linear backward {tokens}x{k}->{n} keep {keep:.0%}", rivals, None)
 
 
 def prune_row(rows: int, channels: int, m: int, function: str, ceilings: dict[str, float]) -> Row:

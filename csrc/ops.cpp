@@ -315,6 +315,21 @@ STABLE_TORCH_LIBRARY(fxprune, m) {
       "depthwise_grad_weight(Tensor grad, Tensor x, Tensor taps, int[] kernel_size, int[] stride, "
       "int[] padding, int[] dilation) -> Tensor");
   m.def(
+      "tile_grad_input(Tensor grad, Tensor values, Tensor index, Tensor tile_ptr, Tensor columns, "
+      "int granularity, int in_features, int feature_dim) -> Tensor");
+  m.def(
+      "tile_grad_weight(Tensor grad, Tensor x, Tensor index, Tensor tile_ptr, Tensor columns, "
+      "int granularity, int nnz, int feature_dim) -> Tensor");
+  m.def(
+      "tile_conv_grad_input(Tensor grad, Tensor values, Tensor index, Tensor tile_ptr, Tensor "
+      "columns, "
+      "int granularity, int in_channels, int[] size, int[] kernel_size, int[] stride, int[] "
+      "padding, int[] dilation, int groups) -> Tensor");
+  m.def(
+      "tile_conv_grad_weight(Tensor grad, Tensor x, Tensor index, Tensor tile_ptr, Tensor columns, "
+      "int granularity, int nnz, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+      "int groups) -> Tensor");
+  m.def(
       "dsconv(Tensor x, Tensor weight, Tensor taps, Tensor? depthwise_bias, Tensor values, Tensor "
       "index, Tensor tile_ptr, Tensor columns, Tensor? bias, Tensor? residual, int[] kernel_size, "
       "int[] stride, int[] padding, int[] dilation, int out_features, int granularity, "

@@ -37,6 +37,12 @@ SCHEMAS = (
     "int[] padding, int[] dilation) -> Tensor",
     "depthwise_grad_weight(Tensor grad, Tensor x, Tensor taps, int[] kernel_size, int[] stride, int[] padding, "
     "int[] dilation) -> Tensor",
+    f"tile_grad_input(Tensor grad, Tensor values, {_TILES}, int granularity, int in_features, int feature_dim) -> Tensor",
+    f"tile_grad_weight(Tensor grad, Tensor x, {_TILES}, int granularity, int nnz, int feature_dim) -> Tensor",
+    f"tile_conv_grad_input(Tensor grad, Tensor values, {_TILES}, int granularity, int in_channels, int[] size, "
+    "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
+    f"tile_conv_grad_weight(Tensor grad, Tensor x, {_TILES}, int granularity, int nnz, int[] kernel_size, "
+    "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
     f"dsconv(Tensor x, Tensor weight, Tensor taps, Tensor? depthwise_bias, Tensor values, {_TILES}, Tensor? bias, "
     "Tensor? residual, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int out_features, "
     'int granularity, str depthwise_activation="none", str activation="none") -> Tensor',

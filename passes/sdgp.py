@@ -32,6 +32,13 @@ _PRUNE = torch.ops.fxprune.nm_prune.default
 _SKIP = torch.ops.fxprune.skip_zeros_mm.default
 _BACKWARD = aten.convolution_backward.default
 _PRODUCTS = (aten.mm.default, aten.bmm.default)
+# the gradients of our own layers over kept weights: what reads dL/dO first, and whether it is the data gradient
+_TILES = {
+    torch.ops.fxprune.tile_grad_input.default: True,
+    torch.ops.fxprune.tile_conv_grad_input.default: True,
+    torch.ops.fxprune.tile_grad_weight.default: False,
+    torch.ops.fxprune.tile_conv_grad_weight.default: False,
+}
 _SHAPED = (
     aten.view.default,
     aten.reshape.default,
@@ -116,7 +123,7 @@ class _Layer:
 
     def _skips(self, node: Node, position: int) -> bool:
         """True for a product of float32 matrices of a layer that is to skip zeros."""
-        if self.number not in self.settings.skips or position != 0 or node.target is aten.bmm.default:
+        if self.number not in self.settings.skips or position != 0 or node.target not in (aten.mm.default, _BACKWARD):
             return False
         operands = [_value(a) for a in node.all_input_nodes]
         if any(v.dtype != torch.float32 for v in operands):
@@ -196,6 +203,8 @@ def _uses(node: Node, axis: int, path: tuple[Node, ...]) -> Iterator[Use]:
     for user in node.users:
         if user.target is _BACKWARD and user.args[0] is node:
             yield Use(user, 0, path, True)
+        elif user.target in _TILES and user.args[0] is node:
+            yield Use(user, 0, path, _TILES[user.target])
         elif user.target in _PRODUCTS:
             for position in (0, 1):
                 if user.args[position] is node:

@@ -7,6 +7,8 @@
 #include "fxprune/cuda/dsconv.cuh"
 #include "fxprune/cuda/nm_prune.cuh"
 #include "fxprune/cuda/tile_gemm.cuh"
+#include "fxprune/cuda/tile_grad_input.cuh"
+#include "fxprune/cuda/tile_grad_weight.cuh"
 #include "fxprune/cuda/tile_pack.cuh"
 
 namespace fxprune::gpu {
@@ -30,5 +32,8 @@ void nm_prune_cuda(const NmPruneArgs& a, Element element, void* stream);
 void tile_conv_cuda(const TileGemmArgs& a, Element element, void* stream);
 // hopper: whether the sm_90a kernels may run.
 void tile_gemm_cuda(const TileGemmArgs& a, Element element, bool hopper, void* stream);
+// Pointers as in tile_pieces.cuh; the weight's gradient in weight_gradient_parts() parts.
+void tile_grad_input_cuda(const TileGradientArgs& a, Element element, void* stream);
+void tile_grad_weight_cuda(const TileGradientArgs& a, Element element, void* stream);
 
 }  // namespace fxprune::gpu

@@ -76,7 +76,6 @@ std::vector<Tensor> depthwise_pool(const Tensor& x, const Tensor& weight, const 
   return {y, *mean};
 }
 
-// Rows (m, k) -> (k, m) in memory of its own.
 Tensor transposed(const Tensor& x, int64_t rows, int64_t columns, Element element, void* stream) {
   Tensor out = empty_like(x, {columns, rows}, type_of(x));
   gpu::transpose_cuda({x.const_data_ptr(), out.mutable_data_ptr(), rows, columns},

@@ -16,4 +16,8 @@ Tensor tile_gemm(const Tensor& x_in, const Tensor& values_in, const Tensor& inde
                  int64_t out_features, int64_t granularity, int64_t feature_dim,
                  const Text& activation);
 
+// Rows (rows, columns) -> (columns, rows) in memory of its own.
+Tensor transposed(const Tensor& x, int64_t rows, int64_t columns, gpu::Element element,
+                  void* stream);
+
 }  // namespace fxprune::cuda_ops

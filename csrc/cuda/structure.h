@@ -100,15 +100,21 @@ struct Structure {
   }
   // The number of packed weights follows from the shapes but for the K rows of a narrower last
   // tile.
+  bool may_hold(int64_t count) const {
+    const int64_t missing = rows * granularity - count, narrower = tiles * granularity - kept;
+    return narrower == 0 ? missing == 0
+                         : missing >= 0 && missing % narrower == 0 && missing / narrower <= rows;
+  }
   void check_values(const Tensor& values) const {
-    const int64_t most = rows * granularity, narrower = tiles * granularity - kept;
-    const int64_t missing = values.dim() == 1 ? most - values.size(0) : -1;
-    const bool possible =
-        narrower == 0 ? missing == 0
-                      : missing >= 0 && missing % narrower == 0 && missing / narrower <= rows;
-    STD_TORCH_CHECK(possible, "values must have ", narrower == 0 ? "" : "at most ", most,
+    STD_TORCH_CHECK(values.dim() == 1 && may_hold(values.size(0)), "values must have ",
+                    tiles * granularity == kept ? "" : "at most ", rows * granularity,
                     " elements for ", rows, " kept rows in tiles of ", granularity, ", got shape ",
                     shape_of(values));
+  }
+  void check_count(int64_t nnz) const {
+    STD_TORCH_CHECK(may_hold(nnz), "nnz must be ", tiles * granularity == kept ? "" : "at most ",
+                    rows * granularity, " for ", rows, " kept rows in tiles of ", granularity,
+                    ", got ", nnz);
   }
   // Sets the structure's part of an argument record.
   template <class Args>

@@ -73,4 +73,12 @@ void tile_gemm_cuda(const TileGemmArgs& a, Element element, bool hopper, void*) 
   with_element(element, [&](auto t) { tile_gemm<decltype(t)>(simulator, a, {hopper, 3}); });
 }
 
+void tile_grad_input_cuda(const TileGradientArgs& a, Element element, void*) {
+  with_element(element, [&](auto t) { tile_grad_input<decltype(t)>(simulator, a); });
+}
+
+void tile_grad_weight_cuda(const TileGradientArgs& a, Element element, void*) {
+  with_element(element, [&](auto t) { tile_grad_weight<decltype(t)>(simulator, a); });
+}
+
 }  // namespace fxprune::gpu

@@ -70,6 +70,7 @@ void copy_wait() {
   sim::copy_wait(Left);
 }
 
+void load_matrices(uint32_t (&r)[4], const void* row);
 void load_matrices_transposed(uint32_t (&r)[4], const void* row);
 
 // d (rows x columns) += a * b, all in float, as the tensor cores do it.

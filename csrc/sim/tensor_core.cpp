@@ -50,27 +50,43 @@ float shuffle_xor(float value, int mask) {
   return lane.result;
 }
 
-void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+namespace {
+
+void load_four(uint32_t (&r)[4], const void* row, bool transposed) {
   struct Lane {
     uint16_t row[8];
     uint32_t* r;
+    bool transposed;
   } lane;
   const char* at = static_cast<const char*>(row);
   if (sim::planted() == Plant::kSwizzle) at = shared_memory() + (shared_address(row) ^ 16);
   sim::read_shared(lane.row, at, 16);
   lane.r = r;
+  lane.transposed = transposed;
   sim::collective("ldmatrix", 32, &lane, [](void* const* lanes) {
     const int rotate = sim::planted() == Plant::kLaneMap ? 8 : 0;
     for (int i = 0; i < 32; ++i) {
+      Lane* own = static_cast<Lane*>(lanes[i]);
       for (int j = 0; j < 4; ++j) {
         const auto element = [&](int k) {
-          const int from = (8 * j + 2 * (i % 4) + k + rotate) % 32;
-          return static_cast<const Lane*>(lanes[from])->row[i / 4];
+          const int across = 2 * (i % 4) + k, down = i / 4;
+          const int from = (8 * j + (own->transposed ? across : down) + rotate) % 32;
+          return static_cast<const Lane*>(lanes[from])->row[own->transposed ? down : across];
         };
-        static_cast<Lane*>(lanes[i])->r[j] = element(0) | static_cast<uint32_t>(element(1)) << 16;
+        own->r[j] = element(0) | static_cast<uint32_t>(element(1)) << 16;
       }
     }
   });
+}
+
+}  // namespace
+
+void load_matrices(uint32_t (&r)[4], const void* row) {
+  load_four(r, row, false);
+}
+
+void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  load_four(r, row, true);
 }
 
 void multiply_warp(float* d, const uint32_t* a, const uint32_t* b, float (*convert)(uint16_t)) {

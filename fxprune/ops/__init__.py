@@ -10,7 +10,9 @@ from fxprune.ops import (
     rnn_steps,
     skip_zeros,
     tile_conv,
+    tile_conv_gradients,
     tile_gemm,
+    tile_gradients,
     tile_pack,
 )
 from fxprune.ops.operator import Operator
@@ -21,6 +23,10 @@ OPS: tuple[Operator, ...] = (
     tile_conv.OPERATOR,
     depthwise_gradients.INPUT,
     depthwise_gradients.WEIGHT,
+    tile_gradients.INPUT,
+    tile_gradients.WEIGHT,
+    tile_conv_gradients.INPUT,
+    tile_conv_gradients.WEIGHT,
     depthwise_pool.OPERATOR,
     dsconv.OPERATOR,
     tile_pack.PACK,

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fxprune.ops import activation as act
-from fxprune.ops import tile_pack
+from fxprune.ops import tile_conv_gradients as gradients
+from fxprune.ops import tile_gradients, tile_pack
 from fxprune.ops.operator import Args, Operator
 
 aten = torch.ops.aten
@@ -81,37 +82,21 @@ def setup_context(ctx: Any, inputs: Args, output: Tensor) -> None:
 def backward(ctx: Any, grad: Tensor) -> Args:
     x, values, index, tile_ptr, columns, bias, residual = ctx.saved_tensors
     need = ctx.needs_input_grad
-    geometry = (ctx.stride, ctx.padding, ctx.dilation)
-    if ctx.activation != "none":
-        packed = (values, index, tile_ptr, columns)
-        shape = (ctx.out_features, ctx.granularity, ctx.kernel_size, *geometry, ctx.groups)
-        pre = torch.ops.fxprune.tile_conv(x, *packed, bias, residual, *shape, "none")
-        grad = act.BACKWARD[ctx.activation](grad, pre)
-    channels = x.shape[1] // ctx.groups
-    k = channels * ctx.kernel_size[0] * ctx.kernel_size[1]
+    window = (ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation, ctx.groups)
     structure = (index, tile_ptr, columns, ctx.granularity)
-    weight = torch.ops.fxprune.tile_unpack(values, *structure, ctx.out_features, k)
-    window = weight.reshape(ctx.out_features, channels, *ctx.kernel_size)
-    wanted = [need[0], need[1], False]
-    none = (False, [0, 0], ctx.groups)
-    grad_x, grad_window, _ = aten.convolution_backward.default(grad, x, window, None, *geometry, *none, wanted)
-    grad_values = None
-    if need[1]:
-        matrix = grad_window.reshape(ctx.out_features, k)
-        grad_values = torch.ops.fxprune.tile_pack(matrix, *structure, values.shape[0])
+    if ctx.activation != "none":
+        shape = (ctx.out_features, ctx.granularity, *window)
+        pre = torch.ops.fxprune.tile_conv(x, values, index, tile_ptr, columns, bias, residual, *shape, "none")
+        grad = act.BACKWARD[ctx.activation](grad, pre)
+    k = x.shape[1] // ctx.groups * ctx.kernel_size[0] * ctx.kernel_size[1]
+    input_of, weight_of = gradients.dense_input, gradients.dense_weight
+    if tile_gradients.pays(values, columns, ctx.granularity, ctx.out_features * k):
+        input_of, weight_of = torch.ops.fxprune.tile_conv_grad_input, torch.ops.fxprune.tile_conv_grad_weight
+    grad_x = input_of(grad, values, *structure, x.shape[1], list(x.shape[2:]), *window) if need[0] else None
+    grad_values = weight_of(grad, x, *structure, values.shape[0], *window) if need[1] else None
     grad_bias = grad.sum((0, 2, 3)) if bias is not None and need[5] else None
     grad_residual = grad if residual is not None and need[6] else None
-    return grad_x if need[0] else None, grad_values, None, None, None, grad_bias, grad_residual, *[None] * 8
-
-
-def random_structure(n: int, k: int, g: int, groups: int, gen: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (values, index, tile_ptr, columns) of a random mask, each tile in one group; for samples and tests."""
-    if groups == 1:
-        return tile_pack.random_structure(n, k, g, gen)
-    lists = [torch.nonzero(torch.rand(k, generator=gen) < 0.6).reshape(-1) for _ in range(n // g)]
-    ptr = torch.tensor([0, *[len(rows) for rows in lists]]).cumsum(0)
-    values = torch.randn(int(ptr[-1]) * g, generator=gen)
-    return values, torch.cat(lists).int(), ptr.int(), torch.arange(n).int()
+    return grad_x, grad_values, None, None, None, grad_bias, grad_residual, *[None] * 8
 
 
 def _sample(
@@ -127,7 +112,7 @@ def _sample(
     gen = torch.Generator().manual_seed(sum(x_shape) * 13 + n * 5 + g)
     stride, padding, dilation = ([size, size] for size in window)
     k = x_shape[1] // groups * kernel[0] * kernel[1]
-    packed = random_structure(n, k, g, groups, gen)
+    packed = tile_pack.random_structure(n, k, g, gen, groups)
     x = torch.randn(*x_shape, generator=gen)
     size = [(x_shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
     bias = torch.randn(n, generator=gen) if "b" in extras else None

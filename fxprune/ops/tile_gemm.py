@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fxprune.ops import activation as act
-from fxprune.ops import tile_image, tile_pack
+from fxprune.ops import tile_gradients, tile_image, tile_pack
 from fxprune.ops.operator import Args, Operator, widened
 
 
@@ -85,39 +85,31 @@ def setup_context(ctx: Any, inputs: Args, output: Tensor) -> None:
 
 def backward(ctx: Any, grad: Tensor) -> Args:
     x, values, index, tile_ptr, columns, bias, residual, gate = ctx.saved_tensors
-    need = ctx.needs_input_grad
+    need, axis = ctx.needs_input_grad, ctx.feature_dim
     if values.dim() == 2:
         raise RuntimeError("fxprune::tile_gemm has no gradient on an image of its values. Give the packed values.")
     if ctx.activation != "none":
         grad = _before_activation(ctx, grad)
+    k = x.shape[axis]
+    input_of, weight_of = tile_gradients.dense_input, tile_gradients.dense_weight
+    narrow = grad  # as the products read it
+    if tile_gradients.pays(values, columns, ctx.granularity, ctx.out_features * k):
+        input_of, weight_of = torch.ops.fxprune.tile_grad_input, torch.ops.fxprune.tile_grad_weight
+        narrow = grad.to(x.dtype)
+    elif ctx.activation != "none":
         x, values, gate = widened(x, values, gate)
-    k = x.shape[ctx.feature_dim]
     structure = (index, tile_ptr, columns, ctx.granularity)
-    weight = torch.ops.fxprune.tile_unpack(values, *structure, ctx.out_features, k)
-    grad_x = grad_gate = grad_weight = grad_bias = None
-    if ctx.feature_dim == 1:
-        g = grad.reshape(grad.shape[0], ctx.out_features, -1)
-        flat = x.reshape(x.shape[0], k, -1)
-        if need[0] or need[7]:
-            back = torch.matmul(weight.t(), g)
-            grad_x = (back if gate is None else back * gate.unsqueeze(-1)).reshape(x.shape) if need[0] else None
-            grad_gate = (back * flat).sum(-1) if need[7] else None
-        if need[1]:
-            seen = flat if gate is None else flat * gate.unsqueeze(-1)
-            grad_weight = torch.matmul(g, seen.transpose(1, 2)).sum(0)
-        if bias is not None and need[5]:
-            grad_bias = g.sum((0, 2), dtype=bias.dtype)
-    else:
-        g = grad.reshape(-1, ctx.out_features)
-        if need[0]:
-            grad_x = torch.matmul(grad, weight)
-        if need[1]:
-            grad_weight = torch.matmul(g.t(), x.reshape(-1, k))
-        if bias is not None and need[5]:
-            grad_bias = g.sum(0, dtype=bias.dtype)
-    grad_values = None
-    if grad_weight is not None:
-        grad_values = torch.ops.fxprune.tile_pack(grad_weight, *structure, values.shape[0])
+    scale = None if gate is None else gate.reshape(*gate.shape, *[1] * (x.dim() - 2))
+    grad_x = grad_gate = grad_values = grad_bias = None
+    if need[0] or need[7]:
+        back = input_of(narrow, values, *structure, k, axis)
+        grad_x = (back if scale is None else back * scale) if need[0] else None
+        grad_gate = (back * x).flatten(2).sum(-1) if need[7] else None
+    if need[1]:
+        grad_values = weight_of(narrow, x if scale is None else x * scale, *structure, values.shape[0], axis)
+    if bias is not None and need[5]:
+        others = (0, *range(2, grad.dim())) if axis == 1 else tuple(range(grad.dim() - 1))
+        grad_bias = grad.sum(others, dtype=bias.dtype) if others else grad
     grad_residual = grad if residual is not None and need[6] else None
     gradients = (grad_x, grad_values, None, None, None, grad_bias, grad_residual, grad_gate)
     pairs = zip(gradients, ctx.saved_tensors, strict=True)

@@ -81,9 +81,11 @@ def unpack_backward(ctx: Any, grad: Tensor) -> Args:
     return values, None, None, None, None, None, None
 
 
-def random_structure(n: int, k: int, granularity: int, gen: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (values, index, tile_ptr, columns) of a random tile-wise mask; for samples and tests."""
-    columns = torch.nonzero(torch.rand(n, generator=gen) < 0.8).reshape(-1)
+def random_structure(
+    n: int, k: int, granularity: int, gen: torch.Generator, groups: int = 1
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (values, index, tile_ptr, columns) of a random tile-wise mask, with groups of all columns; for samples."""
+    columns = torch.nonzero(torch.rand(n, generator=gen) < 0.8).reshape(-1) if groups == 1 else torch.arange(n)
     if not len(columns):
         columns = torch.arange(n)
     lists = [torch.nonzero(torch.rand(k, generator=gen) < 0.6).reshape(-1) for _ in range(-(-len(columns) // granularity))]

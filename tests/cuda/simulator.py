@@ -36,7 +36,7 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)
 # the functions that return a text or null
 MESSAGES = ("depthwise", "dsconv", "nm_prune", "tile_image", "tile_gemm", "tile_conv", "tile_pack", "transpose")
-MESSAGES += ("depthwise_gradient", "case", "run_case")
+MESSAGES += ("depthwise_gradient", "tile_gradient", "case", "run_case")
 SEEDS = (0, 1, 2)  # threads in order, in reverse, shuffled
 
 
@@ -249,6 +249,41 @@ def _tiles(
     tensors = (ctypes.c_void_p * 10)(*[pointer(t) for t in (*read, out)])
     call = getattr(library(), f"fxprune_sim_{name}")
     finish(call(TYPES[x.dtype], tensors, longs(*sizes, *numbers)), (out,))
+    return out
+
+
+def tile_gradient(
+    grad: Tensor, given: Tensor, index: Tensor, tile_ptr: Tensor, columns: Tensor, granularity: int, shape: tuple[int, ...],
+    window: tuple[list[int], ...] = (), groups: int = 0, *, of_input: bool, seed: int = 0, plant: Plant = Plant.NONE,
+    shift: int = 0,
+) -> Tensor:  # fmt: skip
+    """The gradient of the input or of the packed weight on the simulator; grad: (B, N, *).
+
+    given: the packed values, or x. shape: of x, (B, K, M) or (B, C, H, W) under a window. The weight's gradient has as
+    many elements as the tiles.
+    """
+    tiles, dtype = len(tile_ptr) - 1, grad.dtype
+    widths = [min(granularity, len(columns) - t * granularity) for t in range(tiles)]
+    nnz = sum(int(tile_ptr[t + 1] - tile_ptr[t]) * widths[t] for t in range(tiles))
+    k = shape[1] // max(groups, 1) * (window[0][0] * window[0][1] if window else 1)
+    numbers = [grad.shape[0], grad[0, 0].numel(), k, grad.shape[1], len(columns), len(index), granularity, tiles, nnz]
+    numbers += [shape[1], groups, *shape[2:], grad.shape[3], *(v for pair in window for v in pair)] if window else [0] * 13
+    sizes, room = longs(*numbers), longs(0, 0)
+    library().fxprune_sim_tile_gradient_room(TYPES[dtype], of_input, sizes, room)
+    out = shifted(torch.full(shape if of_input else (nnz,), float("nan"), dtype=dtype), shift)
+    image = None
+    if of_input and dtype != torch.float32:
+        image = tile_image(given, tile_ptr, len(index), granularity, len(columns))
+    first = torch.full((room[0],), -9, dtype=torch.int32)
+    second = torch.full((room[1],) if of_input else (room[1] if room[1] > 1 else 0, nnz), -9).to(
+        torch.int32 if of_input else torch.float32
+    )
+    read = (grad, given, image, index, tile_ptr, columns)
+    begin(seed, plant, read, (out, first, second))
+    tensors = (ctypes.c_void_p * 7)(*[pointer(t) for t in (*read, out)])
+    call = library().fxprune_sim_tile_gradient
+    room_parts = ctypes.c_int64(room[1])
+    finish(call(TYPES[dtype], of_input, tensors, pointer(first), pointer(second), room_parts, sizes), (out,))
     return out
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.gpu import place, test_convolutions, test_nm_prune, test_operators, test_small
+from tests.gpu import test_tile_gradients as gradients
 
 FLOAT = torch.float32
 
@@ -35,6 +36,13 @@ def test_gemms_are_built_right() -> None:
     test_operators.test_depthwise(3, FLOAT)
     for shape in test_operators.GEMMS[:5]:
         test_operators.test_tile_gemm(shape, FLOAT)
+
+
+def test_gradients_of_tiles_are_built_right() -> None:
+    for shape in gradients.GEMMS[:4]:
+        gradients.test_gemm(shape, FLOAT)
+    for shape in gradients.CONVOLUTIONS[:4]:
+        gradients.test_convolution(shape, FLOAT)
 
 
 @pytest.mark.parametrize("function", ("random", "rescaled_magnitude", "mvue"))
@@ -78,9 +86,10 @@ def test_benchmarks_are_built_right(fusions: Any, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(fusions, name, ((2, 16, 9, 70, 3, 1),))
     monkeypatch.setattr(fusions, "POOLS", ((2, 16, 9, 3, 1),))
     monkeypatch.setattr(fusions, "GRADIENTS", ((1, 64, 4),))
+    monkeypatch.setattr(fusions, "LINEARS", ((40, 64, 256, 0.5),))
     monkeypatch.setattr(fusions, "backward_row", lambda *shape, run=fusions.backward_row: run(2, 16, 9, shape[-1]))
     rows = list(fusions.fusion_rows({"copy_tb_s": 4.3}))
-    assert len(rows) == 8
+    assert len(rows) == 10
     for row in rows:
         assert not row["left_out"], row
         assert row["us"]["ours"] == 2.0 and row["speedup"] == 1.0

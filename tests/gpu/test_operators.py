@@ -130,7 +130,9 @@ def test_gradients_match_the_cpu(op: Operator, args: tuple[Any, ...]) -> None:
         grad = torch.linspace(-1, 1, output.numel(), device=place).view_as(output)
         results.append([output, *torch.autograd.grad(output, leaves, grad)])
     for cpu, gpu in zip(*results, strict=True):
-        torch.testing.assert_close(gpu.cpu(), cpu, rtol=1e-4, atol=1e-4)
+        # bfloat16: a GPU rounds the gradient behind an activation before it multiplies
+        tolerance = 1e-4 if cpu.dtype == torch.float32 else 4e-2
+        torch.testing.assert_close(gpu.cpu(), cpu, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

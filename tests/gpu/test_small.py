@@ -11,11 +11,14 @@ from fxprune.lowering.kernels.cuda import OPERATORS
 from fxprune.ops import OPS
 from fxprune.ops.nm_prune import FUNCTIONS
 from fxprune.ops.operator import Operator
-from tests.gpu import test_convolutions, test_nm_prune, test_operators
+from tests.gpu import test_convolutions, test_nm_prune, test_operators, test_tile_gradients
 from tests.gpu.place import DTYPES, on_gpu
 
 # the operators that no test below calls
-PLAIN = [op for op in OPS if op.name in OPERATORS and op.name not in ("tile_gemm", "tile_conv", "dsconv", "nm_prune")]
+TESTED = ("tile_gemm", "tile_conv", "dsconv", "nm_prune", "tile_grad_input", "tile_grad_weight", "tile_conv_grad_input",
+    "tile_conv_grad_weight",
+)  # fmt: skip
+PLAIN = [op for op in OPS if op.name in OPERATORS and op.name not in TESTED]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -25,6 +28,10 @@ def test_gemms_and_convolutions(dtype: torch.dtype) -> None:
     test_convolutions.test_tile_conv(test_convolutions.CONVOLUTIONS[0], dtype)
     for kernel in (3, 7):
         test_convolutions.test_dsconv(test_convolutions.PAIRS[0], kernel, dtype)
+    for shape in test_tile_gradients.GEMMS[:3]:
+        test_tile_gradients.test_gemm(shape, dtype)
+    for shape in test_tile_gradients.CONVOLUTIONS[:3]:
+        test_tile_gradients.test_convolution(shape, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

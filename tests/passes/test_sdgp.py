@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import backend
 from fxprune.gradients import gradient_clock
+from fxprune.ops import tile_gradients
 from fxprune.ops.nm_prune import FUNCTIONS
 from fxprune.plan import lookup
 from tests.oracle import FORCED, integer_model, integers
@@ -278,8 +279,14 @@ def test_a_weight_gradient_is_pruned_along_what_it_adds_up() -> None:
     assert torch.equal(given["weight"], pruned.t() @ x)
 
 
-def test_pruned_weights_and_pruned_gradients() -> None:
-    """Layers that run our kernels in training have their data gradient pruned as well."""
+@pytest.mark.parametrize("target", ("dX", "dW"))
+@pytest.mark.parametrize("sparse", (False, True))
+def test_pruned_weights_and_pruned_gradients(sparse: bool, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that run our kernels in training have their data gradient pruned as well.
+
+    sparse: gradients by the operators that a GPU runs.
+    """
+    monkeypatch.setattr(tile_gradients, "pays", lambda *_: sparse)
     make = lambda: net(  # noqa: E731
         lambda s, x: s.c(F.relu(s.b(F.relu(s.a(x)))).mean((2, 3)) * 16),
         a=nn.Conv2d(8, 16, 1),
@@ -288,7 +295,12 @@ def test_pruned_weights_and_pruned_gradients() -> None:
     )
     x = integers(2, 8, 4, 4, seed=7).requires_grad_()
     model = fxprune.prune(make(), x, sparsity=0.5, columns=False, granularity=8).model.train()
-    assert check(model, x) == 3
+    if target == "dX":
+        assert check(model, x) == 3
+    else:  # no layer that was rewritten is left out
+        with watched() as seen:
+            gradients(model, compiled(model, "2:4", grad_target="dW"), x)
+        assert sum(ops[PRUNE] for ops in seen.operators) == sum(seen.pruned) == 3
     ran = backend.LAST_REPORTS[-1].decisions
     assert all(d.chosen for d in ran) and len(ran) == 3
 

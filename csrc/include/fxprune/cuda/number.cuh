@@ -39,6 +39,15 @@ struct alignas(16) Quad {
   uint32_t word[4];
 };
 
+FXPRUNE_GPU Quad quad_of(const uint16_t (&element)[8]) {
+  Quad quad;
+  FXPRUNE_UNROLLED
+  for (int j = 0; j < 4; ++j) {
+    quad.word[j] = element[2 * j] | static_cast<uint32_t>(element[2 * j + 1]) << 16;
+  }
+  return quad;
+}
+
 FXPRUNE_GPU float float_of_bits(uint32_t bits) {
 #ifdef __CUDACC__
   return __uint_as_float(bits);

@@ -107,6 +107,14 @@ FXPRUNE_GPU void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
+// The same, not transposed: of matrix j the elements (lane/4, 2*(lane%4) + {0, 1}) in r[j].
+FXPRUNE_GPU void load_matrices(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
 // d (16x8) += a (16x16) * b (16x8). With g = lane/4 and t = lane%4: d holds (g, 2t), (g, 2t+1),
 // (g+8, 2t), (g+8, 2t+1); a holds pairs along k at (g, 2t), (g+8, 2t), (g, 2t+8), (g+8, 2t+8); b
 // holds pairs along k at (2t, g), (2t+8, g).

@@ -98,15 +98,6 @@ struct TileGemmMma {
     store_shared<Quad>(to, quad_of(element));
   }
 
-  static FXPRUNE_GPU Quad quad_of(const uint16_t (&element)[8]) {
-    Quad quad;
-    FXPRUNE_UNROLLED
-    for (int j = 0; j < 4; ++j) {
-      quad.word[j] = element[2 * j] | static_cast<uint32_t>(element[2 * j + 1]) << 16;
-    }
-    return quad;
-  }
-
   static FXPRUNE_GPU void multiply(const char* stage, float (&sums)[kBlocksM][4][4]) {
     const int lane = thread() % 32, warp = thread() / 32;
     const int feature = warp / 4 * (Features / 2), token = warp % 4 * 32;

@@ -97,15 +97,10 @@ struct TileBlocks {
           const bool inside = k < rows && f + j < width;
           element[j] = inside ? load_global<uint16_t>(values + k * width + f + j) : uint16_t{0};
         }
-        Quad quad;
-        FXPRUNE_UNROLLED
-        for (int j = 0; j < 4; ++j) {
-          quad.word[j] = element[2 * j] | static_cast<uint32_t>(element[2 * j + 1]) << 16;
-        }
         const int64_t at =
             k / kBlockRows * image.block_bytes() + f / kPanel * kPanelBytes +
             panel_offset(static_cast<int>(k % kBlockRows), static_cast<int>(f % kPanel));
-        store_global<Quad>(out + at, quad);
+        store_global<Quad>(out + at, quad_of(element));
       }
     }
   }
