@@ -32,6 +32,8 @@ PAIRS = (
 POOLS = ((32, 240, 28, 5, 1), (256, 480, 14, 3, 1), (256, 1152, 7, 5, 1))
 WINDOWS = ((32, 64, 56, 64, 3, 1), (32, 128, 28, 128, 3, 1), (1, 256, 14, 256, 3, 1))
 GRADIENTS = ((32, 4096, 4), (32, 4096, 16))
+# rows, K, N of data gradients: wide linear layers, where pruning them to 2:4 may pay
+WIDE = ((4096, 3072, 768), (4096, 4096, 4096), (8192, 8192, 2048))
 # tokens, K, N, share of kept K rows: BERT-base
 LINEARS = ((4096, 768, 3072, 0.5), (4096, 768, 3072, 0.3), (4096, 3072, 768, 0.3))
 
@@ -49,6 +51,8 @@ def fusion_rows(ceilings: dict[str, float]) -> Iterator[Row]:
         yield window_backward_row(*window)
     for linear in LINEARS:
         yield linear_backward_row(*linear)
+    for wide in WIDE:
+        yield sparse_row(*wide)
     for function in ("magnitude", "rescaled_magnitude", "mvue"):
         for rows, channels, m in GRADIENTS:
             yield prune_row(128 * rows, channels, m, function, ceilings)
@@ -177,6 +181,26 @@ def linear_backward_row(tokens: int, k: int, n: int, keep: float) -> Row:
     rivals.add("ours", lambda: ours)
     rivals.add("cublas", lambda: lambda: (dense.t() @ grad[0], grad[0] @ x[0].t()))
     return row(f"linear backward {tokens}x{k}->{n} keep {keep:.0%}", rivals, None)
+
+
+def sparse_row(rows: int, k: int, n: int) -> Row:
+    """A product pruned to 2:4, pruning and packing included; rivals multiply densely, or prune, compress and multiply."""
+    grad, weight = random(rows, k), random(k, n)
+
+    def compressed() -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            pruned = CALL.nm_prune(grad, None, 2, 4, -1, 1, "magnitude", 0)
+            return torch._cslt_sparse_mm(torch._cslt_compress(pruned), weight)
+
+        right = CALL.nm_prune(grad, None, 2, 4, -1, 1, "magnitude", 0) @ weight
+        torch.testing.assert_close(call(), right, rtol=2e-2, atol=2e-2 * float(right.abs().max()))
+        return call
+
+    rivals = Rivals()
+    rivals.add("ours", lambda: lambda: CALL.nm_mm(grad, weight))
+    rivals.add("cublas", lambda: lambda: grad @ weight)
+    rivals.add("cusparselt", compressed)
+    return row(f"2:4 product {rows}x{k}->{n}", rivals, None)
 
 
 def prune_row(rows: int, channels: int, m: int, function: str, ceilings: dict[str, float]) -> Row:

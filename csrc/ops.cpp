@@ -345,6 +345,7 @@ STABLE_TORCH_LIBRARY(fxprune, m) {
   m.def(
       "rnn_steps(Tensor gates, Tensor h, Tensor? c, Tensor values, Tensor index, Tensor tile_ptr, "
       "Tensor columns, Tensor? bias, int granularity, bool reverse) -> Tensor[]");
+  m.def("nm_mm(Tensor x, Tensor weight) -> Tensor");
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");
 #ifdef FXPRUNE_SANITIZE

@@ -52,6 +52,7 @@ SCHEMAS = (
     f"rnn_steps(Tensor gates, Tensor h, Tensor? c, Tensor values, {_TILES}, Tensor? bias, int granularity, "
     "bool reverse) -> Tensor[]",
     "nm_prune(Tensor grad, Tensor? key, int n, int m, int dim, int groups, str function, int layer) -> Tensor",
+    "nm_mm(Tensor x, Tensor weight) -> Tensor",
     "skip_zeros_mm(Tensor x, Tensor weight, int dim) -> Tensor",
     "isa() -> str",
     "set_isa(str name) -> ()",

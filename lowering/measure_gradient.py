@@ -14,6 +14,7 @@ from ..config import Config
 from ..cost import hint
 from ..gradients import GradientTimes, Ratio
 from ..graph import argument, aten, fake, is_call
+from ..ops import nm_mm
 from . import library
 from .measure import ROUNDS, interleave
 
@@ -47,13 +48,18 @@ class MeasureGradient:
             def dense(given: Tensor) -> Tensor:
                 return torch.autograd.grad(y, data, given, retain_graph=True)[0]
 
-            matrix = None if self._config.grad_target == "dW" else _matrix(node, real, dim)
+            matrix = None if self._config.grad_target == "dW" else _matrix(node, real, dim, ratio)
             if matrix is None:
                 (pruned, plain), _ = interleave([lambda: dense(prune()), lambda: dense(grad)], self._rounds)
                 return GradientTimes(plain, pruned)
         with torch.no_grad():
             product = _product(node, real[x], matrix)
-            runs = [lambda: product(prune()), lambda: product(grad), lambda: _skipping(prune(), matrix, dim)]
+            itself = grad.dtype != torch.float32 and nm_mm.prunes(self._config.grad_pruning, ratio.n, ratio.m)
+            runs = [
+                lambda: product(prune()),
+                lambda: product(grad),
+                lambda: _skipping(grad if itself else prune(), matrix, dim),
+            ]
             (pruned, plain, skipping), _ = interleave(runs, self._rounds)
         return GradientTimes(plain, pruned, skipping)
 
@@ -62,9 +68,17 @@ class MeasureGradient:
         return ROUNDS[self._config.autotune]
 
 
-def _matrix(node: Node, real: dict[Node, Tensor], dim: int) -> Tensor | None:
-    """Return the weight (N, K) where the data gradient is a product of float32 matrices, else ``None``."""
-    if not is_call(node, *_PRODUCTS, *_CONVOLUTIONS) or any(t.dtype != torch.float32 for t in real.values()):
+def _matrix(node: Node, real: dict[Node, Tensor], dim: int, ratio: Ratio) -> Tensor | None:
+    """Return the weight (N, K) where the data gradient is a product that can skip zeros, else ``None``."""
+    weight = _weight(node, real, dim)
+    if weight is None or all(t.dtype == torch.float32 for t in real.values()):
+        return weight
+    return weight if dim == -1 and nm_mm.runs(weight.t(), weight, ratio.n, ratio.m) else None
+
+
+def _weight(node: Node, real: dict[Node, Tensor], dim: int) -> Tensor | None:
+    """Return the weight (N, K) where the data gradient is a product of matrices, else ``None``."""
+    if not is_call(node, *_PRODUCTS, *_CONVOLUTIONS):
         return None
     position = 2 if is_call(node, aten.addmm.default) else 1
     weight = real.get(node.args[position])  # type: ignore[arg-type]
@@ -90,6 +104,8 @@ def _product(node: Node, x: Tensor, matrix: Tensor) -> Callable[[Tensor], Tensor
 
 
 def _skipping(grad: Tensor, matrix: Tensor, dim: int) -> Tensor:
+    if grad.dtype != torch.float32:
+        return torch.ops.fxprune.nm_mm(grad.reshape(-1, grad.shape[-1]), matrix)
     return torch.ops.fxprune.skip_zeros_mm(grad if dim == 1 else grad.reshape(-1, grad.shape[-1]), matrix, dim)
 
 

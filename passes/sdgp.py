@@ -1,7 +1,8 @@
 """Structured data gradient pruning: in the backward graph, prune the dL/dO that the data gradient reads.
 
     dX, dW, db = convolution_backward(g, x, w)  =>  dX = convolution_backward(nm_prune(g), x, w), dW, db as before
-    dX = mm(g, w)                               =>  dX = mm(nm_prune(g), w), or skip_zeros_mm(nm_prune(g), w)
+    dX = mm(g, w)                               =>  dX = mm(nm_prune(g), w), or skip_zeros_mm(nm_prune(g), w), or on
+                                                    a GPU nm_mm(g, w), which prunes by itself
 
 Runs on the joint graph of AOTAutograd. ``passes/mark_gradients.py`` left a mark on each dL/dO; from there views are
 followed to the products that read it. One that adds up over the output features is the data gradient, one that adds up
@@ -25,11 +26,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..gradients import Ratio
 from ..graph import argument, aten
+from ..ops import nm_mm
 
 _MARK = torch.ops.fxprune_mark.gradient.default
 _OUTPUT = torch.ops.fxprune_mark.output.default
 _PRUNE = torch.ops.fxprune.nm_prune.default
 _SKIP = torch.ops.fxprune.skip_zeros_mm.default
+_HALVES = torch.ops.fxprune.nm_mm.default
 _BACKWARD = aten.convolution_backward.default
 _PRODUCTS = (aten.mm.default, aten.bmm.default)
 # the gradients of our own layers over kept weights: what reads dL/dO first, and whether it is the data gradient
@@ -110,6 +113,13 @@ class _Layer:
         for use in list(_uses(self.mark, self.axis, ())):
             if use.node.target is _BACKWARD:
                 changed += self._split(use)
+            elif use.data in self.wants and use.data and self._halves(use.node, use.position):
+                prunes = nm_mm.prunes(self.settings.function, *self._ratio)
+                given = self._replay(use, self.mark if prunes else None)
+                product = _insert(use.node, _HALVES, (given, use.node.args[1]))
+                use.node.replace_all_uses_with(product)
+                use.node.graph.erase_node(use.node)
+                changed += 1
             elif use.data in self.wants:
                 pruned = self._replay(use)
                 if use.data and self._skips(use.node, use.position):
@@ -120,6 +130,17 @@ class _Layer:
                     use.node.update_arg(use.position, pruned)
                 changed += 1
         return min(changed, 1)
+
+    @property
+    def _ratio(self) -> tuple[int, int]:
+        return self.settings.ratio.n, self.settings.ratio.m
+
+    def _halves(self, node: Node, position: int) -> bool:
+        """True for a product of 16-bit matrices that is to run on the sparse tensor cores of a GPU."""
+        if self.number not in self.settings.skips or position != 0 or node.target is not aten.mm.default:
+            return False
+        left, right = (_value(a) for a in (argument(node, "self"), argument(node, "mat2")))
+        return nm_mm.runs(left, right, *self._ratio)
 
     def _skips(self, node: Node, position: int) -> bool:
         """True for a product of float32 matrices of a layer that is to skip zeros."""
@@ -176,9 +197,9 @@ class _Layer:
         node.graph.erase_node(node)
         return 1
 
-    def _replay(self, use: Use) -> Node:
-        """Apply the views in front of a use to the pruned gradient."""
-        current = self._pruned(use.data, use.node)
+    def _replay(self, use: Use, current: Node | None = None) -> Node:
+        """Apply the views in front of a use to the pruned gradient, or to ``current``."""
+        current = current or self._pruned(use.data, use.node)
         for view in use.path:
             current = _insert(use.node, view.target, (current, *view.args[1:]), None, view.kwargs)
         return current
@@ -186,7 +207,7 @@ class _Layer:
     def _pruned(self, data: bool, before: Node) -> Node:
         """Insert the pruning of the gradient ahead of ``before``."""
         rest = (self.settings.function, self.number)
-        ratio = (self.settings.ratio.n, self.settings.ratio.m)
+        ratio = self._ratio
         if data:
             return _insert(before, _PRUNE, (self.mark, self.key, *ratio, self.dim, self.groups, *rest))
         shape = list(_value(self.mark).shape)

@@ -32,6 +32,8 @@ EXPECTED = {
     "Dsconv": {"sm_90a": ("HMMA", "LDGSTS", "LDSM", "FFMA"), "sm_80": ("HMMA", "LDGSTS", "LDSM", "FFMA")},
     "DepthwiseTiles": {"sm_90a": ("FFMA", "LDGSTS"), "sm_80": ("FFMA", "LDGSTS")},
 }
+for _element in ("Bfloat", "Half"):
+    EXPECTED[f"NmGemm-{_element}"] = EXPECTED["TileGemmMma"]
 for _kernel in ("TileInputGradient", "TileWeightGradient"):
     for _element in ("Bfloat", "Half"):
         EXPECTED[f"{_kernel}-{_element}"] = EXPECTED["TileGemmMma"]

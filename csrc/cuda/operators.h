@@ -5,6 +5,7 @@
 #include "fxprune/cuda/depthwise_gradients.cuh"
 #include "fxprune/cuda/depthwise_pool.cuh"
 #include "fxprune/cuda/dsconv.cuh"
+#include "fxprune/cuda/nm_gemm.cuh"
 #include "fxprune/cuda/nm_prune.cuh"
 #include "fxprune/cuda/tile_gemm.cuh"
 #include "fxprune/cuda/tile_grad_input.cuh"
@@ -28,6 +29,8 @@ void tile_pack_cuda(const TilePackArgs& a, int64_t rows, int element_bytes, bool
 void dsconv_cuda(const DsconvArgs& a, Element element, void* stream);
 // What a block of the current device may have.
 int64_t most_shared_bytes();
+// element: kHalf or kBfloat.
+void nm_gemm_cuda(const NmGemmArgs& a, Element element, void* stream);
 void nm_prune_cuda(const NmPruneArgs& a, Element element, void* stream);
 void tile_conv_cuda(const TileGemmArgs& a, Element element, void* stream);
 // hopper: whether the sm_90a kernels may run.

@@ -44,6 +44,7 @@ enum class Plant : int {
   kEarlyArrive,     // an mbarrier completes one arrival early
   kNoMatrixFence,   // wgmma.fence does nothing
   kAccumulatorRow,  // the accumulators' row halves are exchanged
+  kPlaces,          // mma.sp takes the places of kept elements from the other pair of lanes
 };
 
 // Declares `bytes` of global memory at `data` for the launches that follow. Writable memory counts

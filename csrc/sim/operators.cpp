@@ -61,6 +61,11 @@ int64_t most_shared_bytes() {
   return 99 << 10;  // of the smallest GPU of compute capability 8
 }
 
+void nm_gemm_cuda(const NmGemmArgs& a, Element element, void*) {
+  if (element == Element::kHalf) return nm_gemm<Half>(simulator, a);
+  nm_gemm<Bfloat>(simulator, a);
+}
+
 void nm_prune_cuda(const NmPruneArgs& a, Element element, void*) {
   with_element(element, [&](auto t) { nm_prune<decltype(t)>(simulator, a); });
 }

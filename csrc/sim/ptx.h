@@ -87,6 +87,17 @@ void multiply_16x8x16(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1
   multiply_warp(d, a, b, &convert_bits<T>);
 }
 
+// The same for a left operand with two kept elements in four, whose places lie in lanes 4g + 2*pair
+// and 4g + 2*pair + 1.
+void multiply_warp_sparse(float* d, const uint32_t* a, const uint32_t* b, uint32_t places, int pair,
+                          float (*convert)(uint16_t));
+
+template <class T, int Pair>
+void multiply_sparse_16x8x32(float* d, const uint32_t (&a)[4], const uint32_t (&b)[4],
+                             uint32_t places) {
+  multiply_warp_sparse(d, a, b, places, Pair, &convert_bits<T>);
+}
+
 // ---- sm_90a ----
 
 inline void mbarrier_init(void* at, int arrivals) {

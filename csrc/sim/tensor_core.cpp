@@ -123,6 +123,50 @@ void multiply_warp(float* d, const uint32_t* a, const uint32_t* b, float (*conve
   });
 }
 
+void multiply_warp_sparse(float* d, const uint32_t* a, const uint32_t* b, uint32_t places, int pair,
+                          float (*convert)(uint16_t)) {
+  struct Lane {
+    float* d;
+    const uint32_t *a, *b;
+    uint32_t places;
+    int pair;
+    float (*convert)(uint16_t);
+  } lane{d, a, b, places, pair, convert};
+  sim::collective("mma.sp", 32, &lane, [](void* const* lanes) {
+    const auto of = [lanes](int i) { return static_cast<const Lane*>(lanes[i]); };
+    const int pair = of(0)->pair ^ (sim::planted() == Plant::kPlaces ? 1 : 0);
+    float a_full[16][32] = {}, b_full[32][8];
+    for (int i = 0; i < 32; ++i) {
+      const Lane* own = of(i);
+      const int g = i / 4, t = i % 4;
+      for (int j = 0; j < 4; ++j) {
+        for (int part = 0; part < 2; ++part) {
+          b_full[8 * j + 2 * t + part][g] = own->convert(half_of(own->b[j], part));
+          // Kept element `column` of 16 of a row: one of two in a group of four k.
+          const int row = g + 8 * (j % 2), column = 2 * t + 8 * (j / 2) + part;
+          const uint32_t word = of(4 * g + 2 * pair + column / 8)->places >> (16 * (j % 2));
+          const uint32_t group = word >> (column % 8 / 2 * 4) & 15;
+          if ((group & 3) >= group >> 2) {
+            sim::fault("gives mma.sp places of kept elements that do not rise");
+          }
+          const int place = static_cast<int>(part == 0 ? group & 3 : group >> 2);
+          a_full[row][column / 2 * 4 + place] = own->convert(half_of(own->a[j], part));
+        }
+      }
+    }
+    const int flip = sim::planted() == Plant::kAccumulatorRow ? 1 : 0;
+    for (int i = 0; i < 32; ++i) {
+      Lane* own = static_cast<Lane*>(lanes[i]);
+      for (int e = 0; e < 4; ++e) {
+        const int row = i / 4 + 8 * ((e / 2) ^ flip), column = 2 * (i % 4) + e % 2;
+        double sum = own->d[e];
+        for (int k = 0; k < 32; ++k) sum += double{a_full[row][k]} * b_full[k][column];
+        own->d[e] = static_cast<float>(sum);
+      }
+    }
+  });
+}
+
 void product_fence() {
   sim::collective("wgmma.fence", 128, nullptr, [](void* const*) { sim::product_fence(); });
 }

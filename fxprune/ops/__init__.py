@@ -5,6 +5,7 @@ from fxprune.ops import (
     depthwise_pool,
     depthwise_taps,
     dsconv,
+    nm_mm,
     nm_prune,
     region,
     rnn_steps,
@@ -34,5 +35,6 @@ OPS: tuple[Operator, ...] = (
     region.OPERATOR,
     rnn_steps.OPERATOR,
     nm_prune.OPERATOR,
+    nm_mm.OPERATOR,
     skip_zeros.OPERATOR,
 )

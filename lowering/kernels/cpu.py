@@ -60,6 +60,6 @@ def operator(name: str) -> Callable[..., Any]:
 # only the backward of a GPU calls them: their references run here
 REFERENCE_ONLY = (
     "depthwise_grad_input", "depthwise_grad_weight", "tile_grad_input", "tile_grad_weight", "tile_conv_grad_input",
-    "tile_conv_grad_weight",
+    "tile_conv_grad_weight", "nm_mm",
 )  # fmt: skip
 IMPLS = tuple(Impl(op.name, "cpu", operator(op.name), _supports(op.name)) for op in OPS if op.name not in REFERENCE_ONLY)

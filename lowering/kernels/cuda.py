@@ -13,9 +13,9 @@ from .impl import Impl
 
 # The other operators have no CUDA kernel: their layers stay dense on a GPU.
 OPERATORS = (
-    "depthwise_taps", "depthwise_pool", "depthwise_grad_input", "depthwise_grad_weight", "dsconv", "nm_prune", "tile_conv",
-    "tile_conv_grad_input", "tile_conv_grad_weight", "tile_gemm", "tile_grad_input", "tile_grad_weight", "tile_pack",
-    "tile_unpack",
+    "depthwise_taps", "depthwise_pool", "depthwise_grad_input", "depthwise_grad_weight", "dsconv", "nm_mm", "nm_prune",
+    "tile_conv", "tile_conv_grad_input", "tile_conv_grad_weight", "tile_gemm", "tile_grad_input", "tile_grad_weight",
+    "tile_pack", "tile_unpack",
 )  # fmt: skip
 # The tensor cores' kernels take 64 output features at a time, two panels of them on Hopper, and K rows by 32; a tile
 # that is narrower runs as wide. Depthwise, each channel has its own taps.

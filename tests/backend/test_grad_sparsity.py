@@ -19,6 +19,7 @@ from fxprune import backend
 from fxprune import gradients as gradients_module
 from fxprune.errors import NoGradientPruned
 from fxprune.gradients import GradientTimes, gradient_clock, ratio_at
+from fxprune.ops import nm_mm
 from tests.oracle import FORCED, integer_model, integers
 from tests.sdgp import gradients, watched
 
@@ -278,6 +279,24 @@ def test_a_fixed_ratio_reports_its_cost(dynamic: bool | None) -> None:
     assert rows[0]["skipping zeros us"] == "-" and all(float(row["skipping zeros us"]) > 0 for row in rows[1:])
     choices = [layer.skips for layer in backend.LAST_REPORTS[-1].gradients]
     assert [row["data gradient reads"] == "pruned, skipping zeros" for row in rows] == choices
+
+
+@pytest.mark.parametrize("function", ["magnitude", "group_rescaled_magnitude"])
+def test_a_gpu_times_16_bit_products_of_its_own(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timed, and run when it is the fastest; as on a GPU, whose operator takes these types."""
+
+    def fastest(runs: list[Callable[[], Tensor]], rounds: int) -> tuple[list[float], bool]:
+        pruned, _, sparse = (run() for run in runs)
+        torch.testing.assert_close(pruned, sparse)
+        return [2.0, 3.0, 1.0], True
+
+    monkeypatch.setattr(measure_gradient, "interleave", fastest)
+    monkeypatch.setattr(nm_mm, "runs", lambda x, weight, n, m: x.dtype == torch.bfloat16)
+    model, x = integer_model(nn.Linear(8, 12)).train().bfloat16(), integers(5, 8).bfloat16().requires_grad_()
+    with watched() as seen:
+        gradients(model, compiled(model, "2:4", autotune="fast", grad_pruning=function), x)
+    assert seen.operators[0]["fxprune.nm_mm.default"] == 1
+    assert seen.operators[0]["fxprune.nm_prune.default"] == (function != "magnitude")
 
 
 @pytest.mark.parametrize("call", [F.linear, torch.matmul, F.conv1d, F.conv2d])

@@ -36,7 +36,7 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)
 # the functions that return a text or null
 MESSAGES = ("depthwise", "dsconv", "nm_prune", "tile_image", "tile_gemm", "tile_conv", "tile_pack", "transpose")
-MESSAGES += ("depthwise_gradient", "tile_gradient", "case", "run_case")
+MESSAGES += ("depthwise_gradient", "tile_gradient", "nm_gemm", "case", "run_case")
 SEEDS = (0, 1, 2)  # threads in order, in reverse, shuffled
 
 
@@ -57,6 +57,7 @@ class Plant(enum.IntEnum):
     EARLY_ARRIVE = 7
     NO_MATRIX_FENCE = 8
     ACCUMULATOR_ROW = 9
+    PLACES = 10
 
 
 def build() -> Path:
@@ -323,6 +324,24 @@ def nm_prune(
     operands = [pointer(t) for t in (grad, key, factors, out)]
     finish(library().fxprune_sim_nm_prune(TYPES[grad.dtype], *operands, sizes), (out,))
     return out
+
+
+def nm_gemm(
+    x: Tensor, weight: Tensor, *, seed: int = 0, plant: Plant = Plant.NONE, shift: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``fxprune::nm_mm`` on the simulator; x: (R, K), weight: (K, N), 16 bits.
+
+    Returns the product, the kept elements (R, K rounded up to 64, / 2), and their places as the kernel reads them.
+    """
+    sizes, room = longs(x.shape[0], *weight.shape), longs(0, 0)
+    library().fxprune_sim_nm_gemm_room(sizes, room)
+    out = shifted(torch.full((x.shape[0], weight.shape[1]), float("nan"), dtype=x.dtype), shift)
+    packed = shifted(torch.full((x.shape[0], room[0] // max(x.shape[0], 1)), float("nan"), dtype=x.dtype), 0)
+    places = shifted(torch.full((room[1],), -1, dtype=torch.int16), 0)
+    begin(seed, plant, (x, weight), (out, packed, places))
+    operands = [pointer(t) for t in (x, weight, out, packed, places)]
+    finish(library().fxprune_sim_nm_gemm(TYPES[x.dtype], *operands, sizes), (out, packed, places))
+    return out, packed, places
 
 
 def dsconv(

@@ -72,6 +72,10 @@ def cast(args: tuple[Any, ...], dtype: torch.dtype) -> list[Any]:
 @pytest.mark.parametrize(("op", "args"), SAMPLES)
 def test_samples(call: Callable[..., Tensor], op: Operator, args: tuple[Any, ...], dtype: torch.dtype) -> None:
     given = cast(args, dtype)
+    if op.name == "nm_mm" and dtype == torch.float32:
+        with pytest.raises(RuntimeError, match="x must be float16 or bfloat16"):
+            call(op.name, *given)
+        return
     got = call(op.name, *given)
     expected = op.reference(*[a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in given])
     outputs = [y if isinstance(y, list) else [y] for y in (got, expected, op.fake(*given))]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gpu import place, test_convolutions, test_nm_prune, test_operators, test_small
+from tests.gpu import place, test_convolutions, test_nm_mm, test_nm_prune, test_operators, test_small
 from tests.gpu import test_tile_gradients as gradients
 
 FLOAT = torch.float32
@@ -43,6 +43,12 @@ def test_gradients_of_tiles_are_built_right() -> None:
         gradients.test_gemm(shape, FLOAT)
     for shape in gradients.CONVOLUTIONS[:4]:
         gradients.test_convolution(shape, FLOAT)
+
+
+def test_sparse_products_are_built_right() -> None:
+    for shape in test_nm_mm.SHAPES[:5]:
+        test_nm_mm.test_products(shape, torch.float16)
+    test_nm_mm.test_one_kept_element_in_four(3)
 
 
 @pytest.mark.parametrize("function", ("random", "rescaled_magnitude", "mvue"))
@@ -87,9 +93,10 @@ def test_benchmarks_are_built_right(fusions: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(fusions, "POOLS", ((2, 16, 9, 3, 1),))
     monkeypatch.setattr(fusions, "GRADIENTS", ((1, 64, 4),))
     monkeypatch.setattr(fusions, "LINEARS", ((40, 64, 256, 0.5),))
+    monkeypatch.setattr(fusions, "WIDE", ((40, 64, 48),))
     monkeypatch.setattr(fusions, "backward_row", lambda *shape, run=fusions.backward_row: run(2, 16, 9, shape[-1]))
     rows = list(fusions.fusion_rows({"copy_tb_s": 4.3}))
-    assert len(rows) == 10
+    assert len(rows) == 11
     for row in rows:
-        assert not row["left_out"], row
+        assert not set(row["left_out"]) - {"cusparselt"}, row
         assert row["us"]["ours"] == 2.0 and row["speedup"] == 1.0

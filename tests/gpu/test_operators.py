@@ -23,7 +23,7 @@ CALL = torch.ops.fxprune
 PLANES = ((1, 1), (1, 7), (7, 7), (14, 14), (15, 33), (28, 28), (56, 56), (112, 112), (37, 136))
 CUDA_OPS = [op for op in OPS if op.name in OPERATORS]
 SAMPLES = [pytest.param(op, args, id=f"{op.name}-{i}") for op in CUDA_OPS for i, args in enumerate(op.samples())]
-WITHOUT_GRADIENT = ("depthwise_pool", "dsconv", "nm_prune")
+WITHOUT_GRADIENT = ("depthwise_pool", "dsconv", "nm_prune", "nm_mm")
 # (batch, K, tokens, N, G): every kernel, and shapes of real layers
 GEMMS = (
     (1, 40, 8, 8, 8), (2, 33, 49, 70, 64), (1, 100, 136, 200, 128), (8, 96, 196, 576, 64), (4, 1152, 49, 320, 64),

@@ -11,11 +11,12 @@ from fxprune.lowering.kernels.cuda import OPERATORS
 from fxprune.ops import OPS
 from fxprune.ops.nm_prune import FUNCTIONS
 from fxprune.ops.operator import Operator
-from tests.gpu import test_convolutions, test_nm_prune, test_operators, test_tile_gradients
+from tests.gpu import test_convolutions, test_nm_mm, test_nm_prune, test_operators, test_tile_gradients
 from tests.gpu.place import DTYPES, on_gpu
 
 # the operators that no test below calls
-TESTED = ("tile_gemm", "tile_conv", "dsconv", "nm_prune", "tile_grad_input", "tile_grad_weight", "tile_conv_grad_input",
+TESTED = (
+    "tile_gemm", "tile_conv", "dsconv", "nm_prune", "nm_mm", "tile_grad_input", "tile_grad_weight", "tile_conv_grad_input",
     "tile_conv_grad_weight",
 )  # fmt: skip
 PLAIN = [op for op in OPS if op.name in OPERATORS and op.name not in TESTED]
@@ -46,6 +47,11 @@ def test_samples(op: Operator, dtype: torch.dtype) -> None:
         for ours, exact in zip(outputs(args), expected if isinstance(expected, list) else [expected], strict=True):
             tolerance = 2e-2 if dtype == torch.bfloat16 or exact.dtype == torch.bfloat16 else 4e-3
             torch.testing.assert_close(ours.float().cpu(), exact.float(), atol=tolerance * 4, rtol=tolerance)
+
+
+def test_sparse_products() -> None:
+    for shape in test_nm_mm.SHAPES[1:5]:
+        test_nm_mm.test_products(shape, torch.bfloat16)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

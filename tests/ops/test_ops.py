@@ -41,7 +41,7 @@ ZEROS = {
     "skip_zeros_mm": 0.75,
 }
 EXACT = ("none", "relu", "relu6")
-WITHOUT_GRADIENT = {"region", "rnn_steps", "nm_prune", "dsconv", "depthwise_pool"}
+WITHOUT_GRADIENT = {"region", "rnn_steps", "nm_prune", "nm_mm", "dsconv", "depthwise_pool"}
 # a sigmoid between sums (tests/csrc/test_rnn.py has the exact cases); draws and quotients (tests/ops/test_nm_prune.py)
 ROUNDS = {"rnn_steps", "nm_prune"}
 WHOLE = [case for case in CASES if case.values[0].name not in ROUNDS]

@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from fxprune.lowering.measure_gradient import MeasureGradient
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxprune
 from fxprune.gradients import GradientTimes, gradient_clock
+from fxprune.ops import nm_mm
 from tests.oracle import FORCED, integer_model, integers
 from tests.sdgp import gradients, watched
 
-SKIP, PRUNE = "fxprune.skip_zeros_mm.default", "fxprune.nm_prune.default"
+SKIP, PRUNE, HALVES = (f"fxprune.{name}.default" for name in ("skip_zeros_mm", "nm_prune", "nm_mm"))
 FASTER = GradientTimes(3.0, 2.0, 1.0)
 
 
@@ -100,6 +102,34 @@ def test_a_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_targets(name: str, target: str, skips: int, monkeypatch: pytest.MonkeyPatch) -> None:
     make, data, _ = LAYERS[name]
     check(monkeypatch, integer_model(make()).train(), data().requires_grad_(), skips, grad_target=target)
+
+
+@pytest.mark.parametrize("function", ["magnitude", "rescaled_magnitude"])
+@pytest.mark.parametrize("shape", [(5, 8), (2, 5, 8)])
+def test_sparse_tensor_cores(shape: tuple[int, ...], function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU runs 16-bit linear layers; the product prunes by itself where it can."""
+    model, x = integer_model(nn.Linear(8, 12)).train().bfloat16(), integers(*shape).bfloat16().requires_grad_()
+    expected, plain = run(model, x, grad_pruning=function)
+    monkeypatch.setattr(MeasureGradient, "__call__", lambda self, *layer: FASTER)
+    monkeypatch.setattr(
+        nm_mm, "runs", lambda x, weight, n, m: (n, m) == (2, 4) and x.dtype == weight.dtype == torch.bfloat16
+    )
+    given, operators = run(model, x, grad_pruning=function)
+    assert plain[HALVES] == 0 and plain[PRUNE] == 1
+    assert operators[HALVES] == 1 and operators[PRUNE] == (function != "magnitude")
+    assert expected.keys() == given.keys()
+    for name, right in expected.items():
+        assert right is None or torch.equal(given[name], right), name
+
+
+def test_what_the_sparse_tensor_cores_take() -> None:
+    with FakeTensorMode():
+        x, weight = (torch.empty(shape, device="cuda", dtype=torch.float16) for shape in ((5, 8), (8, 12)))
+        uneven, single = torch.empty(5, 6, device="cuda", dtype=torch.float16), torch.empty(5, 8, device="cuda")
+    assert nm_mm.runs(x, weight, 2, 4) and nm_mm.runs(x, weight, 1, 4)
+    assert not nm_mm.runs(x, weight, 4, 8) and not nm_mm.runs(x, weight, 3, 4)
+    assert not nm_mm.runs(uneven, weight, 2, 4) and not nm_mm.runs(single, weight, 2, 4)
+    assert not nm_mm.runs(torch.empty(5, 8).half(), weight, 2, 4)
 
 
 class Mixed(nn.Module):

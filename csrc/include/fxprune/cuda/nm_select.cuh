@@ -2,6 +2,8 @@
 // the scalar twins of fxprune/nm_select.h. Keys are not negative; absent members have the key -1.
 #pragma once
 
+#include <cmath>
+
 #include "fxprune/cuda/ptx.cuh"
 
 namespace fxprune::gpu {
