@@ -28,6 +28,7 @@ COUNTED = ("HGMMA", "HMMA", "LDGSTS", "UBLKCP", "LDSM", "SYNCS", "FFMA", "LDL", 
 EXPECTED = {
     "TileGemmWgmma": {"sm_90a": ("HGMMA", "LDGSTS", "UBLKCP", "SYNCS")},
     "TileGemmMma": {"sm_90a": ("HMMA", "LDGSTS", "LDSM"), "sm_80": ("HMMA", "LDGSTS", "LDSM")},
+    "TileGemmResident": {"sm_90a": ("HMMA", "LDGSTS", "LDSM"), "sm_80": ("HMMA", "LDGSTS", "LDSM")},
     "TileGemmFfma": {"sm_90a": ("FFMA", "LDGSTS"), "sm_80": ("FFMA", "LDGSTS")},
     "Dsconv": {"sm_90a": ("HMMA", "LDGSTS", "LDSM", "FFMA"), "sm_80": ("HMMA", "LDGSTS", "LDSM", "FFMA")},
     "DepthwiseTiles": {"sm_90a": ("FFMA", "LDGSTS"), "sm_80": ("FFMA", "LDGSTS")},

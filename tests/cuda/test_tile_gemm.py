@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cuda.activations import EXACT, SMOOTH
-from tests.cuda.simulator import ELEMENTS, SEEDS, shifted, tile_gemm, tile_pack, transpose
+from tests.cuda.simulator import ELEMENTS, SEEDS, Fault, Plant, shifted, tile_gemm, tile_pack, transpose
 from tests.integers import generator, integers, tiles
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -109,6 +109,35 @@ def test_wgmma_longer_than_its_ring() -> None:
 
 def test_wgmma_many_items_per_block() -> None:
     check((2, 130, 200), 384, 128, keep=0.6, extras="b", hopper=True, processors=2, seed=2)
+
+
+# with so many tokens, K of at most 128 stays in shared memory; rows of 16-byte copies and without, parts of a tile
+RESIDENT = (((1, 40, 840), 70, 64), ((13, 100, 49), 130, 128), ((2, 128, 400), 200, 256), ((3, 17, 263), 20, 8))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", RESIDENT, ids=str)
+def test_weights_that_stay(case: tuple[tuple[int, int, int], int, int], dtype: torch.dtype) -> None:
+    shape, n, g = case
+    check(shape, n, g, dtype=dtype, keep=0.6, extras="br", activation="relu6", seed=n % 3)
+    check(shape, n, g, dtype=dtype, keep=1.0, extras="bg", hopper=True, processors=1, columns=0.8)
+    check(shape, n, g, dtype=dtype, extras="", empty_tile=True, shift=g == 64)
+
+
+@pytest.mark.parametrize("plant", (Plant.SHORT_WAIT, Plant.NO_BARRIER, Plant.LANE_MAP, Plant.SWIZZLE), ids=lambda p: p.name)
+def test_mistakes_in_weights_that_stay_are_caught(plant: Plant) -> None:
+    for seed in SEEDS:
+        gen = generator(9)
+        weight, (values, *structure) = tiles(gen, 64, 100, 64, 0.9, 1.0)
+        x = integers(gen, 1, 100, 1600)
+        arguments = (x.bfloat16(), values.bfloat16(), *structure, None, None, None, 64, 64)
+        expected = (weight @ x).bfloat16()
+        assert torch.equal(tile_gemm(*arguments, processors=1, seed=seed), expected)
+        try:
+            got = tile_gemm(*arguments, processors=1, seed=seed, plant=plant)
+        except Fault:
+            continue
+        assert not torch.equal(got, expected), f"{plant.name} passed with seed {seed}"
 
 
 def test_special_values_of_dropped_rows_do_not_spread() -> None:

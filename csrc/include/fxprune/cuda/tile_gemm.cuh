@@ -5,6 +5,7 @@
 #include "fxprune/cuda/tile_gemm_ffma.cuh"
 #include "fxprune/cuda/tile_gemm_mma.cuh"
 #include "fxprune/cuda/tile_gemm_narrow.cuh"
+#include "fxprune/cuda/tile_gemm_resident.cuh"
 #include "fxprune/cuda/tile_gemm_wgmma.cuh"
 
 namespace fxprune::gpu {
@@ -102,6 +103,7 @@ void tile_gemm(Launcher& launcher, TileGemmArgs a, const Gpu& gpu) {
   if (a.tiles == 0) return;
   if (is_narrow<T>(a)) return tile_gemm_narrow<T>(launcher, a);
   if constexpr (uses_image<T>()) {
+    if (is_resident<T>(a)) return tile_gemm_resident<T>(launcher, a, gpu.processors);
     const int64_t panels = a.layout().panels();
     if (gpu.hopper && a.vector && a.gate == nullptr && panels % 2 == 0) {
       if (panels % 4 == 0) {

@@ -106,6 +106,27 @@ FXPRUNE_GPU void gather_columns(const float (&v)[4][2], float (&out)[8]) {
   }
 }
 
+// Eight tokens from `column` on of K row `row` into 16 bytes of shared memory, as zeros where they
+// are not `real` or past the last of `tokens`. x: the image's rows at token 0; gate: of the image,
+// or null.
+template <class T>
+FXPRUNE_GPU void copy_tokens(const TileGemmArgs& a, const T* x, const T* gate, int64_t row,
+                             int column, int64_t tokens, bool real, char* to) {
+  const T* from = x + row * a.m + column;
+  if (a.vector && gate == nullptr) return copy_async<16>(to, real ? from : x, real);
+  const float scale = real && gate != nullptr ? to_float(load_global<T>(gate + row)) : 1.0f;
+  uint16_t element[8];
+  FXPRUNE_UNROLLED
+  for (int j = 0; j < 8; ++j) {
+    element[j] = 0;
+    if (real && column + j < tokens) {
+      const T value = load_global<T>(from + j);
+      element[j] = gate == nullptr ? value.bits : from_float<T>(to_float(value) * scale).bits;
+    }
+  }
+  store_shared<Quad>(to, quad_of(element));
+}
+
 // The output feature in column `column` of the item's tile, -1 behind its last one.
 FXPRUNE_GPU int64_t feature_of(const TileGemmArgs& a, const TileItem& item, int64_t column) {
   const int64_t at = item.tile * a.granularity + column;

@@ -63,24 +63,7 @@ struct TileGemmMma {
         gather(a.window, window, static_cast<int32_t>(row), first_row + k < item.rows, at);
         continue;
       }
-      const T* from = s.x + row * a.m + column;
-      if (a.vector && s.gate == nullptr) {
-        copy_async<16>(at, real ? from : s.x, real);
-      } else {
-        const float scale =
-            real && s.gate != nullptr ? to_float(load_global<T>(s.gate + row)) : 1.0f;
-        uint16_t element[8];
-        FXPRUNE_UNROLLED
-        for (int j = 0; j < 8; ++j) {
-          element[j] = 0;
-          if (real && column + j < s.tokens) {
-            const T value = load_global<T>(from + j);
-            element[j] =
-                s.gate == nullptr ? value.bits : from_float<T>(to_float(value) * scale).bits;
-          }
-        }
-        store_shared<Quad>(at, quad_of(element));
-      }
+      copy_tokens<T>(a, s.x, s.gate, row, column, s.tokens, real, at);
     }
   }
 
