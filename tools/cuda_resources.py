@@ -25,8 +25,7 @@ TABLE = ROOT / "csrc/cuda/resources.json"
 # instructions that are counted, by the beginning of their name in the disassembly
 COUNTED = ("HGMMA", "HMMA", "LDGSTS", "UBLKCP", "LDSM", "SYNCS", "FFMA", "LDL", "STL")
 # what must be there, by a part of the kernel's name, on the targets that have it
-EXPECTED = {
-    "TileGemmWgmma": {"sm_90a": ("HGMMA", "LDGSTS", "UBLKCP", "SYNCS")},
+EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {
     "TileGemmMma": {"sm_90a": ("HMMA", "LDGSTS", "LDSM"), "sm_80": ("HMMA", "LDGSTS", "LDSM")},
     "TileGemmResident": {"sm_90a": ("HMMA", "LDGSTS", "LDSM"), "sm_80": ("HMMA", "LDGSTS", "LDSM")},
     "TileGemmFfma": {"sm_90a": ("FFMA", "LDGSTS"), "sm_80": ("FFMA", "LDGSTS")},
@@ -35,6 +34,10 @@ EXPECTED = {
 }
 for _element in ("Bfloat", "Half"):
     EXPECTED[f"NmGemm-{_element}"] = EXPECTED["TileGemmMma"]
+    for _features in (128, 256):  # 1: under a window, whose pixels come through registers
+        for _windowed, _copies in ((0, ("LDGSTS",)), (1, ())):
+            _kernel = f"TileGemmWgmma-{_element}-{_features}-{_windowed}"
+            EXPECTED[_kernel] = {"sm_90a": ("HGMMA", "UBLKCP", "SYNCS", *_copies)}
 for _kernel in ("TileInputGradient", "TileWeightGradient"):
     for _element in ("Bfloat", "Half"):
         EXPECTED[f"{_kernel}-{_element}"] = EXPECTED["TileGemmMma"]

@@ -32,8 +32,8 @@ int64_t most_shared_bytes();
 // element: kHalf or kBfloat.
 void nm_gemm_cuda(const NmGemmArgs& a, Element element, void* stream);
 void nm_prune_cuda(const NmPruneArgs& a, Element element, void* stream);
-void tile_conv_cuda(const TileGemmArgs& a, Element element, void* stream);
 // hopper: whether the sm_90a kernels may run.
+void tile_conv_cuda(const TileGemmArgs& a, Element element, bool hopper, void* stream);
 void tile_gemm_cuda(const TileGemmArgs& a, Element element, bool hopper, void* stream);
 // Pointers as in tile_pieces.cuh; the weight's gradient in weight_gradient_parts() parts.
 void tile_grad_input_cuda(const TileGradientArgs& a, Element element, void* stream);

@@ -20,4 +20,7 @@ Tensor tile_gemm(const Tensor& x_in, const Tensor& values_in, const Tensor& inde
 Tensor transposed(const Tensor& x, int64_t rows, int64_t columns, gpu::Element element,
                   void* stream);
 
+// False when FXPRUNE_CUDA_ISA=sm_80 leaves the kernels for newer GPUs unused.
+bool newest_kernels();
+
 }  // namespace fxprune::cuda_ops

@@ -1,5 +1,5 @@
 // fxprune::tile_conv on the GPU: checks, and the hand-over to the kernels.
-#include "cuda/structure.h"
+#include "cuda/parts.h"
 
 namespace fxprune {
 namespace {
@@ -46,7 +46,7 @@ Tensor tile_conv(const Tensor& x_in, const Tensor& values, const Tensor& index,
   a.bias = address(bias);
   a.residual = address(residual);
   a.out = out.mutable_data_ptr();
-  gpu::tile_conv_cuda(a, element, stream);
+  gpu::tile_conv_cuda(a, element, cuda_ops::newest_kernels(), stream);
   return out;
 }
 

@@ -1,23 +1,10 @@
 #include "fxprune/cuda/tile_gemm.cuh"
 
+#include "cuda/current_gpu.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/operators.h"
 
 namespace fxprune::gpu {
-namespace {
-
-// The capabilities of the current device, asked for once each.
-Gpu current_gpu() {
-  int device = 0, major = 0, minor = 0, processors = 0;
-  check_cuda(cudaGetDevice(&device), "asking for the device");
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking");
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "asking");
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "asking");
-  return {major == 9 && minor == 0, processors};
-}
-
-}  // namespace
-
 void tile_image_cuda(const TileImageArgs& a, void* stream) {
   CudaLauncher launcher{static_cast<cudaStream_t>(stream)};
   tile_image(launcher, a);
@@ -38,8 +25,7 @@ void tile_pack_cuda(const TilePackArgs& a, int64_t rows, int element_bytes, bool
 
 void tile_gemm_cuda(const TileGemmArgs& a, Element element, bool hopper, void* stream) {
   CudaLauncher launcher{static_cast<cudaStream_t>(stream)};
-  Gpu gpu = current_gpu();
-  gpu.hopper = gpu.hopper && hopper;
+  const Gpu gpu = current_gpu(hopper);
   with_element(element, [&](auto t) { tile_gemm<decltype(t)>(launcher, a, gpu); });
 }
 

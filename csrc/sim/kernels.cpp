@@ -118,7 +118,8 @@ const char* fxprune_sim_tile_gemm(int type, void* const* tensors, const int64_t*
 }
 
 // tensors: as above, without a gate. sizes: as above up to the activation, then channels, groups,
-// height, width, out_w, and kernel, stride, padding and dilation, each (h, w).
+// height, width, out_w, and kernel, stride, padding and dilation, each (h, w), and whether sm_90a
+// kernels may run, processors.
 const char* fxprune_sim_tile_conv(int type, void* const* tensors, const int64_t* sizes) {
   return guarded([&] {
     TileGemmArgs a = tile_args(tensors, sizes);
@@ -129,7 +130,8 @@ const char* fxprune_sim_tile_conv(int type, void* const* tensors, const int64_t*
                            &w.pad_w,    &w.dilation_h, &w.dilation_w};
     for (int i = 0; i < 11; ++i) *fields[i] = static_cast<int>(sizes[11 + i]);
     Simulator simulator;
-    with_type(type, [&](auto t) { tile_conv<decltype(t)>(simulator, a); });
+    const Gpu gpu{sizes[22] != 0, static_cast<int>(sizes[23])};
+    with_type(type, [&](auto t) { tile_conv<decltype(t)>(simulator, a, gpu); });
   });
 }
 

@@ -70,8 +70,8 @@ void nm_prune_cuda(const NmPruneArgs& a, Element element, void*) {
   with_element(element, [&](auto t) { nm_prune<decltype(t)>(simulator, a); });
 }
 
-void tile_conv_cuda(const TileGemmArgs& a, Element element, void*) {
-  with_element(element, [&](auto t) { tile_conv<decltype(t)>(simulator, a); });
+void tile_conv_cuda(const TileGemmArgs& a, Element element, bool hopper, void*) {
+  with_element(element, [&](auto t) { tile_conv<decltype(t)>(simulator, a, {hopper, 3}); });
 }
 
 void tile_gemm_cuda(const TileGemmArgs& a, Element element, bool hopper, void*) {

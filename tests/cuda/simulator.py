@@ -219,7 +219,8 @@ def tile_gemm(
 def tile_conv(
     x: Tensor, values: Tensor, index: Tensor, tile_ptr: Tensor, columns: Tensor, bias: Tensor | None,
     residual: Tensor | None, n: int, granularity: int, kernel: list[int], stride: list[int], padding: list[int],
-    dilation: list[int], groups: int, activation: str = "none", *, seed: int = 0, plant: Plant = Plant.NONE,
+    dilation: list[int], groups: int, activation: str = "none", *, hopper: bool = False, processors: int = 3,
+    seed: int = 0, plant: Plant = Plant.NONE,
 ) -> Tensor:  # fmt: skip
     """``fxprune::tile_conv`` on the simulator."""
     size = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
@@ -227,7 +228,7 @@ def tile_conv(
     packed = (values, index, tile_ptr, columns, bias, residual, None)
     k = x.shape[1] // groups * kernel[0] * kernel[1]
     window = (x.shape[1], groups, *x.shape[2:], size[1], *kernel, *stride, *padding, *dilation)
-    numbers = (NAMES.index(activation), *window)
+    numbers = (NAMES.index(activation), *window, int(hopper), processors)
     return _tiles("tile_conv", x, packed, out, (size[0] * size[1], k, n), granularity, numbers, seed, plant)
 
 

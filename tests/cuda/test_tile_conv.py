@@ -45,11 +45,14 @@ def case(
     return [x, *packed, bias, extra, n, g, *windows, groups, activation], y
 
 
-def check(*args: Any, dtype: torch.dtype = torch.bfloat16, seed: int = 0, plant: Plant = Plant.NONE, **more: Any) -> None:
+def check(
+    *args: Any, dtype: torch.dtype = torch.bfloat16, seed: int = 0, plant: Plant = Plant.NONE, hopper: bool = False,
+    processors: int = 3, **more: Any,
+) -> None:  # fmt: skip
     """Run a :func:`case` and compare."""
     arguments, y = case(*args, **more)
     typed = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
-    got = tile_conv(*typed, seed=seed, plant=plant)
+    got = tile_conv(*typed, seed=seed, plant=plant, hopper=hopper, processors=processors)
     assert torch.equal(got, y.float().to(dtype)), f"{args} {more} {dtype} seed {seed}"
 
 
@@ -79,6 +82,28 @@ def test_deep_reductions_and_many_pixels() -> None:
     check((1, 40, 5, 30), 64, 64, (3, 3), 1, 1, dtype=torch.float32, keep=0.3)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_wgmma(seed: int) -> None:
+    """Tiles of 128 and 256 channels, edges of the image, items that follow each other in a block, groups."""
+    options = {"hopper": True, "seed": seed}
+    check((2, 5, 9, 11), 256, 256, (3, 3), 1, 1, residual=True, activation="relu6", **options)
+    check((1, 40, 9, 15), 200, 128, (3, 3), 1, 1, processors=1, keep=0.9, **options)
+    check((1, 6, 13, 9), 256, 128, (3, 3), 2, 1, dtype=torch.float16, **options)
+    check((2, 8, 6, 10), 256, 128, (3, 2), 1, 1, 2, groups=2, **options)
+
+
+WGMMA = (
+    Plant.NO_BARRIER, Plant.SWIZZLE, Plant.NO_PROXY_FENCE, Plant.NO_PHASE_WAIT, Plant.EARLY_ARRIVE, Plant.NO_MATRIX_FENCE,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("plant", WGMMA, ids=lambda p: p.name)
+def test_mistakes_with_wgmma_are_caught(plant: Plant) -> None:
+    for seed in SEEDS:
+        with pytest.raises((Fault, AssertionError)):
+            check((1, 40, 5, 30), 128, 128, (3, 3), 1, 1, keep=0.9, seed=seed, plant=plant, hopper=True, processors=1)
+
+
 @pytest.mark.parametrize("plant", (Plant.SHORT_WAIT, Plant.NO_BARRIER, Plant.LANE_MAP, Plant.SWIZZLE), ids=lambda p: p.name)
 def test_mistakes_are_caught(plant: Plant) -> None:
     """Every order of threads finds the mistake, as a fault or as a wrong result."""
@@ -100,5 +125,6 @@ def test_any_geometry(data: st.DataObject) -> None:
     check(
         shape, n, g, kernel, draw(st.integers(1, 3)),
         draw(st.integers(0, 3)), dilation, groups, dtype=draw(st.sampled_from(ELEMENTS)),
-        keep=draw(st.sampled_from((0.2, 0.7))), residual=draw(st.booleans()), seed=draw(st.sampled_from(SEEDS)),
+        keep=draw(st.sampled_from((0.2, 0.7))), residual=draw(st.booleans()), hopper=draw(st.booleans()),
+        seed=draw(st.sampled_from(SEEDS)),
     )  # fmt: skip

@@ -24,10 +24,11 @@ PLANES = ((1, 1), (1, 7), (7, 7), (14, 14), (15, 33), (28, 28), (56, 56), (112, 
 CUDA_OPS = [op for op in OPS if op.name in OPERATORS]
 SAMPLES = [pytest.param(op, args, id=f"{op.name}-{i}") for op in CUDA_OPS for i, args in enumerate(op.samples())]
 WITHOUT_GRADIENT = ("depthwise_pool", "dsconv", "nm_prune", "nm_mm")
-# (batch, K, tokens, N, G): every kernel, and shapes of real layers
+# (batch, K, tokens, N, G): every kernel, and shapes of real layers; in the last two the weights of a tile stay
 GEMMS = (
     (1, 40, 8, 8, 8), (2, 33, 49, 70, 64), (1, 100, 136, 200, 128), (8, 96, 196, 576, 64), (4, 1152, 49, 320, 64),
     (1, 768, 4096, 768, 128), (1, 768, 4096, 3072, 256), (1, 3072, 4096, 768, 256), (3, 300, 1000, 384, 128),
+    (13, 33, 49, 70, 64), (2, 128, 400, 200, 256),
 )  # fmt: skip
 
 

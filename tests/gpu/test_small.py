@@ -24,9 +24,10 @@ PLAIN = [op for op in OPS if op.name in OPERATORS and op.name not in TESTED]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gemms_and_convolutions(dtype: torch.dtype) -> None:
-    for shape in test_operators.GEMMS[:3]:
+    for shape in (*test_operators.GEMMS[:3], *test_operators.GEMMS[-2:]):
         test_operators.test_tile_gemm(shape, dtype)
-    test_convolutions.test_tile_conv(test_convolutions.CONVOLUTIONS[0], dtype)
+    for shape in (test_convolutions.CONVOLUTIONS[0], test_convolutions.CONVOLUTIONS[-1]):
+        test_convolutions.test_tile_conv(shape, dtype)
     for kernel in (3, 7):
         test_convolutions.test_dsconv(test_convolutions.PAIRS[0], kernel, dtype)
     for shape in test_tile_gradients.GEMMS[:3]:

@@ -88,6 +88,16 @@ void tile_blocks_of(Launcher& launcher, const TileGemmArgs& a) {
   }
 }
 
+// An even number of panels on Hopper's instructions; without a window, rows that 16-byte copies can
+// reach, and no gate.
+template <class T, bool Windowed, class Launcher>
+void tile_gemm_wgmma(Launcher& launcher, const TileGemmArgs& a, const Gpu& gpu) {
+  if (a.layout().panels() % 4 == 0) {
+    return launch_items<TileGemmWgmma<T, 256, Windowed>>(launcher, a, 256, gpu.processors);
+  }
+  launch_items<TileGemmWgmma<T, 128, Windowed>>(launcher, a, 128, gpu.processors);
+}
+
 // Sets `vector`: rows of m elements begin at 16-byte boundaries.
 template <class T>
 void set_vector(TileGemmArgs* a, const void* x) {
@@ -104,12 +114,8 @@ void tile_gemm(Launcher& launcher, TileGemmArgs a, const Gpu& gpu) {
   if (is_narrow<T>(a)) return tile_gemm_narrow<T>(launcher, a);
   if constexpr (uses_image<T>()) {
     if (is_resident<T>(a)) return tile_gemm_resident<T>(launcher, a, gpu.processors);
-    const int64_t panels = a.layout().panels();
-    if (gpu.hopper && a.vector && a.gate == nullptr && panels % 2 == 0) {
-      if (panels % 4 == 0) {
-        return launch_items<TileGemmWgmma<T, 256>>(launcher, a, 256, gpu.processors);
-      }
-      return launch_items<TileGemmWgmma<T, 128>>(launcher, a, 128, gpu.processors);
+    if (gpu.hopper && a.vector && a.gate == nullptr && a.layout().panels() % 2 == 0) {
+      return tile_gemm_wgmma<T, false>(launcher, a, gpu);
     }
   }
   tile_blocks_of<T, false>(launcher, a);
@@ -118,10 +124,16 @@ void tile_gemm(Launcher& launcher, TileGemmArgs a, const Gpu& gpu) {
 // x (batch, channels, height, width) -> out (batch, n, out_h, out_w), m = out_h * out_w. All of `a`
 // is set but `vector`.
 template <class T, class Launcher>
-void tile_conv(Launcher& launcher, TileGemmArgs a) {
+void tile_conv(Launcher& launcher, TileGemmArgs a, const Gpu& gpu) {
   set_vector<T>(&a, a.out);  // pixels of x come one by one
   tile_rest<T>(launcher, a);
-  if (a.tiles > 0) tile_blocks_of<T, true>(launcher, a);
+  if (a.tiles == 0) return;
+  if constexpr (uses_image<T>()) {
+    if (gpu.hopper && a.layout().panels() % 2 == 0) {
+      return tile_gemm_wgmma<T, true>(launcher, a, gpu);
+    }
+  }
+  tile_blocks_of<T, true>(launcher, a);
 }
 
 }  // namespace fxprune::gpu

@@ -49,9 +49,6 @@ struct TileGemmFfma {
 
   // A thread always copies the same token.
   using Tokens = WindowTokens<float, 1>;
-  struct NoTokens {
-    FXPRUNE_GPU NoTokens(const Args&, int64_t, int64_t, int64_t) {}
-  };
   using Source = std::conditional_t<Windowed, Tokens, NoTokens>;
 
   static FXPRUNE_GPU void fill(const Args& a, const Item& item, const Source& source,

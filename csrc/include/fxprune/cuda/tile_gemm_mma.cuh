@@ -33,11 +33,7 @@ struct TileGemmMma {
     int64_t tokens;        // that exist from there on
   };
   // A thread always gathers the same eight tokens.
-  using Tokens = WindowTokens<T, 8>;
-  struct NoTokens {
-    FXPRUNE_GPU NoTokens(const Args&, int64_t, int64_t, int64_t) {}
-  };
-  using Window = std::conditional_t<Windowed, Tokens, NoTokens>;
+  using Window = std::conditional_t<Windowed, WindowTokens<T, 8>, NoTokens>;
 
   static FXPRUNE_GPU void fill(const Args& a, const TileItem& item, const Source& s,
                                const Window& window, int stage, char* to) {
@@ -60,25 +56,11 @@ struct TileGemmMma {
           first_row + k < item.rows ? load_global<int32_t>(s.index + first_row + k) : 0;
       char* at = tokens + column / kPanel * kHalfPanel + panel_offset(k, column % kPanel);
       if constexpr (Windowed) {
-        gather(a.window, window, static_cast<int32_t>(row), first_row + k < item.rows, at);
+        window.copy(a.window, static_cast<int32_t>(row), first_row + k < item.rows, at);
         continue;
       }
       copy_tokens<T>(a, s.x, s.gate, row, column, s.tokens, real, at);
     }
-  }
-
-  // Eight pixels of one K row; zeros for one that pads (`real` is false).
-  static FXPRUNE_GPU void gather(const TileWindow& w, const Tokens& tokens, int32_t row, bool real,
-                                 char* to) {
-    const typename Tokens::Tap tap = Tokens::tap_of(w, row);
-    uint16_t element[8];
-    FXPRUNE_UNROLLED
-    for (int j = 0; j < 8; ++j) {
-      bool inside;
-      const T* from = tokens.at(w, tap, j, &inside);
-      element[j] = real && inside ? load_global<T>(from).bits : uint16_t{0};
-    }
-    store_shared<Quad>(to, quad_of(element));
   }
 
   static FXPRUNE_GPU void multiply(const char* stage, float (&sums)[kBlocksM][4][4]) {

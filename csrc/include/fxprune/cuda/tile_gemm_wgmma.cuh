@@ -12,15 +12,18 @@
 //   other's, and give a stage back through its `empty` mbarrier, one arrival a warp.
 //
 // The producer runs ahead into the next item while the consumers finish the last one. Rows of x
-// must allow 16-byte copies, and there is no gate.
+// must allow 16-byte copies, and there is no gate. Windowed: the implicit GEMM of a convolution,
+// whose pixels the producer gathers through its registers; a stage is announced at once.
 #pragma once
 
+#include <type_traits>
+
 #include "fxprune/cuda/hopper.cuh"
-#include "fxprune/cuda/tile_gemm_args.cuh"
+#include "fxprune/cuda/tile_window.cuh"
 
 namespace fxprune::gpu {
 
-template <class T, int Features>
+template <class T, int Features, bool Windowed>
 struct TileGemmWgmma {
   using Args = TileGemmArgs;
   static constexpr int kThreads = 384, kBlocks = 1;
@@ -30,6 +33,11 @@ struct TileGemmWgmma {
   static constexpr int kStageBytes = kWeightBytes + kTokens / kPanel * kPanelBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes + kStages * 16;
   static constexpr int kProducers = 128, kConsumerWarps = 8;
+  // Registers of a thread that produces, and of one that consumes: 64 Ki together.
+  static constexpr int kProducing = Windowed ? 128 : 56, kConsuming = Windowed ? 192 : 224;
+
+  // A thread of the producer always gathers the same eight tokens of an item.
+  using Window = std::conditional_t<Windowed, WindowTokens<T, 8>, NoTokens>;
 
   static FXPRUNE_GPU char* full(int stage) {
     return shared_memory() + kStages * kStageBytes + stage * 16;
@@ -65,6 +73,7 @@ struct TileGemmWgmma {
       const TileItem item = tile_item(a, i, Features, kTokens);
       const char* weights = item_blocks(a, item);
       const int32_t* index = a.index + load_global<int32_t>(a.tile_ptr + item.tile);
+      const Window window(a, item.tile, item.image, item.token + column);
       const T* x = static_cast<const T*>(a.x) + item.image * a.k * a.m + item.token;
       const bool inside = item.token + column < a.m;
       int32_t rows[kChunks];  // of the next stage, asked for ahead
@@ -78,6 +87,17 @@ struct TileGemmWgmma {
         }
         weights += a.layout().block_bytes();
         char* tokens = stage + kWeightBytes + column_bytes;
+        if constexpr (Windowed) {
+          FXPRUNE_UNROLLED
+          for (int c = 0; c < kChunks; ++c) {
+            const int k = first_row + c * kRowStep;
+            window.copy(a.window, rows[c], base + k < item.rows,
+                        tokens + panel_offset(k, column % kPanel));
+          }
+          announce(&fill);
+          load_rows(item, index, base + kBlockRows + first_row, rows);
+          continue;
+        }
         FXPRUNE_UNROLLED
         for (int c = 0; c < kChunks; ++c) {
           const int k = first_row + c * kRowStep;
@@ -184,10 +204,10 @@ struct TileGemmWgmma {
     }
     barrier();
     if (thread() < kProducers) {
-      registers_release<56>();
+      registers_release<kProducing>();
       produce(a, items);
     } else {
-      registers_acquire<224>();
+      registers_acquire<kConsuming>();
       consume(a, items);
     }
 #endif

@@ -44,6 +44,20 @@ struct WindowTokens {
             static_cast<int>(t % columns) * w.dilation_w};
   }
 
+  // Eight pixels of K row `k`, 16 bits each, into shared memory; zeros for one that pads (`real` is
+  // false).
+  FXPRUNE_GPU void copy(const TileWindow& w, int32_t k, bool real, char* to) const {
+    const Tap tap = tap_of(w, k);
+    uint16_t element[8];
+    FXPRUNE_UNROLLED
+    for (int j = 0; j < 8; ++j) {
+      bool inside;
+      const T* from = at(w, tap, j, &inside);
+      element[j] = real && inside ? load_global<T>(from).bits : uint16_t{0};
+    }
+    store_shared<Quad>(to, quad_of(element));
+  }
+
   // The address of pixel j under a tap, and whether it lies on the image.
   FXPRUNE_GPU const T* at(const TileWindow& w, const Tap& tap, int j, bool* inside) const {
     const int row = top[j] + tap.down, column = left[j] + tap.right;
@@ -53,6 +67,11 @@ struct WindowTokens {
 
  private:
   static constexpr int kOutside = -(1 << 30);  // no window reaches back from there
+};
+
+// In their place where no window moves over an image.
+struct NoTokens {
+  FXPRUNE_GPU NoTokens(const TileGemmArgs&, int64_t, int64_t, int64_t) {}
 };
 
 }  // namespace fxprune::gpu
