@@ -125,6 +125,7 @@ void tile_conv(const TileConv& a, const ConvSpan& span, const float* copy) {
     });
     first += here;
   }
+  M::finish(a, tiles, start, start + rows * a.out_w - edge);
   if (edge > 0) {
     auto s = strip_at(length - edge, rows * a.out_w - edge, edge);
     each(s,
