@@ -22,6 +22,7 @@
 #include "fxprune/channel_mean.h"
 #include "fxprune/depthwise_bf16.h"
 #include "fxprune/depthwise_planes.h"
+#include "fxprune/max_pool_lines.h"
 #include "fxprune/nm_prune_lanes.h"
 #include "fxprune/partial_sums.h"
 #include "fxprune/rnn_cell.h"

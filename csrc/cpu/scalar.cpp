@@ -4,6 +4,7 @@
 #include "fxprune/depthwise_planes.h"
 #include "fxprune/kernels.h"
 #include "fxprune/math_scalar.h"
+#include "fxprune/max_pool_lines.h"
 #include "fxprune/nm_prune_lanes.h"
 #include "fxprune/partial_sums.h"
 #include "fxprune/rnn_cell.h"

@@ -76,7 +76,7 @@ def with_activation(program: list[int], activation: str) -> list[int]:
     """Return a region's program with one activation in every step that has one."""
     changed: list[int] = []
     for code, arguments in region.records(program):
-        if code != region.MEAN:
+        if code not in (region.MEAN, region.POOL):
             arguments[-1] = NAMES.index(activation)
         changed += [code, len(arguments), *arguments]
     return changed
