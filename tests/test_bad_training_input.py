@@ -190,6 +190,23 @@ def test_complex_weights_are_pruned_by_their_modulus() -> None:
         torch.testing.assert_close(torch.compile(model, backend=fxprune.hwprune, options=FORCED)(x), model(x))
 
 
+def test_taylor_scores_of_complex_weights_are_real() -> None:
+    """|dL| of a weight that becomes zero, to first order: the real part of conj(gradient) * weight."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 64, bias=False, dtype=torch.complex64)
+    x = torch.randn(4, 8, dtype=torch.complex64)
+    once = fxprune.OneShotSchedule(1)
+    made = fxprune.Pruner(model, x, sparsity=0.5, pattern="unstructured", schedule=once, importance="taylor")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model(x).abs().sum().backward()
+    gradient, weight = model.weight.grad, model.weight.detach().clone()
+    scores = (torch.view_as_real(gradient) * torch.view_as_real(weight)).sum(-1).abs()
+    optimizer.step()
+    assert made.step()
+    zero = model.weight.detach() == 0
+    assert int(zero.sum()) == 256 and scores[zero].max() <= scores[~zero].min()
+
+
 def test_an_optimizer_made_before_the_model_moved_in_place() -> None:
     """``Module.to`` keeps its parameters, as PyTorch does by default: the optimizer and the masks follow them."""
     model = mlp()
