@@ -252,7 +252,7 @@ def test_a_fixed_ratio_reports_its_cost(dynamic: bool | None) -> None:
     rows = fxprune.gradient_report().to_dict()["rows"]
     assert [row["layer"] for row in rows] == ["0", "2", "5"]
     assert all(float(row["pruned us"]) > 0 and float(row["dense us"]) > 0 for row in rows)
-    assert rows[0]["skipping zeros us"] == "-" and all(float(row["skipping zeros us"]) > 0 for row in rows[1:])
+    assert all(float(row["skipping zeros us"]) > 0 for row in rows)
     choices = [layer.skips for layer in backend.LAST_REPORTS[-1].gradients]
     assert [row["data gradient reads"] == "pruned, skipping zeros" for row in rows] == choices
 
