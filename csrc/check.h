@@ -124,6 +124,18 @@ inline OptionalTensor bf16_input(const OptionalTensor& t, const char* name,
   return bf16_input(*t, name);
 }
 
+// Numbers that lie one after the other: a contiguous tensor's, or a part of one.
+template <class T>
+struct Span {
+  const T* data;
+  int64_t size;
+};
+
+template <class T>
+Span<T> span_of(const Tensor& t) {
+  return {data<T>(t), t.numel()};
+}
+
 // Weights and biases that kernels read as float whatever the activations are: float32, or bfloat16
 // that is widened.
 class Widened {
@@ -132,20 +144,24 @@ class Widened {
     if (!t.has_value()) return;
     check_shape(*t, name, shape);
     kept_ = t->is_contiguous() ? *t : torch::stable::contiguous(*t);
-    if (!is_bf16(*t, name)) {
+    if (is_bf16(*t, name)) {
+      widen_from(span_of<Bf16>(*kept_));
+    } else {
       data_ = fxprune::data<float>(*kept_);
-      return;
     }
-    const Bf16* from = fxprune::data<Bf16>(*kept_);
-    wide_.resize(kept_->numel());
-    for (size_t i = 0; i < wide_.size(); ++i) wide_[i] = widen(from[i]);
-    data_ = wide_.data();
   }
+  explicit Widened(const Span<Bf16>& from) { widen_from(from); }
   Widened(const Widened&) = delete;
   Widened& operator=(const Widened&) = delete;
   const float* data() const { return data_; }
 
  private:
+  void widen_from(const Span<Bf16>& from) {
+    wide_.resize(from.size);
+    for (size_t i = 0; i < wide_.size(); ++i) wide_[i] = widen(from.data[i]);
+    data_ = wide_.data();
+  }
+
   OptionalTensor kept_;
   std::vector<float> wide_;
   const float* data_ = nullptr;
@@ -174,84 +190,82 @@ void check_window(Conv* a) {
   a->out_w = reach_w / a->stride_w + 1;
 }
 
-// Checks a packed depthwise weight against the geometry in `a`, and completes that: tap words,
-// output size and the pointer to the tap masks. Returns their owner.
-inline Tensor check_taps(const Tensor& weight, const Tensor& taps_in, DepthwiseShape* a) {
+// Checks the tap masks of a depthwise convolution, one bit per tap that is kept, and sets them.
+inline void check_taps(const Span<int64_t>& taps, DepthwiseShape* a) {
   a->tap_words = (a->kernel() + 63) / 64;
+  STD_TORCH_CHECK(taps.size % a->tap_words == 0 && taps.size / a->tap_words == a->channels,
+                  "taps must hold ", a->tap_words, " numbers for each of ", a->channels,
+                  " channels, got ", taps.size);
+  a->taps = reinterpret_cast<const uint64_t*>(taps.data);
+  const int64_t used = a->kernel() % 64;
+  if (used == 0) return;
+  for (int64_t c = 0; c < a->channels; ++c) {
+    const uint64_t last = a->taps[c * a->tap_words + a->tap_words - 1];
+    STD_TORCH_CHECK(last >> used == 0, "taps of channel ", c, " set a bit past tap ",
+                    a->kernel() - 1);
+  }
+}
+
+// The same for tensors of shape (C, KH * KW) and (C, words). Returns the masks' owner.
+inline Tensor check_taps(const Tensor& weight, const Tensor& taps_in, DepthwiseShape* a) {
   check_shape(weight, "weight", {a->channels, a->kernel()});
   check_tensor(taps_in, "taps", element_types().int64, "int64");
-  check_shape(taps_in, "taps", {a->channels, a->tap_words});
-  check_window(a);
+  check_shape(taps_in, "taps", {a->channels, (a->kernel() + 63) / 64});
   const Tensor taps = taps_in.is_contiguous() ? taps_in : torch::stable::contiguous(taps_in);
-  a->taps = reinterpret_cast<const uint64_t*>(data<int64_t>(taps));
-  if (const int64_t used = a->kernel() % 64; used != 0) {
-    for (int64_t c = 0; c < a->channels; ++c) {
-      const uint64_t last = a->taps[c * a->tap_words + a->tap_words - 1];
-      STD_TORCH_CHECK(last >> used == 0, "taps of channel ", c, " set a bit past tap ",
-                      a->kernel() - 1);
-    }
-  }
+  check_taps(span_of<int64_t>(taps), a);
   return taps;
 }
 
-// The index lists of a tile-packed weight, contiguous and checked.
-struct TileStructure {
-  Tensor index, tile_ptr, columns;
-  int64_t values = 0;  // number of packed weights
-
-  // Fills the structure's part of `a`.
-  TileStructure(const Tensor& index_in, const Tensor& tile_ptr_in, const Tensor& columns_in,
-                int64_t granularity, int64_t out_features, int64_t in_features, TileShape* a)
-      : index(int_list(index_in, "index")),
-        tile_ptr(int_list(tile_ptr_in, "tile_ptr")),
-        columns(int_list(columns_in, "columns")) {
-    STD_TORCH_CHECK(granularity >= 1, "granularity must be at least 1, got ", granularity);
-    STD_TORCH_CHECK(out_features >= 0, "out_features must not be negative, got ", out_features);
-    STD_TORCH_CHECK(in_features >= 0, "in_features must not be negative, got ", in_features);
-    const int64_t kept = columns.size(0), nnz = index.size(0);
-    granularity =
-        std::min(granularity, std::max<int64_t>(kept, 1));  // no product below can overflow
-    const int64_t tiles = (kept + granularity - 1) / granularity;
-    const int32_t* ptr = data<int32_t>(tile_ptr);
-    STD_TORCH_CHECK(tile_ptr.size(0) == tiles + 1, "tile_ptr must have ", tiles + 1,
-                    " entries for ", kept, " columns in tiles of ", granularity, ", got ",
-                    tile_ptr.size(0));
-    STD_TORCH_CHECK(ptr[0] == 0, "tile_ptr must begin with 0, got ", ptr[0]);
-    STD_TORCH_CHECK(ptr[tiles] == nnz, "tile_ptr must end with the length of index, ", nnz,
-                    ", got ", ptr[tiles]);
-    for (int64_t t = 0; t < tiles; ++t) {
-      STD_TORCH_CHECK(ptr[t] <= ptr[t + 1], "tile_ptr must not decrease, got ", ptr[t], " before ",
-                      ptr[t + 1], " at entry ", t + 1);
-    }
-    const Kernels& k = kernels();
-    a->index = data<int32_t>(index);
-    a->columns = data<int32_t>(columns);
-    STD_TORCH_CHECK(k.all_below(a->index, nnz, in_features), "index must lie in [0, ", in_features,
-                    "), the input features");
-    STD_TORCH_CHECK(k.all_below(a->columns, kept, out_features), "columns must lie in [0, ",
-                    out_features, "), the output features");
-    STD_TORCH_CHECK(k.increasing(a->columns, kept), "columns must increase strictly");
-    a->tile_ptr = ptr;
-    a->tile_end = ptr + 1;
-    a->kept = kept;
-    a->granularity = granularity;
-    a->tiles = tiles;
-    a->n = out_features;
-    a->k = in_features;
-    for (int64_t t = 0; t < tiles; ++t) values += int64_t{ptr[t + 1] - ptr[t]} * a->width(t);
-  }
-
- private:
-  static Tensor int_list(const Tensor& t, const char* name) {
-    check_tensor(t, name, element_types().int32, "int32");
-    STD_TORCH_CHECK(t.dim() == 1, name, " must have one dimension, got shape ", shape_of(t));
-    return t.is_contiguous() ? t : torch::stable::contiguous(t);
-  }
+// The index lists of a tile-packed weight.
+struct TileLists {
+  Span<int32_t> index, tile_ptr, columns;
 };
 
-// Checks a tile-packed weight against the convolution in `a`, and completes that.
-inline TileStructure check_conv(const Tensor& index, const Tensor& tile_ptr, const Tensor& columns,
-                                int64_t granularity, int64_t out_features, TileConv* a) {
+// Checks the lists and fills the structure's part of `a`, which points into them. Returns the
+// number of packed weights.
+inline int64_t check_tiles(const TileLists& lists, int64_t granularity, int64_t out_features,
+                           int64_t in_features, TileShape* a) {
+  STD_TORCH_CHECK(granularity >= 1, "granularity must be at least 1, got ", granularity);
+  STD_TORCH_CHECK(out_features >= 0, "out_features must not be negative, got ", out_features);
+  STD_TORCH_CHECK(in_features >= 0, "in_features must not be negative, got ", in_features);
+  const int64_t kept = lists.columns.size, nnz = lists.index.size;
+  granularity = std::min(granularity, std::max<int64_t>(kept, 1));  // no product below can overflow
+  const int64_t tiles = (kept + granularity - 1) / granularity;
+  const int32_t* ptr = lists.tile_ptr.data;
+  STD_TORCH_CHECK(lists.tile_ptr.size == tiles + 1, "tile_ptr must have ", tiles + 1,
+                  " entries for ", kept, " columns in tiles of ", granularity, ", got ",
+                  lists.tile_ptr.size);
+  STD_TORCH_CHECK(ptr[0] == 0, "tile_ptr must begin with 0, got ", ptr[0]);
+  STD_TORCH_CHECK(ptr[tiles] == nnz, "tile_ptr must end with the length of index, ", nnz, ", got ",
+                  ptr[tiles]);
+  for (int64_t t = 0; t < tiles; ++t) {
+    STD_TORCH_CHECK(ptr[t] <= ptr[t + 1], "tile_ptr must not decrease, got ", ptr[t], " before ",
+                    ptr[t + 1], " at entry ", t + 1);
+  }
+  const Kernels& k = kernels();
+  a->index = lists.index.data;
+  a->columns = lists.columns.data;
+  STD_TORCH_CHECK(k.all_below(a->index, nnz, in_features), "index must lie in [0, ", in_features,
+                  "), the input features");
+  STD_TORCH_CHECK(k.all_below(a->columns, kept, out_features), "columns must lie in [0, ",
+                  out_features, "), the output features");
+  STD_TORCH_CHECK(k.increasing(a->columns, kept), "columns must increase strictly");
+  a->tile_ptr = ptr;
+  a->tile_end = ptr + 1;
+  a->kept = kept;
+  a->granularity = granularity;
+  a->tiles = tiles;
+  a->n = out_features;
+  a->k = in_features;
+  int64_t values = 0;
+  for (int64_t t = 0; t < tiles; ++t) values += int64_t{ptr[t + 1] - ptr[t]} * a->width(t);
+  return values;
+}
+
+// Checks a tile-packed weight against the convolution in `a`, whose window is set, and completes
+// that. Returns the number of packed weights.
+inline int64_t check_conv(const TileLists& lists, int64_t granularity, int64_t out_features,
+                          TileConv* a) {
   check_window(a);
   STD_TORCH_CHECK(a->groups >= 1 && a->channels % a->groups == 0 && out_features % a->groups == 0,
                   "groups must divide ", a->channels, " input and ", out_features,
@@ -260,8 +274,7 @@ inline TileStructure check_conv(const Tensor& index, const Tensor& tile_ptr, con
   const int64_t window = a->kernel_h * a->kernel_w, channels = a->group_channels();
   STD_TORCH_CHECK(window <= kMost && channels * window <= kMost, "a group of ", channels,
                   " channels under a window of ", window, " elements is too large");
-  TileStructure structure(index, tile_ptr, columns, granularity, out_features, channels * window,
-                          a);
+  const int64_t values = check_tiles(lists, granularity, out_features, channels * window, a);
   a->m = a->out_h * a->out_w;
   for (int64_t t = 0; t < a->tiles && a->groups > 1; ++t) {
     const int64_t last = a->columns[a->first_column(t + 1) - 1];
@@ -269,8 +282,28 @@ inline TileStructure check_conv(const Tensor& index, const Tensor& tile_ptr, con
                     "a tile must lie inside one group, got output features ",
                     a->columns[a->first_column(t)], " to ", last, " in tile ", t);
   }
-  return structure;
+  return values;
 }
+
+// Index lists that are tensors: made contiguous, and kept.
+class TileTensors {
+ public:
+  TileTensors(const Tensor& index, const Tensor& tile_ptr, const Tensor& columns)
+      : kept_{int_list(index, "index"), int_list(tile_ptr, "tile_ptr"),
+              int_list(columns, "columns")} {}
+  TileLists lists() const {
+    return {span_of<int32_t>(kept_[0]), span_of<int32_t>(kept_[1]), span_of<int32_t>(kept_[2])};
+  }
+
+ private:
+  static Tensor int_list(const Tensor& t, const char* name) {
+    check_tensor(t, name, element_types().int32, "int32");
+    STD_TORCH_CHECK(t.dim() == 1, name, " must have one dimension, got shape ", shape_of(t));
+    return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  }
+
+  Tensor kept_[3];
+};
 
 }  // namespace fxprune
 

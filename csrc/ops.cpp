@@ -66,6 +66,7 @@ Tensor depthwise_taps_cpu(const Tensor& x_in, const Tensor& weight_in, const Ten
   DepthwiseShape a{};
   const bool bf16 = is_bf16(x_in, "x");
   check_window(x_in, kernel_size, stride, padding, dilation, activation, &a);
+  check_window(&a);
   const Tensor taps = check_taps(weight_in, taps_in, &a);
   if (!bf16) check_floats(weight_in, "weight", bias_in, "bias");
   const Widened bias(bias_in, "bias", {a.channels}),
@@ -117,13 +118,13 @@ Tensor tile_gemm_cpu(const Tensor& x_in, const Tensor& values_in, const Tensor& 
                   feature_major ? "(B, K, *spatial) with at least one spatial dimension" : "(*, K)",
                   ", got ", shape_of(x_in));
   const int64_t axis = feature_major ? 1 : rank - 1;
-  const TileStructure structure(index, tile_ptr, columns, granularity, out_features,
-                                x_in.size(axis), &a);
+  const TileTensors tiles(index, tile_ptr, columns);
+  const int64_t nnz = check_tiles(tiles.lists(), granularity, out_features, x_in.size(axis), &a);
   std::vector<int64_t> shape(rank);
   for (int64_t i = 0; i < rank; ++i) shape[i] = i == axis ? out_features : x_in.size(i);
   STD_TORCH_CHECK(feature_major || !gate_in.has_value(), "gate needs feature_dim=1");
   if (!bf16) {
-    check_shape(values_in, "values", {structure.values});
+    check_shape(values_in, "values", {nnz});
     check_floats(values_in, "values", bias_in, "bias");
   }
   const Widened bias(bias_in, "bias", {out_features});
@@ -142,7 +143,7 @@ Tensor tile_gemm_cpu(const Tensor& x_in, const Tensor& values_in, const Tensor& 
   }
   const bool empty = a.batch == 0 || a.m == 0 || a.n == 0;
   if (bf16) {
-    const TileImage values(values_in, structure, a);
+    const TileImage values(values_in, nnz, a);
     const OptionalTensor residual = bf16_input(residual_in, "residual", shape),
                          gate = bf16_input(gate_in, "gate", gates);
     const Tensor x = bf16_input(x_in, "x");
@@ -196,9 +197,8 @@ Tensor tile_conv_cpu(const Tensor& x_in, const Tensor& values_in, const Tensor& 
   check_tensor(x_in, "x", element_types().float32, "float32");
   check_window(x_in, kernel_size, stride, padding, dilation, activation, &a);
   a.groups = groups;
-  const TileStructure structure =
-      check_conv(index, tile_ptr, columns, granularity, out_features, &a);
-  check_shape(values_in, "values", {structure.values});
+  const TileTensors tiles(index, tile_ptr, columns);
+  check_shape(values_in, "values", {check_conv(tiles.lists(), granularity, out_features, &a)});
   const std::vector<int64_t> shape = {a.batch, a.n, a.out_h, a.out_w};
   const OptionalTensor bias = float_input(bias_in, "bias", {out_features});
   const OptionalTensor residual = float_input(residual_in, "residual", shape);
@@ -240,10 +240,10 @@ Tensor tile_pack_cpu(const Tensor& weight_in, const Tensor& index, const Tensor&
   const bool bf16 = is_bf16(weight_in, "weight");
   STD_TORCH_CHECK(weight_in.dim() == 2, "weight must have shape (N, K), got ", shape_of(weight_in));
   TileShape a{};
-  const TileStructure structure(index, tile_ptr, columns, granularity, weight_in.size(0),
-                                weight_in.size(1), &a);
-  STD_TORCH_CHECK(nnz == structure.values, "nnz must be ", structure.values,
-                  ", the packed values, got ", nnz);
+  const TileTensors tiles(index, tile_ptr, columns);
+  const int64_t kept =
+      check_tiles(tiles.lists(), granularity, weight_in.size(0), weight_in.size(1), &a);
+  STD_TORCH_CHECK(nnz == kept, "nnz must be ", kept, ", the packed values, got ", nnz);
   const Tensor weight = bf16 ? bf16_input(weight_in, "weight") : float_input(weight_in, "weight");
   Tensor values = empty_output(weight, {nnz});
   bf16 ? pack<Bf16>(a, weight, &values) : pack<float>(a, weight, &values);
@@ -254,9 +254,9 @@ Tensor tile_unpack_cpu(const Tensor& values_in, const Tensor& index, const Tenso
                        const Tensor& columns, int64_t granularity, int64_t out_features,
                        int64_t in_features) {
   TileShape a{};
-  const TileStructure structure(index, tile_ptr, columns, granularity, out_features, in_features,
-                                &a);
-  check_shape(values_in, "values", {structure.values});
+  const TileTensors tiles(index, tile_ptr, columns);
+  check_shape(values_in, "values",
+              {check_tiles(tiles.lists(), granularity, out_features, in_features, &a)});
   const bool bf16 = is_bf16(values_in, "values");
   const Tensor values = bf16 ? bf16_input(values_in, "values") : float_input(values_in, "values");
   Tensor weight = empty_output(values, {out_features, in_features});
@@ -326,7 +326,9 @@ STABLE_TORCH_LIBRARY(fxprune, m) {
       "tile_unpack(Tensor values, Tensor index, Tensor tile_ptr, Tensor columns, int granularity, "
       "int out_features, "
       "int in_features) -> Tensor");
-  m.def("region(Tensor[] x, Tensor[] packed, int[] program, int[] outputs) -> Tensor[]");
+  m.def(
+      "region(Tensor[] x, Tensor[] weights, int[] layout, int[] program, int[] outputs) -> "
+      "Tensor[]");
   m.def(
       "rnn_steps(Tensor gates, Tensor h, Tensor? c, Tensor values, Tensor index, Tensor tile_ptr, "
       "Tensor columns, Tensor? bias, int granularity, bool reverse) -> Tensor[]");

@@ -170,19 +170,21 @@ class Region {
 };
 
 template <class T>
-std::vector<Tensor> run_region(const std::vector<Tensor>& x, const std::vector<Tensor>& packed,
+std::vector<Tensor> run_region(const std::vector<Tensor>& x, const Bundle& weights,
                                const std::vector<int64_t>& program,
                                const std::vector<int64_t>& outputs) {
-  RegionProgram<T> read(x, packed, program, outputs);
+  RegionProgram<T> read(x, weights, program, outputs);
   Region<T>(read).run();
   return read.take_results();
 }
 
 std::vector<Tensor> region_cpu(std::vector<Tensor> x, std::vector<Tensor> packed,
-                               std::vector<int64_t> program, std::vector<int64_t> outputs) {
+                               std::vector<int64_t> layout, std::vector<int64_t> program,
+                               std::vector<int64_t> outputs) {
   STD_TORCH_CHECK(!x.empty(), "region needs at least one input");
-  return is_bf16(x[0], "x") ? run_region<Bf16>(x, packed, program, outputs)
-                            : run_region<float>(x, packed, program, outputs);
+  const Bundle weights(packed, layout);
+  return is_bf16(x[0], "x") ? run_region<Bf16>(x, weights, program, outputs)
+                            : run_region<float>(x, weights, program, outputs);
 }
 
 }  // namespace

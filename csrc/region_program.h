@@ -9,8 +9,8 @@
 //   conv (3):      x, values, index, tile_ptr, columns, bias, residual, out_features, granularity,
 //                  kernel h w, stride h w, padding h w, dilation h w, groups, activation
 //
-// x, residual and gate are values: first the inputs, then one per step. Weights are indices into
-// `packed`. -1 is absent.
+// x, residual and gate are values: first the inputs, then one per step. Weights are parts of a
+// bundle. -1 is absent.
 #pragma once
 
 #include <algorithm>
@@ -19,6 +19,7 @@
 #include <memory>
 #include <vector>
 
+#include "bundle.h"
 #include "check.h"
 #include "run.h"
 #include "run_bf16.h"
@@ -80,9 +81,9 @@ class RegionProgram {
   using Step = StepOf<T>;
   static constexpr bool kBf16 = std::is_same_v<T, Bf16>;
 
-  RegionProgram(const std::vector<Tensor>& x, const std::vector<Tensor>& packed,
+  RegionProgram(const std::vector<Tensor>& x, const Bundle& weights,
                 const std::vector<int64_t>& program, const std::vector<int64_t>& outputs)
-      : packed_(packed) {
+      : weights_(weights) {
     for (const Tensor& t : x) {
       inputs_.push_back(input(t, "x"));
       STD_TORCH_CHECK(t.dim() >= 2 && t.size(0) == x[0].size(0),
@@ -124,14 +125,6 @@ class RegionProgram {
   std::vector<Tensor> take_results() { return std::move(results_); }
 
  private:
-  const Tensor& weight(int64_t id) const {
-    STD_TORCH_CHECK(id >= 0 && id < static_cast<int64_t>(packed_.size()), "packed tensor ", id,
-                    " of ", packed_.size(), " does not exist");
-    return packed_[id];
-  }
-  OptionalTensor optional_weight(int64_t id) const {
-    return id < 0 ? OptionalTensor() : weight(id);
-  }
   Value& use(int64_t id) {
     STD_TORCH_CHECK(id >= 0 && id < static_cast<int64_t>(values_.size()), "value ", id,
                     " is used before it exists");
@@ -139,14 +132,22 @@ class RegionProgram {
     ++values_[id].uses;
     return values_[id];
   }
-  const Tensor& keep(Tensor t) {
-    kept_.push_back(std::move(t));
-    return kept_.back();
+  // A weight or bias of `size` numbers, which kernels read as float.
+  const float* floats_of(int64_t id, const char* name, int64_t size) {
+    const bool bf16 = kBf16 && weights_.is_bf16(id);
+    const int64_t given =
+        bf16 ? weights_.get<Bf16>(id, name).size : weights_.get<float>(id, name).size;
+    STD_TORCH_CHECK(given == size, name, " must hold ", size, " numbers, got ", given);
+    if (!bf16) return weights_.get<float>(id, name).data;
+    return wide_.emplace_back(weights_.get<Bf16>(id, name)).data();
   }
-  // A weight or bias that kernels read as float.
-  const float* keep(const OptionalTensor& t, const char* name, const Shape& shape) {
-    if (t.has_value() && !kBf16) check_tensor(*t, name, element_types().float32, "float32");
-    return wide_.emplace_back(t, name, shape).data();
+  const float* bias(int64_t id, int64_t size) {
+    return id < 0 ? nullptr : floats_of(id, "bias", size);
+  }
+  // values, index, tile_ptr and columns are arguments in a row
+  TileLists lists(const int64_t* arg) const {
+    return {weights_.get<int32_t>(arg[1], "index"), weights_.get<int32_t>(arg[2], "tile_ptr"),
+            weights_.get<int32_t>(arg[3], "columns")};
   }
   static Tensor input(const Tensor& t, const char* name) {
     return kBf16 ? bf16_input(t, name) : float_input(t, name);
@@ -186,7 +187,10 @@ class RegionProgram {
     DepthwiseShape& a = step->depthwise;
     a.batch = 1, a.channels = shape[0], a.height = shape[1], a.width = shape[2];
     read_window(&arg[4], &a);
-    read_taps(weight(arg[1]), weight(arg[2]), optional_weight(arg[3]), &a);
+    check_window(&a);
+    check_taps(weights_.get<int64_t>(arg[2], "taps"), &a);
+    a.weight = floats_of(arg[1], "weight", a.channels * a.kernel());
+    a.bias = bias(arg[3], a.channels);
     tables_.push_back(depthwise_tables(&a));
     return {a.channels, a.out_h, a.out_w};
   }
@@ -203,28 +207,22 @@ class RegionProgram {
     a->pad_h = arg[4], a->pad_w = arg[5], a->dilation_h = arg[6], a->dilation_w = arg[7];
   }
 
-  void read_taps(const Tensor& weight, const Tensor& taps, const OptionalTensor& bias,
-                 DepthwiseShape* a) {
-    kept_.push_back(check_taps(weight, taps, a));
-    a->weight = keep(weight, "weight", {a->channels, a->kernel()});
-    a->bias = keep(bias, "bias", {a->channels});
-  }
-
   Shape read_gemm(Step* step, const Shape& shape, const std::vector<int64_t>& arg) {
     const bool first = arg[10] == 1;
     STD_TORCH_CHECK(arg[10] == 1 || arg[10] == -1, "feature_dim must be 1 or -1, got ", arg[10]);
     STD_TORCH_CHECK(!shape.empty() && (first ? shape.size() >= 2 : floats(shape) == shape[0]),
                     "gemm needs (K, *spatial) values with feature_dim=1, (K) or (K, 1, 1) with -1");
     TileGemmOf<T>& a = step->gemm;
-    structures_.emplace_back(weight(arg[2]), weight(arg[3]), weight(arg[4]), arg[9], arg[8],
-                             shape[0], &a);
+    const int64_t nnz = check_tiles(lists(&arg[1]), arg[9], arg[8], shape[0], &a);
     if constexpr (kBf16) {
-      a.values = images_.emplace_back(weight(arg[1]), structures_.back(), a).data();
+      a.values =
+          images_
+              .emplace_back(weights_.get<Bf16>(arg[1], "values"), weights_.is_image(arg[1]), nnz, a)
+              .data();
     } else {
-      check_shape(weight(arg[1]), "values", {structures_.back().values});
-      a.values = data<float>(keep(float_input(weight(arg[1]), "values")));
+      a.values = floats_of(arg[1], "values", nnz);
     }
-    a.bias = keep(optional_weight(arg[5]), "bias", {a.n});
+    a.bias = bias(arg[5], a.n);
     a.batch = 1;
     a.m = floats(shape) / std::max<int64_t>(shape[0], 1);
     Shape out = first ? shape : Shape{a.n};
@@ -248,11 +246,8 @@ class RegionProgram {
     a.batch = 1, a.channels = shape[0], a.height = shape[1], a.width = shape[2];
     a.groups = arg[17];
     read_window(&arg[9], &a);
-    structures_.push_back(
-        check_conv(weight(arg[2]), weight(arg[3]), weight(arg[4]), arg[8], arg[7], &a));
-    check_shape(weight(arg[1]), "values", {structures_.back().values});
-    a.values = data<float>(keep(float_input(weight(arg[1]), "values")));
-    a.bias = keep(optional_weight(arg[5]), "bias", {a.n});
+    a.values = floats_of(arg[1], "values", check_conv(lists(&arg[1]), arg[8], arg[7], &a));
+    a.bias = bias(arg[5], a.n);
     Shape out = {a.n, a.out_h, a.out_w};
     floats(out);  // checks its size
     step->residual = arg[6];
@@ -338,10 +333,8 @@ class RegionProgram {
 
   static constexpr int64_t kLine = 64 / sizeof(T);  // numbers of a cache line
 
-  const std::vector<Tensor>& packed_;
+  const Bundle& weights_;
   std::vector<Tensor> inputs_, results_;
-  std::deque<Tensor> kept_;
-  std::deque<TileStructure> structures_;
   std::deque<TileImage> images_;
   std::deque<Widened> wide_;
   std::vector<std::shared_ptr<const void>> tables_;

@@ -139,8 +139,9 @@ std::vector<Tensor> rnn_steps_cpu(const Tensor& gates_in, const Tensor& h_in,
   const int64_t n = (lstm ? 4 : 3) * hidden;
   check_shape(gates_in, "gates", {steps, rows, n});
   Recurrence r{};
-  const TileStructure structure(index, tile_ptr, columns, granularity, n, hidden, &r.gemm);
-  check_shape(values_in, "values", {structure.values});
+  const TileTensors tiles(index, tile_ptr, columns);
+  const int64_t nnz = check_tiles(tiles.lists(), granularity, n, hidden, &r.gemm);
+  check_shape(values_in, "values", {nnz});
   const OptionalTensor bias = float_input(bias_in, "bias", {n});
   const OptionalTensor c0 = float_input(c_in, "c", {rows, hidden});
   const Tensor gates = float_input(gates_in, "gates"), h = float_input(h_in, "h"),
@@ -167,7 +168,7 @@ std::vector<Tensor> rnn_steps_cpu(const Tensor& gates_in, const Tensor& h_in,
     r.steps = steps;
     r.hidden = hidden;
     r.reverse = reverse;
-    run(r, structure.values, torch::stable::get_num_threads());
+    run(r, nnz, torch::stable::get_num_threads());
     last = r.out + r.time(steps - 1) * state;
   }
   results.push_back(copy_of(h, last, rows, hidden));

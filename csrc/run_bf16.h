@@ -14,25 +14,36 @@ namespace fxprune {
 // values (nnz) turned into one.
 class TileImage {
  public:
-  TileImage(const Tensor& values, const TileStructure& structure, const TileShape& a) {
+  TileImage(const Tensor& values, int64_t nnz, const TileShape& a) {
     check_tensor(values, "values", element_types().bfloat16, "bfloat16");
-    const int64_t length = image_offset(a, a.tiles);
-    if (values.dim() == 2) {
-      check_shape(values, "values", {length / kDeep, kDeep});
-      tensor_ = values.is_contiguous() ? values : torch::stable::contiguous(values);
-      data_ = fxprune::data<Bf16>(*tensor_);
-      return;
+    const bool image = values.dim() == 2;
+    if (image) {
+      check_shape(values, "values", {image_offset(a, a.tiles) / kDeep, kDeep});
+    } else {
+      check_shape(values, "values", {nnz});
     }
-    check_shape(values, "values", {structure.values});
-    const Tensor packed = values.is_contiguous() ? values : torch::stable::contiguous(values);
-    const Bf16* from = fxprune::data<Bf16>(packed);
-    built_.resize(length);
-    for_each_in_image(a, [&](int64_t at) { built_[at] = *from++; });
-    data_ = built_.data();
+    tensor_ = values.is_contiguous() ? values : torch::stable::contiguous(values);
+    set(fxprune::data<Bf16>(*tensor_), image, a);
   }
+  TileImage(const Span<Bf16>& values, bool image, int64_t nnz, const TileShape& a) {
+    const int64_t expected = image ? image_offset(a, a.tiles) : nnz;
+    STD_TORCH_CHECK(values.size == expected, "values must hold ", expected, " numbers, got ",
+                    values.size);
+    set(values.data, image, a);
+  }
+  TileImage(const TileImage&) = delete;
+  TileImage& operator=(const TileImage&) = delete;
   const Bf16* data() const { return data_; }
 
  private:
+  void set(const Bf16* values, bool image, const TileShape& a) {
+    data_ = values;
+    if (image) return;
+    built_.resize(image_offset(a, a.tiles));
+    for_each_in_image(a, [&](int64_t at) { built_[at] = *values++; });
+    data_ = built_.data();
+  }
+
   std::optional<Tensor> tensor_;
   std::vector<Bf16> built_;
   const Bf16* data_;

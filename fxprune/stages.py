@@ -69,9 +69,10 @@ def _lines(node: Node) -> Iterator[str]:
     if node.op == "output":
         yield f"return {_text(node.args[0])}"
     elif node.target is torch.ops.fxprune.region.default:
-        x, packed, program, outputs = node.args
+        x, _, _, program, outputs = node.args
         steps = region.describe(program).splitlines()  # type: ignore[arg-type]
-        yield f"{node.name} = fxprune.region({_text(x)}, {_text(packed)}, {len(steps)} steps, {outputs})"
+        names = ", ".join(node.meta[region.PARTS])
+        yield f"{node.name} = fxprune.region({_text(x)}, [{names}], {len(steps)} steps, {outputs})"
         yield from (f"    {step}" for step in steps)
     else:
         yield _line(node)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxprune.graph import example
+from fxprune.ops.bundle import bundle, unbundle
 
 STATE_NAME = "fxprune_state_name"  # node.meta: the qualified name of a captured parameter or buffer
 Build = Callable[..., tuple[Tensor, ...]]
@@ -79,18 +80,44 @@ class Weights:
         tensors = tuple(self._real[n] for n in inputs)
         with torch.inference_mode(False), torch.no_grad():
             buffers = tuple(t.detach().clone().contiguous() for t in self._built(build, tensors))
-        last = [n for n in self._gm.graph.nodes if n.op == "placeholder"][-1]
         nodes = []
         for name, buffer in zip(names, buffers, strict=True):
-            with self._gm.graph.inserting_after(last):
-                last = self._gm.graph.placeholder(name)
-            last.meta["example_value"] = _fake_like(self._gm, buffer)
-            self._real[last] = buffer
+            nodes.append(self._input(name, buffer))
             if inputs and not own:
-                self._origin[last] = self.origin(inputs[0])
-            nodes.append(last)
+                self._origin[nodes[-1]] = self.origin(inputs[0])
         self.derived.append(Derived(tuple(nodes), tensors, build, buffers))
         return tuple(nodes)
+
+    def _input(self, name: str, value: Tensor) -> Node:
+        """Add a graph input behind the others."""
+        last = [n for n in self._gm.graph.nodes if n.op == "placeholder"][-1]
+        with self._gm.graph.inserting_after(last):
+            node = self._gm.graph.placeholder(name)
+        node.meta["example_value"] = _fake_like(self._gm, value)
+        self._real[node] = value
+        return node
+
+    def bundle(self, nodes: Sequence[Node]) -> tuple[list[Node], list[int]]:
+        """Move the tensors behind ``nodes`` into one graph input per type; returns those and the layout.
+
+        Derived tensors become views of those (``fxprune/ops/bundle.py``), refreshed there; the user's own are copied first.
+        """
+        own = [n if self.is_derived(n) else self._copied(n) for n in nodes]
+        with torch.inference_mode(False), torch.no_grad():
+            whole, layout = bundle([self._real[n] for n in own])
+            moved = {id(self._real[n]): p.view_as(self._real[n]) for n, p in zip(own, unbundle(whole, layout), strict=True)}
+
+        def now(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(moved.get(id(t), t) for t in tensors)
+
+        self._real = {node: moved.get(id(value), value) for node, value in self._real.items()}
+        self.derived = [replace(e, inputs=now(e.inputs), buffers=now(e.buffers)) for e in self.derived]
+        holders = [self._input(f"weights_{str(t.dtype).removeprefix('torch.')}", t) for t in whole]
+        self.derived.append(Derived(tuple(holders), (), tuple, ()))  # their parts are refreshed
+        return holders, layout
+
+    def _copied(self, node: Node) -> Node:
+        return self.derive((f"{node.name}_copy",), (node,), lambda t: (t,), own=True)[0]
 
     def _built(self, build: Build, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run ``build`` on the CPU, where masks and index lists live, and put the results on the weights' device."""

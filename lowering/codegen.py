@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import default_partition
@@ -64,7 +65,7 @@ def compile_rest(
     if joint is not None or _has_ours(gm.graph):
         settings["joint_custom_pre_pass"] = Salt(joint)
     if not config.freeze or torch.is_grad_enabled():
-        return _compile(gm, example_inputs, settings)
+        return _read(gm, example_inputs, lambda read: _compile(gm, read, settings))
     with torch._inductor.config.patch(freezing=True):
         return _frozen(gm, example_inputs, constant, lambda live: _compile(gm, live, {**settings, "freezing": True}))
 
@@ -107,6 +108,21 @@ def _differentiate(gm: GraphModule, inputs: Sequence[Any], joint: JointPass) -> 
         return make_boxed_func(graph.forward)
 
     return cast("Callable[..., Any]", aot_autograd(fw_compiler=run, partition_fn=partition)(gm, list(inputs)))
+
+
+def _read(
+    gm: GraphModule, example_inputs: Sequence[Any], compile: Callable[[list[Any]], Callable[..., Any]]
+) -> Callable[..., Any]:
+    """Compile ``gm`` without the tensors that nothing reads any more: each that is passed on costs every call."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    unread = [not n.users and isinstance(v, Tensor) for n, v in zip(placeholders, example_inputs, strict=True)]
+    for node, drop in zip(placeholders, unread, strict=True):
+        if drop:
+            gm.graph.erase_node(node)
+    gm.recompile()
+    read = [i for i, drop in enumerate(unread) if not drop]
+    run = compile([example_inputs[i] for i in read])
+    return lambda *args: run(*[args[i] for i in read])
 
 
 def _frozen(

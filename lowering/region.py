@@ -1,9 +1,10 @@
 """Form regions: chains of our operators that run as one native call, ``fxprune::region``.
 
-    tile_gemm -> depthwise_taps -> mean -> tile_gemm -> ...  =>  region([x], packed, program, outputs)
+    tile_gemm -> depthwise_taps -> mean -> tile_gemm -> ...  =>  region([x], weights, layout, program, outputs)
 
 A region is a run of eligible nodes in graph order; a node that depends on it but is not eligible, or that writes memory,
 closes it. Nodes in between that do not depend on it stay in front. Only in inference, and only for two kernels or more.
+The weights of all regions of a graph become one graph input per type.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..context import Context
 from ..graph import fake, mutates
 from ..ops import activation
 from ..ops import region as ops
+from ..weights import Weights
 
 aten = torch.ops.aten
 _DEPTHWISE = torch.ops.fxprune.depthwise_taps.default
@@ -43,22 +45,25 @@ def form_regions(gm: GraphModule, ctx: Context) -> int:
     """Return the number of regions formed."""
     if not ctx.inference:
         return 0
-    formed = 0
     current = _Region()
     found: list[_Region] = []
     for node in gm.graph.nodes:
-        eligible = _eligible(node, current.nodes)
+        eligible = _eligible(node, current.nodes, ctx.weights)
         if eligible and _fits(node, current.nodes):
             current.nodes.append(node)
         elif eligible or mutates(node) or any(n in current.nodes for n in node.all_input_nodes):
             found.append(current)
-            current = _Region([node] if _eligible(node, []) else [])
+            current = _Region([node] if _eligible(node, [], ctx.weights) else [])
     for candidate in [*found, current]:
         _trim(candidate)
-        if candidate.kernels() >= 2:
-            _replace(candidate)
-            formed += 1
-    return formed
+    regions = [r.nodes for r in [*found, current] if r.kernels() >= 2]
+    if regions:
+        used = dict.fromkeys(w for members in regions for node in members for w in _weights(node))
+        holders, layout = ctx.weights.bundle(list(used))
+        numbers = {weight: number for number, weight in enumerate(used)}
+        for members in regions:
+            _replace(members, holders, layout, numbers)
+    return len(regions)
 
 
 def _known(node: Any) -> Tensor:
@@ -76,8 +81,15 @@ def _fits(node: Node, members: list[Node]) -> bool:
     return value.dtype == first.dtype and statically_known_true(value.shape[0] == first.shape[0])
 
 
-def _eligible(node: Node, members: list[Node]) -> bool:
-    if node.op != "call_function":
+def _weights(node: Node) -> list[Node]:
+    """The operands of one of our operators that are weights: those at places which are not activations."""
+    last = 4 if node.target is _DEPTHWISE else 6
+    held = node.args[1:last] if node.target in (_DEPTHWISE, _GEMM, _CONV) else ()
+    return [n for n in held if isinstance(n, Node)]
+
+
+def _eligible(node: Node, members: list[Node], weights: Weights) -> bool:
+    if node.op != "call_function" or any(weights.value(w) is None for w in _weights(node)):
         return False
     value = fake(node)
     if value is None or value.dtype not in (torch.float32, torch.bfloat16) or value.device.type != "cpu":
@@ -116,12 +128,12 @@ def _trim(candidate: _Region) -> None:
 
 
 class _Program:
-    """Number the values and weights of a region while its steps are written."""
+    """Number the values of a region while its steps are written. numbers: of the weights."""
 
-    def __init__(self, members: list[Node]) -> None:
+    def __init__(self, members: list[Node], numbers: dict[Node, int]) -> None:
         self.members = set(members)
         self.inputs: list[Node] = []
-        self.packed: list[Node] = []
+        self._numbers = numbers
         self.code: list[int] = []
         self._values: dict[Node, int] = {}
         external = [n for m in members for n in _activations(m) if n not in self.members]
@@ -134,11 +146,7 @@ class _Program:
         return -1 if node is None else self._values[node]
 
     def weight(self, node: Node | None) -> int:
-        if node is None:
-            return -1
-        if node not in self.packed:
-            self.packed.append(node)
-        return self.packed.index(node)
+        return -1 if node is None else self._numbers[node]
 
     def add(self, node: Node) -> None:
         a: Any = node.args
@@ -171,9 +179,8 @@ def _activations(node: Node) -> list[Node]:
     return [n for p in positions if isinstance(n := node.args[p], Node)]
 
 
-def _replace(candidate: _Region) -> None:
-    members = candidate.nodes
-    program = _Program(members)
+def _replace(members: list[Node], holders: list[Node], layout: list[int], weights: dict[Node, int]) -> None:
+    program = _Program(members, weights)
     for node in members:
         program.add(node)
     results = [n for n in members if any(u not in program.members for u in n.users)]
@@ -181,12 +188,12 @@ def _replace(candidate: _Region) -> None:
     fakes = [_known(n) for n in program.inputs]
     numbers = list(dict.fromkeys(program.value(n) for n in results))
     with last.graph.inserting_after(last):
-        call = last.graph.call_function(_REGION, (program.inputs, program.packed, program.code, numbers))
+        call = last.graph.call_function(_REGION, (program.inputs, holders, layout, program.code, numbers))
     call.meta = {k: v for k, v in last.meta.items() if k == "stack_trace"}
+    call.meta[ops.PARTS] = [w.name for w in weights]
     mode = next(m for m in (getattr(f, "fake_mode", None) for f in fakes) if m is not None)
     with mode:
-        weights = [_known(n) for n in program.packed]
-        call.meta["example_value"] = ops.fake(fakes, weights, program.code, numbers)
+        call.meta["example_value"] = ops.fake(fakes, [_known(h) for h in holders], layout, program.code, numbers)
     anchor = call
     for node in results:
         position = numbers.index(program.value(node))

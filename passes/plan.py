@@ -34,6 +34,7 @@ _MIN_SPARSITY = 0.05
 _LEAVE_REGION = 1.3
 # a kernel this small is mostly the cost of its call, which it loses inside a region
 _JOIN_REGION = 3.0
+_CALL = 20.0  # microseconds that a call beside a region costs beyond its kernel
 _OPERATOR = {
     "depthwise": "depthwise_taps",
     "pointwise": "tile_gemm",
@@ -228,8 +229,10 @@ def _decide_alone(match: Match, pattern: str, mask: LayerMask | None, ctx: Conte
     refusal = _refusal(match, mask, ctx)
     if mask is None and not refusal and _joins_region(match) and any(d.chosen for d in ctx.decisions):
         timing = ctx.measure(match, None)
-        convolution = match.value.dim() == 4
-        chosen = timing.sparse * (1 / _JOIN_REGION if convolution else ctx.config.min_speedup) <= timing.dense
+        if match.value.dim() == 4:
+            chosen = timing.sparse <= _JOIN_REGION * timing.dense
+        else:
+            chosen = (timing.sparse - _CALL) * ctx.config.min_speedup <= timing.dense
         gain = f"no zeros, one row per image beside the region: {timing.dense / max(timing.sparse, 1e-9):.2f}x of dense"
         ctx.decisions.append(_decision(match, None, chosen, timing, "", gain))
         return

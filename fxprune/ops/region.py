@@ -9,7 +9,8 @@
                    padding h w, dilation h w, groups, activation
 
 All values are float32, or all bfloat16 (no conv then). x, residual and gate are values: first the inputs, then one per step.
-Weights are indices into ``packed``; -1 is absent. The program is data: it can be printed, checked, exported and rebuilt.
+Weights are parts of a bundle (``fxprune/ops/bundle.py``); -1 is absent. The program is data: it can be printed, checked,
+exported and rebuilt.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ import torch
 from torch import Tensor
 
 from fxprune.ops import activation, depthwise_taps, tile_conv, tile_gemm
+from fxprune.ops.bundle import bundle, unbundle
 from fxprune.ops.operator import Args, Operator
 
 DEPTHWISE, GEMM, MEAN, CONV = 0, 1, 2, 3
+PARTS = "fxprune_parts"  # node.meta: the names of the weights in the bundle
 _NAMES = {DEPTHWISE: "depthwise", GEMM: "gemm", MEAN: "mean", CONV: "conv"}
 
 
@@ -41,40 +44,54 @@ def describe(program: Sequence[int]) -> str:
     return "\n".join(f"{_NAMES.get(code, code)} {arguments}" for code, arguments in records(program))
 
 
-def _interpret(
+def interpret(
     x: Sequence[Tensor],
-    packed: Sequence[Tensor],
+    part: Callable[..., Tensor],
     program: Sequence[int],
     outputs: Sequence[int],
     depthwise: Callable[..., Tensor],
     gemm: Callable[..., Tensor],
     conv: Callable[..., Tensor],
 ) -> list[Tensor]:
+    """Run the steps one by one. part: returns a weight, from its number and, for a matrix, its sizes."""
     values = list(x)
 
-    def optional(items: Sequence[Tensor], position: int) -> Tensor | None:
-        return items[position] if position >= 0 else None
+    def value(number: int) -> Tensor | None:
+        return values[number] if number >= 0 else None
+
+    def bias(number: int) -> Tensor | None:
+        return part(number) if number >= 0 else None
 
     for code, a in records(program):
         if code == DEPTHWISE:
+            operand = _as_image(values[a[0]])
+            channels, count = operand.shape[1], a[4] * a[5]
+            weights = [part(a[1], channels, count), part(a[2], channels, -(-count // 64)), bias(a[3])]
             windows = [a[4:6], a[6:8], a[8:10], a[10:12]]
-            operands = [packed[a[1]], packed[a[2]], optional(packed, a[3])]
-            values.append(depthwise(_as_image(values[a[0]]), *operands, *windows, activation.NAMES[a[12]]))
+            values.append(depthwise(operand, *weights, *windows, activation.NAMES[a[12]]))
         elif code == GEMM:
-            operand, residual, gate = values[a[0]], optional(values, a[6]), optional(values, a[7])
+            operand, residual, gate = values[a[0]], value(a[6]), value(a[7])
             gate = gate.flatten(1) if gate is not None else None
             if a[10] == -1:
                 operand = operand.flatten(1)
                 residual = residual.flatten(1) if residual is not None else None
-            operands = [*(packed[i] for i in a[1:5]), optional(packed, a[5]), residual, gate]
-            values.append(gemm(operand, *operands, a[8], a[9], a[10], activation.NAMES[a[11]]))
+            weights = [*map(part, a[1:5]), bias(a[5])]
+            values.append(gemm(operand, *weights, residual, gate, a[8], a[9], a[10], activation.NAMES[a[11]]))
         elif code == CONV:
             windows = [a[9:11], a[11:13], a[13:15], a[15:17]]
-            operands = [*(packed[i] for i in a[1:5]), optional(packed, a[5]), optional(values, a[6])]
-            values.append(conv(_as_image(values[a[0]]), *operands, a[7], a[8], *windows, a[17], activation.NAMES[a[18]]))
+            operands = [_as_image(values[a[0]]), *map(part, a[1:5]), bias(a[5]), value(a[6])]
+            values.append(conv(*operands, a[7], a[8], *windows, a[17], activation.NAMES[a[18]]))
         else:
             values.append(values[a[0]].flatten(2).mean(2, dtype=torch.float32).to(values[a[0]].dtype))
     return [values[i] for i in outputs]
+
+
+def parts_of(weights: Sequence[Tensor], layout: Sequence[int], dtype: torch.dtype | None = None) -> Callable[..., Tensor]:
+    """Return what :func:`interpret` takes its weights from. dtype: float64 widens them, beside inputs of it."""
+    parts = unbundle(weights, layout)
+    if dtype == torch.float64:
+        parts = [p.to(dtype) if p.is_floating_point() else p for p in parts]
+    return lambda number, *sizes: parts[number].view(sizes) if sizes else parts[number]
 
 
 def _as_image(value: Tensor) -> Tensor:
@@ -82,13 +99,19 @@ def _as_image(value: Tensor) -> Tensor:
     return value.unflatten(1, (value.shape[1], 1, 1)) if value.dim() == 2 else value
 
 
-def reference(x: list[Tensor], packed: list[Tensor], program: list[int], outputs: list[int]) -> list[Tensor]:
-    """Run the steps one by one on the operators' references; inputs are (B, C, *), all with one B."""
-    return _interpret(x, packed, program, outputs, depthwise_taps.reference, tile_gemm.reference, tile_conv.reference)
+def reference(
+    x: list[Tensor], weights: list[Tensor], layout: list[int], program: list[int], outputs: list[int]
+) -> list[Tensor]:
+    """Run the steps on the operators' references. x: (B, C, *), all with one B; weights, layout: a bundle."""
+    part = parts_of(weights, layout, x[0].dtype)
+    return interpret(x, part, program, outputs, depthwise_taps.reference, tile_gemm.reference, tile_conv.reference)
 
 
-def fake(x: list[Tensor], packed: list[Tensor], program: list[int], outputs: list[int]) -> list[Tensor]:
-    shapes = _interpret(x, packed, program, outputs, depthwise_taps.fake, tile_gemm.fake, tile_conv.fake)
+def fake(x: list[Tensor], weights: list[Tensor], layout: list[int], program: list[int], outputs: list[int]) -> list[Tensor]:
+    def part(number: int, *sizes: int) -> Tensor:
+        return weights[0]  # results' sizes follow from the program alone
+
+    shapes = interpret(x, part, program, outputs, depthwise_taps.fake, tile_gemm.fake, tile_conv.fake)
     return [s.new_empty(s.shape) for s in shapes]
 
 
@@ -111,29 +134,36 @@ def samples() -> Iterator[Args]:
         expand = tile_gemm.tile_pack.random_structure(channels, channels, 4, gen)
         squeeze = tile_gemm.tile_pack.random_structure(channels, channels, 64, gen)
         bias = torch.randn(channels, generator=gen)
-        packed = [*window, bias, *expand, *squeeze]
+        weights, layout = bundle([*window, bias, *expand, *squeeze])
         x = torch.randn(batch, channels, size, size, generator=gen)
         depthwise = [DEPTHWISE, 13, 0, 0, 1, 2, 3, 3, stride, stride, 1, 1, 1, 1, 2]
         mean = [MEAN, 1, 1]
         gate = [GEMM, 12, 2, 7, 8, 9, 10, 2, -1, -1, channels, 64, -1, 6]
         project = [GEMM, 12, 1, 3, 4, 5, 6, -1, 0 if stride == 1 else -1, 3, channels, 4, 1, 0]
-        yield [x], packed, [*depthwise, *mean, *gate, *project], [4] if stride == 1 else [1, 4]
+        outputs = [4] if stride == 1 else [1, 4]
+        yield [x], weights, layout, [*depthwise, *mean, *gate, *project], outputs
     stem = tile_gemm.tile_pack.random_structure(6, 27, 4, gen)
     head = tile_gemm.tile_pack.random_structure(5, 6, 8, gen)
+    weights, layout = bundle([*stem, torch.randn(6, generator=gen), *head])
     conv = [CONV, 19, 0, 0, 1, 2, 3, 4, -1, 6, 4, 3, 3, 2, 2, 1, 1, 1, 1, 1, 2]
     gemm = [GEMM, 12, 1, 5, 6, 7, 8, -1, -1, -1, 5, 8, 1, 0]
-    yield [torch.randn(2, 3, 9, 7, generator=gen)], [*stem, torch.randn(6, generator=gen), *head], [*conv, *gemm], [2]
+    yield [torch.randn(2, 3, 9, 7, generator=gen)], weights, layout, [*conv, *gemm], [2]
 
 
 def bad_samples() -> Iterator[tuple[Args, str]]:
-    x, packed, program, outputs = next(samples())
-    yield ([], packed, program, outputs), r"input"
-    yield ([x[0].double()], packed, program, outputs), r"float32"
-    yield (x, packed[:5], program, outputs), r"packed"
-    yield (x, packed, program[:-1], outputs), r"program"
-    yield (x, packed, [7, 0], outputs), r"code"
-    yield (x, packed, program, [0]), r"outputs"
-    yield (x, packed, [MEAN, 1, 5], outputs), r"value"
+    x, weights, layout, program, outputs = next(samples())
+    yield ([], weights, layout, program, outputs), r"input"
+    yield ([x[0].double()], weights, layout, program, outputs), r"float32"
+    yield (x, [weights[0].double(), *weights[1:]], layout, program, outputs), r"weights must be float32"
+    yield (x, [weights[0][:-16], *weights[1:]], layout, program, outputs), r"part \d+ .* beyond the end"
+    yield (x, weights, [-8, *layout[1:]], program, outputs), r"no size and tensor"
+    yield (x, weights[:2], layout, program, outputs), r"no size and tensor of 2"
+    yield (x, weights, layout[:5], program, outputs), r"weight .* of 5 does not exist"
+    yield (x, weights, layout, [*program[:5], 1, *program[6:]], outputs), r"bias must be float32"
+    yield (x, weights, layout, program[:-1], outputs), r"program"
+    yield (x, weights, layout, [7, 0], outputs), r"code"
+    yield (x, weights, layout, program, [0]), r"outputs"
+    yield (x, weights, layout, [MEAN, 1, 5], outputs), r"value"
 
 
 OPERATOR = Operator("region", reference, fake, setup_context, backward, samples, bad_samples)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fxprune.ops import activation
+from fxprune.ops.bundle import bundle
 from fxprune.ops.region import CONV, DEPTHWISE, GEMM, MEAN
 from tests.integers import bitmap, generator, integers, tiles
 
-Program = tuple[list[Tensor], list[Tensor], list[int], list[int]]
+Program = tuple[list[Tensor], list[Tensor], list[int], list[int], list[int]]
 _EXACT = [activation.NAMES.index(name) for name in ("relu6", "relu6", "relu", "none")]
 # powers of two, so that a mean is exact; the others only lack a mean
 _SIDES = ((8, 8), (4, 16), (1, 8), (16, 16), (7, 5), (1, 1), (9, 3))
@@ -38,7 +39,7 @@ class Writer:
             self.gemm()
         made = range(inputs, len(self.values))
         outputs = sorted({len(self.values) - 1, *(i for i in made if self.rng.random() < 0.2)})
-        return self.x, self.packed, self.code, outputs
+        return self.x, *bundle(self.packed), self.code, outputs
 
     def depthwise(self) -> None:
         number = self._pick([i for i, v in enumerate(self.values) if len(v) == 3])
@@ -126,7 +127,7 @@ _NUMBERS = (*range(-3, 24), 63, 64, 65, 2**31 - 1, 2**31, 2**40, 2**61, 2**62, 2
 
 def corrupted(seed: int) -> Program:
     """A right program with up to three integers replaced, or records cut, repeated or swapped."""
-    x, packed, code, outputs = program(seed)
+    x, weights, layout, code, outputs = program(seed)
     rng = random.Random(~seed)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(len(code)) if code else 0
@@ -139,4 +140,4 @@ def corrupted(seed: int) -> Program:
             code = code[:at] + [rng.choice(_NUMBERS)] + code[at:]
         else:
             outputs = [rng.choice(_NUMBERS) for _ in range(rng.randint(0, 3))]
-    return x, packed, code, outputs
+    return x, weights, layout, code, outputs

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxprune.ops import region
+from fxprune.ops.bundle import bundle, unbundle
 from fxprune.ops.tile_image import from_image, image
 from fxprune.ops.tile_pack import whole_structure
 from tests.csrc.kernels import BEST, EXACT, OPS, every_isa, gemm_reference
@@ -184,21 +185,22 @@ def test_depthwise(isa: str, k: int) -> None:
 @given(st.integers(0, 2**30))
 def test_regions_run_the_operators(seed: int) -> None:
     """One call gives the bits of the operators one by one, on each instruction set and number of threads."""
-    x, packed, code, outputs = program(seed, convolutions=False)
+    x, weights, layout, code, outputs = program(seed, convolutions=False)
     if not code:
         return
 
     def half(held: list[Tensor]) -> list[Tensor]:
         return [t.bfloat16() if t.is_floating_point() else t for t in held]
 
-    x, packed = half(x), half(packed)
+    x, (weights, layout) = half(x), bundle(half(unbundle(weights, layout)))
+    part = region.parts_of(weights, layout)
     before = torch.get_num_threads()
     try:
         for name in every_isa(ISAS):
-            expected = region._interpret(x, packed, code, outputs, OPS.depthwise_taps, OPS.tile_gemm, OPS.tile_conv)
+            expected = region.interpret(x, part, code, outputs, OPS.depthwise_taps, OPS.tile_gemm, OPS.tile_conv)
             for threads in (1, 2):
                 torch.set_num_threads(threads)
-                for a, b in zip(OPS.region(x, packed, code, outputs), expected, strict=True):
+                for a, b in zip(OPS.region(x, weights, layout, code, outputs), expected, strict=True):
                     assert a.dtype == torch.bfloat16 and torch.equal(a, b), f"program({seed}) on {name}, {threads} threads"
     finally:
         torch.set_num_threads(before)

@@ -14,13 +14,17 @@ from torch import Tensor
 from fxprune.ops import region
 from tests.csrc.kernels import OPS, every_isa
 from tests.csrc.programs import Program, corrupted, program
-from tests.oracle import assert_same, widened
+from tests.oracle import assert_same
 
 CORRUPTED = 2000
 
 
+def wide(case: Program) -> Program:
+    return [t.double() for t in case[0]], *case[1:]
+
+
 def compare(case: Program, repro: str) -> None:
-    expected, exact = region.reference(*case), region.reference(*widened(list(case)))
+    expected, exact = region.reference(*case), region.reference(*wide(case))
     before = torch.get_num_threads()
     try:
         for isa in every_isa():
@@ -43,7 +47,8 @@ def test_the_programs_are_worth_it() -> None:
     operands = {"residual": 0, "gate": 0, "row-major": 0, "several outputs": 0}
     zeros = []
     for seed in range(200):
-        x, packed, code, outputs = program(seed)
+        case = program(seed)
+        code, outputs = case[3:]
         for number, a in region.records(code):
             codes.add(number)
             if number == region.GEMM:
@@ -51,7 +56,7 @@ def test_the_programs_are_worth_it() -> None:
                 operands["gate"] += a[7] >= 0
                 operands["row-major"] += a[10] == -1
         operands["several outputs"] += len(outputs) > 1
-        last = region.reference(x, packed, code, outputs)[-1]
+        last = region.reference(*case)[-1]
         zeros.append((last == 0).float().mean().item())
     assert codes == {region.DEPTHWISE, region.GEMM, region.MEAN, region.CONV}
     assert min(operands.values()) >= 10, operands
@@ -60,11 +65,12 @@ def test_the_programs_are_worth_it() -> None:
 
 HUGE = """
 import torch, fxprune
+from fxprune.ops.bundle import bundle
 fxprune.register()
 weight = [torch.ones(4), torch.arange(4).int(), torch.tensor([0, 4]).int(), torch.tensor([0]).int()]
 first, second = [1, 12, 0, 0, 1, 2, 3, -1, -1, -1, 2**58, 1, 1, 0], [1, 12, 1, 0, 1, 2, 3, -1, -1, -1, 1, 1, 1, 0]
 try:
-    torch.ops.fxprune.region([torch.ones(1, 4, 8, 8)], weight, [*first, *second], [2])
+    torch.ops.fxprune.region([torch.ones(1, 4, 8, 8)], *bundle(weight), [*first, *second], [2])
 except (RuntimeError, MemoryError):
     print("refused")
 """
@@ -76,9 +82,9 @@ def test_a_size_that_overflows_is_refused() -> None:
 
 
 def test_an_output_named_twice_is_refused() -> None:
-    x, packed, code, outputs = next(region.samples())
+    *rest, outputs = next(region.samples())
     with pytest.raises(RuntimeError, match="twice"):
-        OPS.region(x, packed, code, [*outputs, *outputs])
+        OPS.region(*rest, [*outputs, *outputs])
 
 
 def test_corrupted_programs_raise_or_are_right() -> None:
@@ -91,5 +97,5 @@ def test_corrupted_programs_raise_or_are_right() -> None:
             refused += 1
             continue
         repro = f"corrupted({seed})"
-        assert_same(given, region.reference(*case), region.reference(*widened(list(case))), repro, trusted=False)
+        assert_same(given, region.reference(*case), region.reference(*wide(case)), repro, trusted=False)
     assert refused > CORRUPTED // 2

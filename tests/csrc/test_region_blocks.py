@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from fxprune.ops import activation, region
+from fxprune.ops.bundle import bundle
 from tests.csrc.kernels import OPS
 from tests.integers import bitmap, generator, integers, tiles
 
 RELU6, NONE = activation.NAMES.index("relu6"), activation.NAMES.index("none")
-Case = tuple[list[Tensor], list[Tensor], list[int], list[int]]
+Case = tuple[list[Tensor], list[Tensor], list[int], list[int], list[int]]
 
 
 def block(batch: int, size: tuple[int, int], kernel: int, stride: int, dilation: int = 1, granularity: int = 8) -> Case:
@@ -48,7 +49,7 @@ def block(batch: int, size: tuple[int, int], kernel: int, stride: int, dilation:
     gemm(6, 24, 7, 4, NONE)
     weights = keep([*tiles(gen, 9, 7 * 9, 8, keep=0.5)[1], integers(gen, 9)])
     step(region.CONV, [7, *weights, -1, 9, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, NONE])
-    return [integers(gen, batch, 3, *size)], packed, code, [7, 8]
+    return [integers(gen, batch, 3, *size)], *bundle(packed), code, [7, 8]
 
 
 def check(case: Case) -> None:
@@ -89,7 +90,7 @@ def test_results_do_not_depend_on_what_the_arena_held() -> None:
     """The gaps between features are never read: poisoned by another call's values, results are the same."""
     case = block(1, (61, 45), 3, 1)
     expected = region.reference(*case)
-    x, packed, code, outputs = block(1, (149, 149), 3, 1)
-    OPS.region([torch.full_like(x[0], float("nan"))], packed, code, outputs)
+    x, *rest = block(1, (149, 149), 3, 1)
+    OPS.region([torch.full_like(x[0], float("nan"))], *rest)
     for given, right in zip(OPS.region(*case), expected, strict=True):
         assert torch.equal(given, right)

@@ -189,7 +189,7 @@ def test_training_has_no_regions() -> None:
 def test_an_intermediate_used_outside_is_an_output_too(gated: bool) -> None:
     found = formed(sparse(Inverted(gated=gated, seen=True)), image())
     assert found.count == 1
-    assert len(found.regions[0].args[3]) == 2
+    assert len(found.regions[0].args[4]) == 2
 
 
 def test_a_mean_used_outside_is_an_output_too() -> None:

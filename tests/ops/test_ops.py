@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from fxprune.ops import OPS, region
 from fxprune.ops.activation import NAMES
+from fxprune.ops.bundle import bundle, unbundle
 from fxprune.ops.operator import Operator
 from tests.oracle import assert_close_fp64, assert_exact, integers, poisoned
 
@@ -66,8 +67,9 @@ def whole(args: tuple[Any, ...], seed: int = 0, activation: str | None = None) -
     drawn = [draw(a, seed + i) for i, a in enumerate(args)]
     if activation is not None and isinstance(args[-1], str):
         drawn[-1] = activation
-    elif activation is not None and len(args) == 4:
-        drawn[2] = with_activation(args[2], activation)
+    elif activation is not None and len(args) == 5:
+        drawn[1] = bundle([draw(t, seed + i) for i, t in enumerate(unbundle(args[1], args[2]))])[0]
+        drawn[3] = with_activation(args[3], activation)
     return tuple(drawn)
 
 
@@ -140,7 +142,7 @@ def test_opcheck_with_gradients(op: Operator, args: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize(("op", "args"), OTHERS)
 def test_a_missing_gradient_is_refused(op: Operator, args: tuple[Any, ...]) -> None:
-    for position in (0, 1):  # of a region: an activation, a weight
+    for position in (0, 1):
         if isinstance(args[position], Tensor) and not args[position].is_floating_point():
             continue
         ready = [list(a) if isinstance(a, list) else a for a in args]
