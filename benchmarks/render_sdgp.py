@@ -32,15 +32,15 @@ TEXT_SPEED = """One training step (forward, backward, SGD) compiled by us agains
 interleaved; the ratio is the median over the rounds. With "auto" each layer prunes only where pruning and a product that
 skips zeros were measured to be faster than the dense product by `min_speedup`; `layers` counts them, of those that could
 have been pruned. The gain of a layer is its data gradient's, pruning included."""
-TEXT_PRUNER = """What `fxprune.Pruner` adds to a step (forward, backward, AdamW) in eager mode, at 75 % zeros: in most steps it
-zeroes weights and moments, in the steps before a round Taylor scores are added up, a round chooses masks. "amortised" is
+TEXT_PRUNER = """What `fxprune.Pruner` adds to a step (forward, backward, AdamW) in eager mode, at 75 % zeros: in most steps
+it zeroes weights and moments, before a round Taylor scores are added up, a round chooses masks. "amortised" is
 the share of the time without a pruner, with a round every {every} steps. The first is a matter of memory bandwidth: it
 reads and writes weights and two moments once, so its share falls with the rows that a step computes. Bytes are those of
 the pruner's tensors before the second round, scores included."""
 LAYERS = {
     "perceptron": "The perceptron has layers of 1024 x 1024.",
     "transformer": "The transformer has those of BERT base.",
-    "bottlenecks": "The bottlenecks are ResNet-50's, whose 3 x 3 convolutions have no product that skips zeros.",
+    "bottlenecks": "The bottlenecks are ResNet-50's.",
 }
 
 
@@ -147,11 +147,13 @@ def equality(found: dict[str, Any]) -> str:
     """Say what a resumed run and two processes leave of the weights of one run."""
     resumed, two = found["resumed"], found["two processes"]
     same = {True: "the same zeros", False: "other zeros"}
-    return (
-        f"A run that was saved halfway and resumed differs from one that was not by {resumed['largest difference']:g} and has "
-        f"{same[resumed['same zeros']]}. Two processes under DDP differ from one on whole batches by "
-        f"{two['largest difference']:.2g}, the order of sums, with {same[two['same zeros']]}; the two from each other by "
-        f"{two['between ranks']:g}."
+    return "\n".join(
+        (
+            f"A run that was saved halfway and resumed differs from one that was not by {resumed['largest difference']:g},",
+            f"with {same[resumed['same zeros']]}. Two processes under DDP differ from one on whole batches by",
+            f"{two['largest difference']:.1g}, the order of sums, with {same[two['same zeros']]}; the two from each other",
+            f"by {two['between ranks']:g}.",
+        )
     )
 
 

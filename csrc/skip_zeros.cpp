@@ -78,13 +78,15 @@ void run(const SkipConv& a, int64_t pool) {
   });
 }
 
-Tensor skip_zeros_conv_cpu(const Tensor& x_in, const Tensor& weight_in, const std::vector<int64_t>& padding) {
+Tensor skip_zeros_conv_cpu(const Tensor& x_in, const Tensor& weight_in,
+                           const std::vector<int64_t>& padding) {
   SkipConv a{};
   check_tensor(x_in, "x", element_types().float32, "float32");
   check_tensor(weight_in, "weight", element_types().float32, "float32");
   STD_TORCH_CHECK(x_in.dim() == 4, "x must have shape (B, N, H, W), got ", shape_of(x_in));
   STD_TORCH_CHECK(weight_in.dim() == 4 && weight_in.size(0) == x_in.size(1),
-                  "weight must have shape (", x_in.size(1), ", K, R, S), got ", shape_of(weight_in));
+                  "weight must have shape (", x_in.size(1), ", K, R, S), got ",
+                  shape_of(weight_in));
   a.r = weight_in.size(2), a.s = weight_in.size(3);
   STD_TORCH_CHECK(padding.size() == 2 && 0 <= padding[0] && padding[0] < a.r && 0 <= padding[1] &&
                       padding[1] < a.s,

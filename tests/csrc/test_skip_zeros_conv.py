@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.csrc.kernels import OPS, every_isa
 from tests.integers import generator, integers
 
-# B, N, H, W of dL/dO; K, window, padding: one of each, less than a vector, past a part of 128 channels and a block of outputs
+# B, N, H, W of dL/dO; K, window, padding: one, less than a vector, past a part of 128 channels and a block of outputs
 CASES = (
     ((1, 1, 1, 1), 1, (1, 1), (0, 0)),
     ((2, 5, 3, 4), 7, (3, 3), (1, 1)),

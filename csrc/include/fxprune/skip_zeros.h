@@ -32,13 +32,14 @@ inline int64_t skip_scratch(const SkipZeros& a, int64_t rows, int64_t width) {
 // The data gradient of a convolution with stride 1: out[y][x] = sum over the window of
 // x[y + pad_h - r][x + pad_w - s] w[r][s].
 struct SkipConv {
-  SkipZeros x;    // positions = in_h * in_w
-  SkipZeros out;  // positions = h * w, n = 0; reads nothing
+  SkipZeros x;     // positions = in_h * in_w
+  SkipZeros out;   // positions = h * w, n = 0; reads nothing
   const float* w;  // (n, r, s, k)
   int64_t in_h, in_w, h, w_out, r, s, pad_h, pad_w;
 };
 
-// Samples [first_sample, last_sample) of output rows [first, last); several samples only of all rows.
+// Samples [first_sample, last_sample) of output rows [first, last); several samples only of all
+// rows.
 struct SkipBand {
   int64_t first_sample, last_sample, first, last;
 
