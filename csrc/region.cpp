@@ -11,6 +11,8 @@
 
 #include "parallel.h"
 #include "region_program.h"
+#include "run_block.h"
+#include "run_products.h"
 #include "run_split.h"
 
 namespace fxprune {
@@ -127,7 +129,9 @@ class Region {
   void run_image(int64_t image, T* arena, int64_t pool) const {
     const std::vector<Step>& steps = program_.steps();
     for (size_t s = 0; s < steps.size(); ++s) {
-      if (steps[s].feeds_next) {
+      if (runs_block(s, image, arena, pool)) {
+        s += steps[s].block - 1;
+      } else if (steps[s].feeds_next) {
         run_expand_depthwise(product(steps[s], image, arena), depthwise(steps[s + 1], image, arena),
                              pool);
         ++s;
@@ -135,6 +139,34 @@ class Region {
         run_step(steps[s], image, arena, pool);
       }
     }
+  }
+
+  // Runs the block that begins at step `s` band by band; false where there is none, or too little
+  // of it for all threads.
+  bool runs_block(size_t s, int64_t image, T* arena, int64_t pool) const {
+    if constexpr (!kBf16) {
+      const Step* step = &program_.steps()[s];
+      if (step->block == 0) return false;
+      if (step[1].code == Step::kGemm) {
+        const TileGemm first = product(step[0], image, arena);
+        const int64_t blocks = product_blocks(first, pool);
+        if (blocks > 1) run_products(first, product(step[1], image, arena), blocks, pool);
+        return blocks > 1;
+      }
+      const bool conv = step->code == Step::kConv;
+      const TileGemm expand = conv ? TileGemm{} : product(*step, image, arena),
+                     project = step->block == 3 ? product(step[2], image, arena) : TileGemm{};
+      TileConv window = step->conv;
+      window.x = at(step->x, image, arena);
+      const FusedBlock block = {conv ? nullptr : &expand, conv ? &window : nullptr,
+                                depthwise(step[1], image, arena),
+                                step->block == 3 ? &project : nullptr};
+      const int64_t bands = block_bands(block, pool);
+      if (bands == 0) return false;
+      run_block(block, bands, pool);
+      return true;
+    }
+    return false;
   }
 
   void run_step(const Step& step, int64_t image, T* arena, int64_t pool) const {

@@ -70,7 +70,8 @@ struct StepOf {
   }
   bool feature_major = false;
   bool feeds_next =
-      false;  // its result is the next step's input and nothing else's, and is never stored
+      false;          // its result is the next step's input and nothing else's, and is never stored
+  int64_t block = 0;  // steps from this one on that may run as one, band by band (run_block.h)
 };
 
 // T: float or Bf16, what every value in the region is. Holds what the steps point to.
@@ -260,22 +261,57 @@ class RegionProgram {
     return out;
   }
 
-  // PW -> DW pairs whose expanded value has no other reader.
+  // PW -> DW pairs whose expanded value has no other reader, and blocks of steps.
   void fuse() {
     for (size_t s = 0; s + 1 < steps_.size(); ++s) {
       Step& step = steps_[s];
       const Step& next = steps_[s + 1];
-      const Value& v = values_[step.out];
       const bool pair =
-          step.code == Step::kGemm && next.code == Step::kDepthwise && next.x == step.out;
+          step.code == Step::kGemm && next.code == Step::kDepthwise && feeds(step, next);
       const bool plain =
           step.feature_major && step.residual < 0 && step.gate < 0 && step.gemm.m > 0;
-      step.feeds_next =
-          pair && plain && v.uses == 1 && v.base == nullptr && can_expand_depthwise(step.gemm);
+      step.feeds_next = pair && plain && can_expand_depthwise(step.gemm);
       // The pair runs as one, so its result must not take the room of its input.
-      if (step.feeds_next)
-        values_[step.x].last_use = std::max<int64_t>(values_[step.x].last_use, s + 1);
+      if constexpr (!kBf16) step.block = block_at(s);
+      const int64_t last = std::max<int64_t>(step.feeds_next, step.block - 1);
+      values_[step.x].last_use = std::max<int64_t>(values_[step.x].last_use, s + last);
     }
+  }
+
+  // Steps of the block that begins at `s`: an expanding pair and the product that reads it, or a
+  // convolution, the depthwise one that reads it, and the product where there is one, or two
+  // products.
+  int64_t block_at(size_t s) const {
+    const Step& step = steps_[s];
+    if (are_products(s)) return 2;
+    const bool conv = step.code == Step::kConv && step.residual < 0 && step.conv.tiles > 0;
+    if (!(step.feeds_next || conv) || s + 1 == steps_.size()) return 0;
+    const Step& next = steps_[s + 1];
+    if (!feeds(step, next) || next.code != Step::kDepthwise || !next.depthwise.vectorised() ||
+        next.depthwise.channels == 0 || next.depthwise.out_h * next.depthwise.out_w == 0)
+      return 0;
+    if (s + 2 < steps_.size()) {
+      const Step& last = steps_[s + 2];
+      if (feeds(next, last) && last.code == Step::kGemm && last.gate < 0 && takes_gaps(last) &&
+          last.gemm.n > 0)
+        return 3;
+    }
+    return conv ? 2 : 0;
+  }
+  // Two 1x1 convolutions, unless the second one begins a block of its own.
+  bool are_products(size_t s) const {
+    const Step &step = steps_[s], &next = steps_[s + 1];
+    if (!feeds(step, next) || step.residual >= 0 || step.gate >= 0 || next.gate >= 0) return false;
+    for (const Step* product : {&step, &next})
+      if (product->code != Step::kGemm || !takes_gaps(*product) || product->gemm.n == 0)
+        return false;
+    return s + 2 == steps_.size() || steps_[s + 2].code != Step::kDepthwise ||
+           !feeds(next, steps_[s + 2]);
+  }
+  // True where `next` reads the result of `step`, and nobody else does.
+  bool feeds(const Step& step, const Step& next) const {
+    const Value& v = values_[step.out];
+    return next.x == step.out && v.uses == 1 && v.base == nullptr;
   }
 
   // Features begin at cache lines where every kernel that reads or writes the value can do with

@@ -49,7 +49,11 @@ class ConvTables {
     a->gap = (a->pad_w + a->stride_w - 1) / a->stride_w;
     const int64_t reach = rows_.reach(),
                   row = a->channels * a->row_planes * a->column_planes * a->pitch;
-    const int64_t fit = std::clamp<int64_t>(kCopy / std::max<int64_t>(row, 1) - reach, 1, a->out_h);
+    // Rows that fit; of a small image more of them, because each band reads all weights anew.
+    const int64_t near = kNearCopy / std::max<int64_t>(row, 1) - reach,
+                  far = kCopy / std::max<int64_t>(row, 1) - reach;
+    const int64_t least = std::min<int64_t>(far, kBandPixels / std::max<int64_t>(a->pitch, 1));
+    const int64_t fit = std::clamp<int64_t>(std::max(near, least), 1, a->out_h);
     a->bands = (a->out_h + fit - 1) / fit;
     if (a->bands > 1) a->bands = std::min(a->out_h, (a->bands + 1) / 2 * 2);
     a->band_rows = (a->out_h + a->bands - 1) / a->bands;
@@ -92,8 +96,9 @@ class ConvTables {
     a->masks = masks_.data();
   }
 
-  // Floats of a band's copy, so that it stays in L2 beside the weights.
-  static constexpr int64_t kCopy = 128 * 1024;
+  // Floats of a band's copy: so that most of it stays in the nearest caches, and so that it stays
+  // in L2 beside the weights. Pixels of a band that are worth the second.
+  static constexpr int64_t kNearCopy = 32 * 1024, kCopy = 128 * 1024, kBandPixels = 192;
   // Small images: positions between rows would be a large part of all.
   static bool own_planes(const TileConv& a) { return a.out_w <= 8 && a.kernel_w > 1; }
 
@@ -134,7 +139,8 @@ inline void run_tile_conv(const TileConv& a, int64_t pool) {
     static thread_local HeldBand held;
     const int64_t part = unit % parts, image = unit / parts / a.bands,
                   band = unit / parts % a.bands;
-    const ConvSpan span = {image, band, tile_cut(a, part, parts), tile_cut(a, part + 1, parts)};
+    const ConvSpan span = {image, band * a.band_rows, a.rows_of(band), tile_cut(a, part, parts),
+                           tile_cut(a, part + 1, parts)};
     HeldBand need = {call, image, band, 0, 0};
     if (span.tile_begin < span.tile_end) {
       need.begin = a.group_of(span.tile_begin) * a.group_channels();

@@ -15,8 +15,13 @@ RELU6, NONE = activation.NAMES.index("relu6"), activation.NAMES.index("none")
 Case = tuple[list[Tensor], list[Tensor], list[int], list[int], list[int]]
 
 
-def block(batch: int, size: tuple[int, int], kernel: int, stride: int, dilation: int = 1, granularity: int = 8) -> Case:
-    """A strided stem, then expand -> depthwise -> project, twice; the second one with a residual."""
+def block(
+    batch: int, size: tuple[int, int], kernel: int, stride: int, dilation: int = 1, granularity: int = 8, stem: bool = False
+) -> Case:
+    """A strided stem, then expand -> depthwise -> project, twice; the second one with a residual.
+
+    stem: the first expansion is a 3x3 convolution, not a 1x1 one; some of its features are pruned.
+    """
     gen = generator(batch, *size, kernel, stride, dilation, granularity)
     packed: list[Tensor] = []
     code: list[int] = []
@@ -39,16 +44,21 @@ def block(batch: int, size: tuple[int, int], kernel: int, stride: int, dilation:
         window = [kernel, kernel, stride, stride, half, half, dilation, dilation]
         step(region.DEPTHWISE, [x, *weights, *window, RELU6])
 
-    stem = keep([*tiles(gen, 6, 27, 8, keep=0.6)[1], integers(gen, 6)])
-    step(region.CONV, [0, *stem, -1, 6, 8, 3, 3, 2, 2, 1, 1, 1, 1, 1, RELU6])
-    gemm(1, 6, 20, -1, RELU6)
+    def conv(x: int, k: int, n: int, stride: int, act: int, columns: float = 1.0) -> None:
+        weights = keep([*tiles(gen, n, k * 9, 8, 0.6, columns)[1], integers(gen, n)])
+        step(region.CONV, [x, *weights, -1, n, 8, 3, 3, stride, stride, 1, 1, 1, 1, 1, act])
+
+    conv(0, 3, 6, 2, RELU6)
+    if stem:
+        conv(1, 6, 20, 1, RELU6, columns=0.7)
+    else:
+        gemm(1, 6, 20, -1, RELU6)
     depthwise(2, 20, stride)
     gemm(3, 20, 7, -1, NONE)
     gemm(4, 7, 24, -1, RELU6)
     depthwise(5, 24, 1)
     gemm(6, 24, 7, 4, NONE)
-    weights = keep([*tiles(gen, 9, 7 * 9, 8, keep=0.5)[1], integers(gen, 9)])
-    step(region.CONV, [7, *weights, -1, 9, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, NONE])
+    conv(7, 7, 9, 1, NONE)
     return [integers(gen, batch, 3, *size)], *bundle(packed), code, [7, 8]
 
 
@@ -73,6 +83,14 @@ def test_bands(isa: str, kernel: int, stride: int) -> None:
     check(block(3, (161, 96), kernel, stride, granularity=4))
 
 
+@pytest.mark.parametrize("kernel, stride", ((3, 1), (3, 2), (5, 2)))
+def test_stems(isa: str, kernel: int, stride: int) -> None:
+    """A larger convolution computes the rows that a band of the depthwise one reads, in pieces of its own."""
+    check(block(1, (150, 151), kernel, stride, stem=True))
+    check(block(3, (45, 98), kernel, stride, stem=True))
+    check(block(1, (140, 133), 3, stride, dilation=2, stem=True))
+
+
 def test_dilated_windows(isa: str) -> None:
     check(block(1, (140, 133), 3, 1, dilation=2))
     check(block(1, (140, 133), 3, 2, dilation=3))
@@ -84,6 +102,30 @@ def test_small_planes(isa: str, size: tuple[int, int]) -> None:
     for stride in (1, 2):
         check(block(1, size, 3, stride))
         check(block(3, size, 5, stride))
+
+
+@pytest.mark.parametrize("columns", (1.0, 0.7))
+@pytest.mark.parametrize("size", ((56, 57), (28, 28), (14, 15), (7, 7)))
+def test_two_products(isa: str, size: tuple[int, int], columns: float) -> None:
+    """Wide values between two 1x1 convolutions, with and without a residual; the last two read one value: it is stored."""
+    gen = generator(*size, int(10 * columns))
+    packed: list[Tensor] = []
+    code: list[int] = []
+
+    def gemm(x: int, k: int, n: int, residual: int = -1) -> None:
+        first = len(packed)
+        packed.extend([*tiles(gen, n, k, 8, keep=0.4, columns=columns)[1], integers(gen, n)])
+        code.extend([region.GEMM, 12, x, *range(first, first + 5), residual, -1, n, 8, 1, RELU6])
+
+    gemm(0, 20, 300)
+    gemm(1, 300, 20, 0)
+    gemm(2, 20, 260)
+    gemm(3, 260, 24)
+    gemm(4, 24, 130)
+    gemm(5, 130, 10)
+    gemm(5, 130, 9)
+    for batch in (1, 3):
+        check(([integers(gen, batch, 20, *size)], *bundle(packed), code, [2, 4, 6, 7]))
 
 
 def test_results_do_not_depend_on_what_the_arena_held() -> None:

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "fxprune/activation.h"
+#include "fxprune/fours.h"
 
 namespace fxprune {
 
@@ -97,13 +98,19 @@ typename V::Reg hardswish(typename V::Reg x) {
   return V::div(V::mul(x, V::min(V::set1(6.0f), shifted)), V::set1(6.0f));
 }
 
-template <class V, typename V::Reg (*F)(typename V::Reg)>
-void transform(float* p, int64_t n) {
+// f(V(), x) is the function of a vector x. Vectors are taken by four, where they are wide enough to
+// have any: their functions are long chains.
+template <class V, class F>
+void transform(float* p, int64_t n, const F& f) {
   int64_t i = 0;
-  for (; i + V::kWidth <= n; i += V::kWidth) V::store(p + i, F(V::load(p + i)));
+  if constexpr (V::kWidth >= 8) {
+    using W = Fours<V>;
+    for (; i + W::kWidth <= n; i += W::kWidth) W::store(p + i, f(W(), W::load(p + i)));
+  }
+  for (; i + V::kWidth <= n; i += V::kWidth) V::store(p + i, f(V(), V::load(p + i)));
   if (i < n) {
     const auto mask = V::first(n - i);
-    V::store(p + i, mask, F(V::load(p + i, mask)));
+    V::store(p + i, mask, f(V(), V::load(p + i, mask)));
   }
 }
 
@@ -112,17 +119,17 @@ template <class V>
 void activate(Activation activation, float* p, int64_t n) {
   switch (activation) {
     case Activation::kSilu:
-      return transform<V, Math<V>::silu>(p, n);
+      return transform<V>(p, n, [](auto v, auto x) { return Math<decltype(v)>::silu(x); });
     case Activation::kSigmoid:
-      return transform<V, Math<V>::sigmoid>(p, n);
+      return transform<V>(p, n, [](auto v, auto x) { return Math<decltype(v)>::sigmoid(x); });
     case Activation::kGelu:
-      return transform<V, Math<V>::gelu>(p, n);
+      return transform<V>(p, n, [](auto v, auto x) { return Math<decltype(v)>::gelu(x); });
     case Activation::kGeluTanh:
-      return transform<V, Math<V>::gelu_tanh>(p, n);
+      return transform<V>(p, n, [](auto v, auto x) { return Math<decltype(v)>::gelu_tanh(x); });
     case Activation::kHardswish:
-      return transform<V, hardswish<V>>(p, n);
+      return transform<V>(p, n, [](auto v, auto x) { return hardswish<decltype(v)>(x); });
     case Activation::kHardsigmoid:
-      return transform<V, hardsigmoid<V>>(p, n);
+      return transform<V>(p, n, [](auto v, auto x) { return hardsigmoid<decltype(v)>(x); });
     default:
       return;
   }

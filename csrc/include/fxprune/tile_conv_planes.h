@@ -40,7 +40,7 @@ struct ConvPlanes {
 template <class V>
 void conv_planes(const TileConv& a, const ConvSpan& span, int64_t begin, int64_t end, float* copy) {
   using P = ConvPlanes<V>;
-  const int64_t first = span.band * a.band_rows * a.stride_h, vecs = (a.pitch + P::kW - 1) / P::kW;
+  const int64_t first = span.row * a.stride_h, vecs = (a.pitch + P::kW - 1) / P::kW;
   float* to = copy + begin * a.channel_size();
   for (int64_t c = begin; c < end; ++c) {
     const float* image = a.x + (span.image * a.channels + c) * a.height * a.width;
@@ -74,7 +74,7 @@ void tile_conv(const TileConv& a, const ConvSpan& span, const float* copy) {
   static constexpr auto kEdges = M::template edges<Source::kTaps>();
   const float* values = a.values + a.tile_ptr[span.tile_begin] * a.granularity;
   const TileSpan tiles = {span.image, 0, 0, span.tile_begin, span.tile_end};
-  const int64_t start = span.band * a.band_rows * a.out_w, rows = a.rows_of(span.band);
+  const int64_t start = span.row * a.out_w, rows = span.rows;
   const int64_t length = (rows - 1) * a.pitch + a.out_w;
   const int64_t group_size = a.group_channels() * a.channel_size(), group_features = a.n / a.groups;
 
@@ -109,12 +109,12 @@ void tile_conv(const TileConv& a, const ConvSpan& span, const float* copy) {
     for (int v = 0; v < here; ++v) {
       const int64_t exist = std::min<int64_t>(M::kW, length - edge - (first + v) * M::kW);
       lanes[v] = {0, static_cast<int32_t>(to - origin)};
-      for (int64_t lane = 0; lane < M::kW; ++lane) {
-        if (lane < exist && x < a.out_w) {
-          lanes[v].bits |= 1u << lane;
-          ++to;
-        }
-        if (++x == a.pitch) x = 0;
+      for (int64_t lane = 0; lane < exist;) {
+        const int64_t run = std::min(exist - lane, a.pitch - x),
+                      kept = std::clamp<int64_t>(a.out_w - x, 0, run);
+        lanes[v].bits |= static_cast<uint32_t>(((uint64_t{1} << kept) - 1) << lane);
+        to += kept, lane += run, x += run;
+        if (x == a.pitch) x = 0;
       }
     }
     auto s = strip_at(first * M::kW, origin, to - origin);
@@ -125,6 +125,7 @@ void tile_conv(const TileConv& a, const ConvSpan& span, const float* copy) {
     });
     first += here;
   }
+  M::finish(a, tiles, start, start + rows * a.out_w - edge);
   if (edge > 0) {
     auto s = strip_at(length - edge, rows * a.out_w - edge, edge);
     each(s,

@@ -51,9 +51,8 @@ struct FeatureMajor {
     float* out;             // same
     int64_t ldr, ldo;       // from feature to feature
     int64_t tail;           // lanes of the last vector that exist
-    int64_t count;          // pixels of the result in the block
     Clamp clamp;
-    Activation activation;
+    Activation activation;  // where it is no clamp: edge() applies it, and finish() to the rest
   };
 
   static constexpr int64_t kDistance = 6;  // rows of x asked for ahead
@@ -129,10 +128,6 @@ struct FeatureMajor {
       for (int v = 0; v + 1 < Vecs; ++v)
         V::store(to + v * kW, V::min(high, V::max(low, acc[r][v])));
       V::store(to + kLast, tail, V::min(high, V::max(low, acc[r][Vecs - 1])));
-    }
-    if (!is_clamp(s.activation)) {
-      for (int r = 0; r < Rows; ++r)
-        activate<V>(s.activation, s.out + s.columns[r] * s.ldo, s.count);
     }
   }
 
@@ -234,7 +229,6 @@ struct FeatureMajor {
     s.residual = a.residual ? a.residual + image * a.n * a.ldr() + pixel : nullptr;
     s.out = a.out + image * a.n * a.ldo() + pixel;
     s.tail = (pixels - 1) % kW + 1;
-    s.count = pixels;
     s.clamp = clamp_of(a.activation);
     s.activation = a.activation;
     return s;
@@ -271,6 +265,16 @@ struct FeatureMajor {
       s.columns = &gap;
       f(s, 1);
     }
+  }
+
+  // Applies an activation that is no clamp to pixels [begin, end) of the span's features: in long
+  // runs, because every few vectors would wait for those before them.
+  static void finish(const TileGemm& a, const TileSpan& span, int64_t begin, int64_t end) {
+    if (is_clamp(a.activation)) return;
+    float* out = a.out + span.image * a.n * a.ldo() + begin;
+    const int64_t to = a.features_to(span.tile_end);
+    for (int64_t feature = a.features_from(span.tile_begin); feature < to; ++feature)
+      activate<V>(a.activation, out + feature * a.ldo(), end - begin);
   }
 
   // Weights of the span's tiles times the image's gate.
@@ -321,6 +325,7 @@ void tile_gemm_feature_major(const TileGemm& a, const TileSpan& span, float* scr
     });
     first += here;
   }
+  M::finish(a, span, span.begin * M::kW, std::min(span.end * M::kW, a.m - edge));
   if (edge > 0) {
     static constexpr auto kEdges = M::template edges<Source::kRows>();
     auto s = M::strip_at(a, span.image, a.m - edge, edge);
