@@ -10,7 +10,7 @@ import torch
 from fxprune.ops import OPS
 
 # operators that backward graphs alone hold
-BACKWARD = ("nm_prune", "skip_zeros_mm", "depthwise_grad_input", "depthwise_grad_weight")
+BACKWARD = ("nm_prune", "skip_zeros_mm", "skip_zeros_conv", "depthwise_grad_input", "depthwise_grad_weight")
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

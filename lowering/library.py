@@ -47,6 +47,7 @@ SCHEMAS = (
     "bool reverse) -> Tensor[]",
     "nm_prune(Tensor grad, Tensor? key, int n, int m, int dim, int groups, str function, int layer) -> Tensor",
     "skip_zeros_mm(Tensor x, Tensor weight, int dim) -> Tensor",
+    "skip_zeros_conv(Tensor x, Tensor weight, int[] padding) -> Tensor",
     "isa() -> str",
     "set_isa(str name) -> ()",
 )

@@ -174,6 +174,8 @@ RULES: dict[Any, Rule] = {
     torch.t: lambda input: (aten.t.default, (input,)),
     "t": lambda input: (aten.t.default, (input,)),
     getattr: _matrix_transpose,
+    aten.numpy_T: _matrix_transpose,  # what torch 2.14 makes of x.T
+    aten.mT: _matrix_transpose,
     torch.transpose: _transpose,
     "transpose": _transpose,
     F.relu: _unary(aten.relu.default),

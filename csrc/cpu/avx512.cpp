@@ -27,6 +27,7 @@
 #include "fxprune/nm_prune_lanes.h"
 #include "fxprune/partial_sums.h"
 #include "fxprune/rnn_cell.h"
+#include "fxprune/skip_zeros_conv.h"
 #include "fxprune/skip_zeros_rows.h"
 #include "fxprune/tile_conv_planes.h"
 #include "fxprune/tile_gemm_bf16.h"

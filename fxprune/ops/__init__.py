@@ -9,6 +9,7 @@ from fxprune.ops import (
     region,
     rnn_steps,
     skip_zeros,
+    skip_zeros_conv,
     tile_conv,
     tile_gemm,
     tile_pack,
@@ -29,4 +30,5 @@ OPS: tuple[Operator, ...] = (
     rnn_steps.OPERATOR,
     nm_prune.OPERATOR,
     skip_zeros.OPERATOR,
+    skip_zeros_conv.OPERATOR,
 )

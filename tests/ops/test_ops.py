@@ -40,6 +40,7 @@ ZEROS = {
     "region": 0.75,
     "nm_prune": 0.9,
     "skip_zeros_mm": 0.75,
+    "skip_zeros_conv": 0.75,
 }
 EXACT = ("none", "relu", "relu6")
 WITHOUT_GRADIENT = {"region", "rnn_steps", "nm_prune", "dsconv", "depthwise_pool"}
