@@ -140,8 +140,8 @@ class Region {
     }
   }
 
-  // Runs the block that begins at step `s` band by band; false where there is none, or too little of
-  // it for all threads.
+  // Runs the block that begins at step `s` band by band; false where there is none, or too little
+  // of it for all threads.
   bool runs_block(size_t s, int64_t image, T* arena, int64_t pool) const {
     if constexpr (!kBf16) {
       const Step* step = &program_.steps()[s];

@@ -70,7 +70,7 @@ struct StepOf {
   }
   bool feature_major = false;
   bool feeds_next =
-      false;  // its result is the next step's input and nothing else's, and is never stored
+      false;          // its result is the next step's input and nothing else's, and is never stored
   int64_t block = 0;  // steps from this one on that may run as one, band by band (run_block.h)
 };
 

@@ -96,8 +96,8 @@ class ConvTables {
     a->masks = masks_.data();
   }
 
-  // Floats of a band's copy: so that most of it stays in the nearest caches, and so that it stays in
-  // L2 beside the weights. Pixels of a band that are worth the second.
+  // Floats of a band's copy: so that most of it stays in the nearest caches, and so that it stays
+  // in L2 beside the weights. Pixels of a band that are worth the second.
   static constexpr int64_t kNearCopy = 32 * 1024, kCopy = 128 * 1024, kBandPixels = 192;
   // Small images: positions between rows would be a large part of all.
   static bool own_planes(const TileConv& a) { return a.out_w <= 8 && a.kernel_w > 1; }

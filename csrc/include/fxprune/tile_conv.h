@@ -41,8 +41,8 @@ struct TileConv : TileGemm, ConvLayout {
   int64_t rows_of(int64_t band) const { return std::min(band_rows, out_h - band * band_rows); }
 };
 
-// One unit of work: output rows [row, row + rows) of one image, at most band_rows of them, for tiles
-// [tile_begin, tile_end).
+// One unit of work: output rows [row, row + rows) of one image, at most band_rows of them, for
+// tiles [tile_begin, tile_end).
 struct ConvSpan {
   int64_t image, row, rows, tile_begin, tile_end;
 };
