@@ -12,6 +12,7 @@
 #include "parallel.h"
 #include "region_program.h"
 #include "run_block.h"
+#include "run_products.h"
 #include "run_split.h"
 
 namespace fxprune {
@@ -146,6 +147,12 @@ class Region {
     if constexpr (!kBf16) {
       const Step* step = &program_.steps()[s];
       if (step->block == 0) return false;
+      if (step[1].code == Step::kGemm) {
+        const TileGemm first = product(step[0], image, arena);
+        const int64_t blocks = product_blocks(first, pool);
+        if (blocks > 1) run_products(first, product(step[1], image, arena), blocks, pool);
+        return blocks > 1;
+      }
       const bool conv = step->code == Step::kConv;
       const TileGemm expand = conv ? TileGemm{} : product(*step, image, arena),
                      project = step->block == 3 ? product(step[2], image, arena) : TileGemm{};

@@ -279,9 +279,11 @@ class RegionProgram {
   }
 
   // Steps of the block that begins at `s`: an expanding pair and the product that reads it, or a
-  // convolution, the depthwise one that reads it, and the product where there is one.
+  // convolution, the depthwise one that reads it, and the product where there is one, or two
+  // products.
   int64_t block_at(size_t s) const {
     const Step& step = steps_[s];
+    if (are_products(s)) return 2;
     const bool conv = step.code == Step::kConv && step.residual < 0 && step.conv.tiles > 0;
     if (!(step.feeds_next || conv) || s + 1 == steps_.size()) return 0;
     const Step& next = steps_[s + 1];
@@ -295,6 +297,16 @@ class RegionProgram {
         return 3;
     }
     return conv ? 2 : 0;
+  }
+  // Two 1x1 convolutions, unless the second one begins a block of its own.
+  bool are_products(size_t s) const {
+    const Step &step = steps_[s], &next = steps_[s + 1];
+    if (!feeds(step, next) || step.residual >= 0 || step.gate >= 0 || next.gate >= 0) return false;
+    for (const Step* product : {&step, &next})
+      if (product->code != Step::kGemm || !takes_gaps(*product) || product->gemm.n == 0)
+        return false;
+    return s + 2 == steps_.size() || steps_[s + 2].code != Step::kDepthwise ||
+           !feeds(next, steps_[s + 2]);
   }
   // True where `next` reads the result of `step`, and nobody else does.
   bool feeds(const Step& step, const Step& next) const {

@@ -50,6 +50,21 @@ struct PartPlanes {
   }
 };
 
+// The pixels of a 1x1 convolution whose input lies in `planes`.
+inline void run_product_of(const TileGemm& product, const PartPlanes& planes, PixelRange pixels) {
+  const Kernels& k = kernels();
+  const int64_t count = pixels.end - pixels.begin;
+  TileGemm a = product;
+  a.m = count;
+  a.x = planes.moved + pixels.begin;
+  a.x_gap = planes.pitch - count;
+  a.out = product.out + pixels.begin;
+  a.out_gap = product.ldo() - count;
+  if (a.residual) a.residual = product.residual + pixels.begin;
+  a.residual_gap = product.ldr() - count;
+  k.tile_gemm_feature_major(a, {0, 0, (count + k.width - 1) / k.width, 0, a.tiles}, nullptr);
+}
+
 // Output rows [begin, end) of a convolution into `to`, piece by piece of what its copy holds.
 inline void run_conv_rows(const TileConv& conv, int64_t begin, int64_t end, const PartPlanes& to) {
   const Kernels& k = kernels();
@@ -111,16 +126,7 @@ inline void run_block(const FusedBlock& b, int64_t bands, int64_t pool) {
     taps.out = planes.moved;
     taps.out_gap = planes.pitch - size;
     run_depthwise_band(b, taps, begin, end);
-    TileGemm project = *b.project;
-    project.m = count;
-    project.x = planes.moved + pixels.begin;
-    project.x_gap = planes.pitch - count;
-    project.out = b.project->out + pixels.begin;
-    project.out_gap = b.project->ldo() - count;
-    if (project.residual) project.residual = b.project->residual + pixels.begin;
-    project.residual_gap = b.project->ldr() - count;
-    k.tile_gemm_feature_major(project, {0, 0, (count + k.width - 1) / k.width, 0, project.tiles},
-                              nullptr);
+    run_product_of(*b.project, planes, pixels);
   });
 }
 

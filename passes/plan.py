@@ -23,7 +23,7 @@ from ..plan import PrunedWeight, lookup
 from ..planner import choose_masks, pattern_of
 from ..sparsity import dcp, refit
 from ..sparsity.found import describe, forms
-from ..sparsity.pattern import LayerMask
+from ..sparsity.pattern import LayerMask, any_nonzero
 from ..staircase import choose_levels
 from .plan_rnn import Found, decide_recurrent, recurrent_layers
 from .split_batch import split_batch
@@ -110,7 +110,7 @@ def _mask(match: Match, ctx: Context, wanted: dict[str, tuple[str, LayerMask]]) 
         layer = _cut(planned, match, ctx)
         if ctx.kept.get(match.weight) and layer.mask.float().mean().item() > 1.0 - _MIN_SPARSITY:
             return "", None
-        obeyed = not torch.count_nonzero(matrix[~layer.mask]).item()
+        obeyed = not any_nonzero(matrix, ~layer.mask)
         if obeyed or not ctx.inference:
             return planned.pattern, _form(match, layer.mask, layer, ctx.inference, ctx)
     if not ctx.inference:

@@ -22,6 +22,7 @@ from ..context import Context, Shrunk
 from ..coupling import Constant, Coupling, Gemm, Space
 from ..errors import VerificationError
 from ..graph import argument, example, fake
+from ..sparsity.pattern import any_nonzero
 from ..weights import StructureChanged, qualified_name
 
 _CHANNEL = 16  # what a channel costs beside its weights, in weights: loads, stores, depthwise taps
@@ -256,7 +257,7 @@ def _select(value: Tensor, cuts: list[tuple[int, Tensor]], claimed: Tensor) -> C
     must_be_zero = removed & claimed & (value.detach() == 0)
 
     def build(tensor: Tensor) -> tuple[Tensor]:
-        if torch.count_nonzero(tensor[must_be_zero]).item():
+        if any_nonzero(tensor, must_be_zero):
             raise StructureChanged
         for axis, index in cuts:
             tensor = tensor.index_select(axis, index)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxprune.sparsity import tile
 from fxprune.sparsity.elements import elements, keep_groups
-from fxprune.sparsity.pattern import LayerMask
+from fxprune.sparsity.pattern import LayerMask, kept
 
 # what a kept weight costs at a granularity, relative to wide tiles; enough to leave out what cannot win
 _COST = {1: 2.0, 2: 1.5, 4: 1.1}
@@ -30,25 +30,25 @@ def forms(
     widths: granularities that the kernel likes. planned: how a plan cut the weight. covers: more than the mask may be
     kept, because what lies outside it is zero. drops: empty output features may go (else nothing runs as elements).
     """
-    found = []
+    found: list[tuple[float, LayerMask]] = []
     if planned is not None and (planned.rest is not None or tile.is_tile_wise(planned.mask, planned.tiling)):
-        found.append(planned)
+        found.append((_cost(planned), planned))
     for granularity in sorted(set(widths), reverse=True):
         cover = tile.infer(mask, granularity, drop_columns=drops)
-        allowed = cover.mask.float().mean() <= _FULL if covers else torch.equal(cover.mask, mask)
-        if allowed and all(_cost(cover) < 0.97 * _cost(other) for other in found):
-            found.append(cover)
-    sparse = mask.float().mean() <= 1 / _COST[1]  # else single elements cannot win
+        allowed = kept(cover.mask) <= _FULL * mask.numel() if covers else torch.equal(cover.mask, mask)
+        cost = _cost(cover)
+        if allowed and all(cost < 0.97 * other for other, _ in found):
+            found.append((cost, cover))
+    sparse = _COST[1] * kept(mask) <= mask.numel()  # else single elements cannot win
     if drops and (sparse or not (covers or found)) and (planned is None or planned.tiling.granularity != 1):
-        found.append(elements(mask))
-    found.sort(key=_cost)
-    return [form for form in found[:_MOST] if _cost(form) <= _WITHIN * max(_cost(found[0]), 1.0)]
+        found.append((_COST[1] * kept(mask), elements(mask)))
+    found.sort(key=lambda pair: pair[0])
+    return [form for cost, form in found[:_MOST] if cost <= _WITHIN * max(found[0][0], 1.0)]
 
 
 def describe(mask: Tensor, native: int, drops: bool = True) -> str:
     """Return what the zeros of a mask (N, K) look like: "tile", an n:m that holds in every group, or "unstructured"."""
-    kept = int(mask.sum())
-    if int(tile.infer(mask, native, drop_columns=drops).mask.sum()) <= 1.03 * kept:
+    if kept(tile.infer(mask, native, drop_columns=drops).mask) <= 1.03 * kept(mask):
         return "tile"
     for n, m in _GROUPS:
         if mask.shape[1] >= m and torch.equal(keep_groups(mask.float(), n, m) & mask, mask):
@@ -57,6 +57,5 @@ def describe(mask: Tensor, native: int, drops: bool = True) -> str:
 
 
 def _cost(layer: LayerMask) -> float:
-    tiles = layer.mask.sum().item() - (0 if layer.rest is None else layer.rest.mask.sum().item())
-    rest = 0.0 if layer.rest is None else _COST[1] * layer.rest.mask.sum().item()
-    return _COST.get(layer.tiling.granularity, 1.0) * tiles + rest
+    rest = 0 if layer.rest is None else kept(layer.rest.mask)
+    return _COST.get(layer.tiling.granularity, 1.0) * (kept(layer.mask) - rest) + _COST[1] * rest

@@ -104,6 +104,30 @@ def test_small_planes(isa: str, size: tuple[int, int]) -> None:
         check(block(3, size, 5, stride))
 
 
+@pytest.mark.parametrize("columns", (1.0, 0.7))
+@pytest.mark.parametrize("size", ((56, 57), (28, 28), (14, 15), (7, 7)))
+def test_two_products(isa: str, size: tuple[int, int], columns: float) -> None:
+    """Wide values between two 1x1 convolutions, with and without a residual; the last two read one value: it is stored."""
+    gen = generator(*size, int(10 * columns))
+    packed: list[Tensor] = []
+    code: list[int] = []
+
+    def gemm(x: int, k: int, n: int, residual: int = -1) -> None:
+        first = len(packed)
+        packed.extend([*tiles(gen, n, k, 8, keep=0.4, columns=columns)[1], integers(gen, n)])
+        code.extend([region.GEMM, 12, x, *range(first, first + 5), residual, -1, n, 8, 1, RELU6])
+
+    gemm(0, 20, 300)
+    gemm(1, 300, 20, 0)
+    gemm(2, 20, 260)
+    gemm(3, 260, 24)
+    gemm(4, 24, 130)
+    gemm(5, 130, 10)
+    gemm(5, 130, 9)
+    for batch in (1, 3):
+        check(([integers(gen, batch, 20, *size)], *bundle(packed), code, [2, 4, 6, 7]))
+
+
 def test_results_do_not_depend_on_what_the_arena_held() -> None:
     """The gaps between features are never read: poisoned by another call's values, results are the same."""
     case = block(1, (61, 45), 3, 1)
