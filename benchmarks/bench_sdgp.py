@@ -50,12 +50,26 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def transformer() -> tuple[Any, Any]:
-    """Four encoder layers as wide as BERT base, on eight sequences of 64 tokens."""
+def transformer(width: int = 768, heads: int = 12, layers: int = 2, sequences: int = 8) -> tuple[Any, Any]:
+    """Encoder layers, by default two as wide as BERT base, on sequences of 64 tokens."""
     import torch
+    import torch.nn.functional as F
+    from torch import nn
 
-    layer = torch.nn.TransformerEncoderLayer(768, 12, 3072, dropout=0.0, activation="gelu", batch_first=True)
-    return torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False), torch.randn(8, 64, 768)
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value, self.mix = (nn.Linear(width, width) for _ in range(4))
+            self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+            self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+
+        def forward(self, x: Any) -> Any:
+            split = [part(x).unflatten(-1, (heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)]
+            attended = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+            x = self.norms[0](x + self.mix(attended))
+            return self.norms[1](x + self.narrow(F.gelu(self.wide(x))))
+
+    return nn.Sequential(*[Layer() for _ in range(layers)]), torch.randn(sequences, 64, width)
 
 
 def bottlenecks() -> tuple[Any, Any]:

@@ -1,8 +1,9 @@
-"""Write docs/sdgp-results.md: accuracy and speed of training with pruned data gradients, beside the paper's.
+"""Write docs/sdgp-results.md: accuracy and speed of training with pruned data gradients, and what a Pruner costs.
 
 python benchmarks/render_sdgp.py
 
-Reads benchmarks/results/*/sdgp-accuracy.json (``examples/sdgp_order.py --json``) and sdgp.json (``bench_sdgp.py``).
+Reads benchmarks/results/*/sdgp-accuracy.json (``examples/sdgp_order.py --json``), sdgp.json (``bench_sdgp.py``) and
+pruner.json (``bench_pruner.py``).
 """
 
 from __future__ import annotations
@@ -31,10 +32,15 @@ TEXT_SPEED = """One training step (forward, backward, SGD) compiled by us agains
 interleaved; the ratio is the median over the rounds. With "auto" each layer prunes only where pruning and a product that
 skips zeros were measured to be faster than the dense product by `min_speedup`; `layers` counts them, of those that could
 have been pruned. The gain of a layer is its data gradient's, pruning included."""
+TEXT_PRUNER = """What `fxprune.Pruner` adds to a step (forward, backward, AdamW) in eager mode, at 75 % zeros: in most steps
+it zeroes weights and moments, before a round Taylor scores are added up, a round chooses masks. "amortised" is
+the share of the time without a pruner, with a round every {every} steps. The first is a matter of memory bandwidth: it
+reads and writes weights and two moments once, so its share falls with the rows that a step computes. Bytes are those of
+the pruner's tensors before the second round, scores included."""
 LAYERS = {
     "perceptron": "The perceptron has layers of 1024 x 1024.",
     "transformer": "The transformer has those of BERT base.",
-    "bottlenecks": "The bottlenecks are ResNet-50's, whose 3 x 3 convolutions have no product that skips zeros.",
+    "bottlenecks": "The bottlenecks are ResNet-50's.",
 }
 
 
@@ -45,15 +51,18 @@ def main() -> int:
 
 def rendered() -> str:
     """Return the page for the latest results."""
-    accuracy, speed = newest("sdgp-accuracy.json"), newest("sdgp.json")
-    if accuracy is None or speed is None:
-        sys.exit("no sdgp-accuracy.json or sdgp.json: run examples/sdgp_order.py and benchmarks/bench_sdgp.py")
-    return page(json.loads(accuracy.read_text()), json.loads(speed.read_text()))
+    found = {name: newest(f"{name}.json") for name in ("sdgp-accuracy", "sdgp", "pruner")}
+    missing = [name for name, path in found.items() if path is None]
+    if missing:
+        sys.exit(
+            f"no {missing[0]}.json: run examples/sdgp_order.py, benchmarks/bench_sdgp.py and benchmarks/bench_pruner.py"
+        )
+    return page(*[json.loads(path.read_text()) for path in found.values() if path])
 
 
-def page(accuracy: dict[str, Any], speed: dict[str, Any]) -> str:
+def page(accuracy: dict[str, Any], speed: dict[str, Any], pruner: dict[str, Any]) -> str:
     parts = [
-        "# Pruned data gradients: accuracy and speed",
+        "# Training, measured: pruned data gradients and the Pruner",
         "Written by `benchmarks/render_sdgp.py`; do not edit.",
         "## Accuracy",
         TEXT_ACCURACY,
@@ -65,6 +74,11 @@ def page(accuracy: dict[str, Any], speed: dict[str, Any]) -> str:
         "\n".join([TEXT_SPEED, *(LAYERS[net] for net in dict.fromkeys(row["net"] for row in speed["rows"]))]),
         f"Measured by `benchmarks/bench_sdgp.py` on {setting(speed)}.",
         speeds(speed["rows"]),
+        "## The Pruner",
+        TEXT_PRUNER.format(every=pruner["every"]),
+        f"Measured by `benchmarks/bench_pruner.py` on {setting(pruner)}.",
+        overheads(pruner["rows"]),
+        equality(pruner["equality"]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -108,6 +122,39 @@ def speeds(rows: list[dict[str, Any]]) -> str:
         lines.append((row["net"], row["ratio"], *times, f"{len(pruned)}/{len(timed)}", spread))
     head = ("network", "grad_sparsity", "stock ms", "ms", "step ratio", "layers pruned", "gain of a layer")
     return table(head, lines)
+
+
+def overheads(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        times = (f"{row['other ms']:.1f}", f"{row['window ms']:.1f}", f"{row['round ms']:.1f}")
+        share = f"{row['bytes'] / row['weights']:.2f}"
+        lines.append((row["net"], row["importance"], f"{row['step ms']:.1f}", *times, f"{row['overhead']:.1%}", share))
+    head = (
+        "network",
+        "importance",
+        "step ms",
+        "+ ms",
+        "+ ms before a round",
+        "+ ms in a round",
+        "amortised",
+        "bytes / weights",
+    )
+    return table(head, lines)
+
+
+def equality(found: dict[str, Any]) -> str:
+    """Say what a resumed run and two processes leave of the weights of one run."""
+    resumed, two = found["resumed"], found["two processes"]
+    same = {True: "the same zeros", False: "other zeros"}
+    return "\n".join(
+        (
+            f"A run that was saved halfway and resumed differs from one that was not by {resumed['largest difference']:g},",
+            f"with {same[resumed['same zeros']]}. Two processes under DDP differ from one on whole batches by",
+            f"{two['largest difference']:.1g}, the order of sums, with {same[two['same zeros']]}; the two from each other",
+            f"by {two['between ranks']:g}.",
+        )
+    )
 
 
 if __name__ == "__main__":

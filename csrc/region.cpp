@@ -191,6 +191,11 @@ class Region {
       }
       run_tile_gemm(a, step.feature_major, pool);
     } else if constexpr (!kBf16) {
+      if (step.code == Step::kPool) {
+        MaxPool a = step.pool;
+        a.x = x, a.out = out, a.x_gap = gap(step.x), a.out_gap = gap(step.out);
+        return run_max_pool(a, pool);
+      }
       TileConv a = step.conv;
       a.x = x, a.out = out;
       if (step.residual >= 0) a.residual = at(step.residual, image, arena);

@@ -8,6 +8,7 @@
 //   mean (2):      x
 //   conv (3):      x, values, index, tile_ptr, columns, bias, residual, out_features, granularity,
 //                  kernel h w, stride h w, padding h w, dilation h w, groups, activation
+//   max pool (4):  x, kernel h w, stride h w, padding h w, dilation h w
 //
 // x, residual and gate are values: first the inputs, then one per step. Weights are parts of a
 // bundle. -1 is absent.
@@ -24,6 +25,7 @@
 #include "run.h"
 #include "run_bf16.h"
 #include "run_conv.h"
+#include "run_pool.h"
 
 namespace fxprune {
 
@@ -57,11 +59,12 @@ struct ValueOf {
 
 template <class T>
 struct StepOf {
-  enum Code { kDepthwise, kGemm, kMean, kConv } code;
+  enum Code { kDepthwise, kGemm, kMean, kConv, kPool } code;
   int64_t x, residual = -1, gate = -1, out;
   DepthwiseTapsOf<T> depthwise{};
   TileGemmOf<T> gemm{};
-  TileConv conv{};  // of float values only
+  TileConv conv{};  // of float values only, as
+  MaxPool pool{};
 
   Activation& activation() {
     return code == kDepthwise ? depthwise.activation
@@ -155,8 +158,8 @@ class RegionProgram {
   }
 
   void read(int64_t code, const std::vector<int64_t>& arg) {
-    constexpr int64_t kCounts[] = {13, 12, 1, 19};
-    STD_TORCH_CHECK(code >= 0 && code <= 3, "unknown step code ", code);
+    constexpr int64_t kCounts[] = {13, 12, 1, 19, 9};
+    STD_TORCH_CHECK(code >= 0 && code <= 4, "unknown step code ", code);
     STD_TORCH_CHECK(static_cast<int64_t>(arg.size()) == kCounts[code], "step code ", code,
                     " takes ", kCounts[code], " arguments, got ", arg.size());
     Step step;
@@ -167,6 +170,8 @@ class RegionProgram {
     if (step.code == Step::kMean) {
       STD_TORCH_CHECK(shape.size() >= 2 && floats(shape) > 0, "mean needs a value with pixels");
       result.shape = {shape[0]};
+    } else if (step.code == Step::kPool) {
+      result.shape = read_pool(&step, shape, arg);
     } else {
       const int64_t activation = arg.back();
       STD_TORCH_CHECK(activation >= 0 && activation < 9, "unknown activation ", activation);
@@ -261,6 +266,19 @@ class RegionProgram {
     return out;
   }
 
+  Shape read_pool(Step* step, const Shape& shape, const std::vector<int64_t>& arg) {
+    STD_TORCH_CHECK(!kBf16, "max pool steps take float32 values only");
+    STD_TORCH_CHECK(shape.size() == 3, "max pool needs (C, H, W) values");
+    MaxPool& a = step->pool;
+    a.channels = shape[0], a.height = shape[1], a.width = shape[2];
+    read_window(&arg[1], &a);
+    check_window(&a);
+    STD_TORCH_CHECK(2 * a.pad_h <= a.dilation_h * (a.kernel_h - 1) + 1 &&
+                        2 * a.pad_w <= a.dilation_w * (a.kernel_w - 1) + 1,
+                    "the padding of max pool must be at most half of its window");
+    return {a.channels, a.out_h, a.out_w};
+  }
+
   // PW -> DW pairs whose expanded value has no other reader, and blocks of steps.
   void fuse() {
     for (size_t s = 0; s + 1 < steps_.size(); ++s) {
@@ -278,9 +296,8 @@ class RegionProgram {
     }
   }
 
-  // Steps of the block that begins at `s`: an expanding pair and the product that reads it, or a
-  // convolution, the depthwise one that reads it, and the product where there is one, or two
-  // products.
+  // Steps of the block that begins at `s`: an expanding pair and the product that reads it; a
+  // convolution, the depthwise one that reads it, and its product if there is one; or two products.
   int64_t block_at(size_t s) const {
     const Step& step = steps_[s];
     if (are_products(s)) return 2;
@@ -330,8 +347,9 @@ class RegionProgram {
     }
   }
   static bool takes_gaps(const Step& step) {
-    return step.code == Step::kDepthwise || (step.code == Step::kGemm && step.feature_major &&
-                                             !uses_panel(step.gemm, true, kernels().width));
+    return step.code == Step::kDepthwise || step.code == Step::kPool ||
+           (step.code == Step::kGemm && step.feature_major &&
+            !uses_panel(step.gemm, true, kernels().width));
   }
   static int64_t numbers(const Value& v) {
     return floats(v.shape) + (v.shape.empty() ? 0 : v.shape[0] * v.gap);

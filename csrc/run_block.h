@@ -39,12 +39,11 @@ inline int64_t block_bands(const FusedBlock& b, int64_t pool) {
   return std::min((fit + pool - 1) / pool, most / pool) * pool;
 }
 
-// Pixels of planes that hold a part of an image's: plane c of it begins at base + c * pitch, and at
-// `moved` + c * pitch would lie the image's first pixel.
+// Planes of a part of an image, in `room`: the given pixels of the channels from `first` on. Pixel
+// p of channel c lies at moved[c * pitch + p].
 struct PartPlanes {
   float* moved;
   int64_t pitch;
-  // Room for `channels` planes from channel `first` on, of pixels [begin, end).
   PartPlanes(float* room, int64_t first, PixelRange pixels)
       : pitch((pixels.end - pixels.begin + 15) / 16 * 16) {
     moved = room - first * pitch - pixels.begin;
@@ -89,14 +88,13 @@ inline void run_depthwise_band(const FusedBlock& b, const DepthwiseTaps& d, int6
   const PixelRange read = band_input(d, width, begin, end);
   const TileGemm& first = b.first();
   const PixelRange held = {read.begin / width * width, (read.end + width - 1) / width * width};
-  const int64_t pitch = held.end - held.begin;
-  const int64_t fit = std::max<int64_t>(1,
-                                        kNearest / std::max<int64_t>(first.granularity * pitch, 1)),
+  const int64_t pixels = held.end - held.begin, tile_size = first.granularity * pixels;
+  const int64_t fit = std::max<int64_t>(1, kNearest / std::max<int64_t>(tile_size, 1)),
                 each = b.conv ? first.tiles : fit;
   for (int64_t tile = 0; tile < first.tiles; tile += each) {
     const int64_t last = std::min(tile + each, first.tiles);
     const int64_t from = first.features_from(tile), to = first.features_to(last);
-    const PartPlanes planes(scratch<2>((to - from) * (pitch + 16) + 16), from, held);
+    const PartPlanes planes(scratch<2>((to - from) * (pixels + 16)), from, held);
     if (b.conv) {
       run_conv_rows(*b.conv, read.begin / d.width, read.end / d.width, planes);
     } else {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -146,7 +146,8 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every submodule in evaluation mode and restore each one's own flag afterwards."""
     flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+    with suppress(NotImplementedError):  # the module of an exported program has one mode
+        model.eval()
     try:
         yield
     finally:

@@ -31,7 +31,7 @@ _CONV = (aten.conv2d.default, aten.conv2d.padding)
 _KEEPS_ZERO = {
     *(aten.relu.default, aten.silu.default, aten.hardswish.default, aten.gelu.default),
     *(F.leaky_relu, F.elu, F.selu, F.celu, F.mish, F.tanh, torch.tanh, "tanh", torch.abs, "abs"),
-    *(F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.max_pool2d),
+    *(aten.max_pool2d.default, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.max_pool2d),
     *("contiguous", "clone", torch.clone, "detach"),
 }
 _LOSES_ZERO = {aten.sigmoid.default, aten.hardsigmoid.default, F.softplus, torch.exp, "exp"}

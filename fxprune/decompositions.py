@@ -11,8 +11,8 @@ from fxprune.ops import OPS
 
 # operators that backward graphs alone hold
 BACKWARD = (
-    "nm_prune", "skip_zeros_mm", "depthwise_grad_input", "depthwise_grad_weight", "tile_grad_input", "tile_grad_weight",
-    "tile_conv_grad_input", "tile_conv_grad_weight", "nm_mm",
+    "nm_prune", "skip_zeros_mm", "skip_zeros_conv", "depthwise_grad_input", "depthwise_grad_weight", "tile_grad_input",
+    "tile_grad_weight", "tile_conv_grad_input", "tile_conv_grad_weight", "nm_mm",
 )  # fmt: skip
 
 

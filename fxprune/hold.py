@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+_WIDTHS = (64, 32, 8)  # of tiles
+
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor that every rank holds in full."""
@@ -53,7 +56,7 @@ class Holder:
     def __init__(self, places: Places) -> None:
         self._places = places
         self._masks: dict[str, Tensor] = {}
-        self._drops: dict[str, tuple[Tensor, Tensor]] = {}  # name: the parameter, this rank's pruned elements
+        self._kept: dict[str, tuple[Tensor, Tensor]] = {}  # name: the parameter, this rank's bits
         self.touched = False  # an optimizer that has one of our parameters stepped since this was cleared
         self.foreign = False  # another one did
         self._watched: list[str] = []
@@ -72,25 +75,25 @@ class Holder:
     def set(self, masks: Mapping[str, Tensor]) -> None:
         """Hold these masks, bool of the whole weights' shapes, from now on."""
         self._masks = dict(masks)
-        self._drops = {}
+        self._kept = {}
         self.project()
         for optimizer in self._optimizers:
-            for parameter, drop in self.dropped():
-                zero(optimizer, parameter, drop)
+            for parameter, kept in self.kept():
+                zero(optimizer, parameter, kept)
 
     @torch.no_grad()
     def project(self) -> None:
         """Zero the pruned elements of the weights."""
-        for parameter, drop in self.dropped():
-            local(parameter).masked_fill_(drop, 0)
+        for parameter, kept in self.kept():
+            clear(parameter, kept)
 
-    def dropped(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Yield every pruned parameter with this rank's pruned elements."""
+    def kept(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield every pruned parameter with the :func:`bits` of what this rank keeps of it."""
         for name, mask in self._masks.items():
             parameter = self._places[name]
-            known = self._drops.get(name)
+            known = self._kept.get(name)
             if known is None or known[0] is not parameter or known[1].device != local(parameter).device:
-                known = self._drops[name] = (parameter, shard(~mask, parameter))
+                known = self._kept[name] = (parameter, bits(shard(mask, parameter)))
             yield parameter, known[1]
 
     def release(self) -> None:
@@ -106,14 +109,38 @@ class Holder:
             return
         self.touched = True
         self._optimizers.add(optimizer)
-        for parameter, drop in self.dropped():
+        for parameter, kept in self.kept():
             if id(parameter) in mine:
-                zero(optimizer, parameter, drop)
+                zero(optimizer, parameter, kept)
 
 
-def zero(optimizer: torch.optim.Optimizer, parameter: Tensor, drop: Tensor) -> None:
-    """Zero elements of a parameter and of everything of its shape that the optimizer keeps for it."""
-    local(parameter).masked_fill_(drop, 0)
+def bits(mask: Tensor) -> Tensor:
+    """Return int8 that has all bits where a bool mask (N, ...) is True and none elsewhere.
+
+    (N / g, 1, ...), where each g output features share them: as many as the tiles of a kernel, or one.
+    """
+    full = mask.to(torch.int8).neg_()
+    for width in _WIDTHS if len(full) else ():
+        if len(full) % width == 0:
+            blocks = full.unflatten(0, (-1, width))
+            if torch.equal(blocks, blocks[:, :1].expand_as(blocks)):
+                return blocks[:, :1].clone()
+    return full.unsqueeze(1)
+
+
+def clear(tensor: Tensor, kept: Tensor) -> None:
+    """Zero what ``kept`` has no bits for: an AND of integers, exact over NaN and Inf and without a branch per element."""
+    own = local(tensor)
+    if own.numel() == 0:  # a rank without a part of a small weight
+        return
+    if own.is_complex():
+        own, kept = torch.view_as_real(own), kept.unsqueeze(-1)
+    own.view(_INTEGERS[own.element_size()]).unflatten(0, (len(kept), -1)).bitwise_and_(kept)
+
+
+def zero(optimizer: torch.optim.Optimizer, parameter: Tensor, kept: Tensor) -> None:
+    """Zero pruned elements of a parameter and of everything of its shape that the optimizer keeps for it."""
+    clear(parameter, kept)
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
-            local(value).masked_fill_(drop, 0)
+            clear(value, kept)

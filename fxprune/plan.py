@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxprune.errors import NothingToPrune
-from fxprune.hold import zero
+from fxprune.hold import bits, zero
 from fxprune.sparsity.pattern import LayerMask
 
 # parameter -> PrunedWeight; a weak side table, so that the model stays a plain module
@@ -139,4 +139,4 @@ def project_zeros(optimizer: torch.optim.Optimizer) -> None:
             pruned = lookup(parameter)
             if pruned is None:
                 continue
-            zero(optimizer, parameter, ~pruned.mask.to(parameter.device))
+            zero(optimizer, parameter, bits(pruned.mask.to(parameter.device)))

@@ -100,6 +100,7 @@ def choose_masks(
         kinds = {name: m.kind for name, m in layers.items()}
         groups = {name: m.geometry.groups for name, m in layers.items()}
         live = {name: _live(m) for name, m in layers.items() if pattern == "tile" and groups[name] == 1}
+        live = {name: (rows, columns) for name, (rows, columns) in live.items() if not (rows.all() and columns.all())}
         for name, (rows, columns) in live.items():  # channels that are gone already are not planned again
             found[name] = found[name][rows][:, columns]
             share[name] = _share_of_rest(share[name], rows, columns)
@@ -135,9 +136,10 @@ def _share_of_rest(share: float, rows: Tensor, columns: Tensor) -> float:
 def importance(match: Match, config: Config) -> Tensor:
     """Return the element scores of a match, in its matrix view."""
     weight = match.value.detach()
-    finite = torch.isfinite(weight)
-    if not finite.all():
-        raise NonFiniteWeight(name=match.name, count=int((~finite).sum()))
+    if not torch.isfinite(weight.sum()):  # which is quick to say when all is well; a sum may also overflow
+        broken = int((~torch.isfinite(weight)).sum())
+        if broken:
+            raise NonFiniteWeight(name=match.name, count=broken)
     return match.matrix(element_scores(match, config)).float().contiguous()
 
 

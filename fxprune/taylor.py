@@ -40,10 +40,10 @@ class TaylorScores:
             score = self._scores.get(name)
             if score is None:
                 score = self._scores[name] = torch.zeros_like(parameter, dtype=torch.float32)
-            gradient = local(parameter.grad).float()
+            product = _product(local(parameter.grad), local(parameter))
             if scale is not None:
-                gradient = gradient / scale
-            local(score).add_((gradient * local(parameter).float()).square_())
+                product /= scale
+            local(score).addcmul_(product, product)
 
     def measured(self, window: int) -> Measured:
         """Return the scores, the same on every rank. Raises :class:`~fxprune.errors.ConfigError` when one is missing."""
@@ -68,6 +68,13 @@ def laid_out(full: Tensor, parameter: Tensor) -> Tensor:
     result = torch.zeros_like(parameter, dtype=full.dtype)
     local(result).copy_(shard(full, parameter))
     return result
+
+
+def _product(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Return by how much the loss falls, to first order, when a weight becomes zero; float32."""
+    if weight.is_complex():
+        return (gradient.conj() * weight).real.float()
+    return gradient.float() * weight.float()
 
 
 def _reduced(score: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ SCHEMAS = (
     "nm_prune(Tensor grad, Tensor? key, int n, int m, int dim, int groups, str function, int layer) -> Tensor",
     "nm_mm(Tensor x, Tensor weight) -> Tensor",
     "skip_zeros_mm(Tensor x, Tensor weight, int dim) -> Tensor",
+    "skip_zeros_conv(Tensor x, Tensor weight, int[] padding) -> Tensor",
     "isa() -> str",
     "set_isa(str name) -> ()",
 )

@@ -48,36 +48,39 @@ class MeasureGradient:
             def dense(given: Tensor) -> Tensor:
                 return torch.autograd.grad(y, data, given, retain_graph=True)[0]
 
-            matrix = None if self._config.grad_target == "dW" else _matrix(node, real, dim, ratio)
-            if matrix is None:
+            weight = None if self._config.grad_target == "dW" else _weight(node, real, dim, ratio)
+            if weight is None:
                 (pruned, plain), _ = interleave([lambda: dense(prune()), lambda: dense(grad)], self._rounds)
                 return GradientTimes(plain, pruned)
         with torch.no_grad():
-            product = _product(node, real[x], matrix)
+            product, skipping = _product(node, real[x], weight), _skipping(node, weight, dim)
             itself = grad.dtype != torch.float32 and nm_mm.prunes(self._config.grad_pruning, ratio.n, ratio.m)
             runs = [
                 lambda: product(prune()),
                 lambda: product(grad),
-                lambda: _skipping(grad if itself else prune(), matrix, dim),
+                lambda: skipping(grad if itself else prune()),
             ]
-            (pruned, plain, skipping), _ = interleave(runs, self._rounds)
-        return GradientTimes(plain, pruned, skipping)
+            (pruned, plain, skipped), _ = interleave(runs, self._rounds)
+        return GradientTimes(plain, pruned, skipped)
 
     @property
     def _rounds(self) -> int:
         return ROUNDS[self._config.autotune]
 
 
-def _matrix(node: Node, real: dict[Node, Tensor], dim: int, ratio: Ratio) -> Tensor | None:
-    """Return the weight (N, K) where the data gradient is a product that can skip zeros, else ``None``."""
-    weight = _weight(node, real, dim)
+def _weight(node: Node, real: dict[Node, Tensor], dim: int, ratio: Ratio) -> Tensor | None:
+    """Return the weight where a product that skips zeros computes the data gradient, else ``None``.
+
+    (N, K) of a product of matrices, (N, K, R, S) of a convolution with a window. In 16 bits matrices on a GPU alone.
+    """
+    weight = _operand(node, real, dim)
     if weight is None or all(t.dtype == torch.float32 for t in real.values()):
         return weight
     return weight if dim == -1 and nm_mm.runs(weight.t(), weight, ratio.n, ratio.m) else None
 
 
-def _weight(node: Node, real: dict[Node, Tensor], dim: int) -> Tensor | None:
-    """Return the weight (N, K) where the data gradient is a product of matrices, else ``None``."""
+def _operand(node: Node, real: dict[Node, Tensor], dim: int) -> Tensor | None:
+    """Return the weight as :func:`_weight` does, in any type."""
     if not is_call(node, *_PRODUCTS, *_CONVOLUTIONS):
         return None
     position = 2 if is_call(node, aten.addmm.default) else 1
@@ -86,27 +89,36 @@ def _weight(node: Node, real: dict[Node, Tensor], dim: int) -> Tensor | None:
         return None
     if dim == -1:
         return None if weight.dim() != 2 else weight if is_call(node, aten.linear.default) else weight.t()
-    padding = argument(node, "padding")
-    plain = all(v == 1 for v in (*weight.shape[2:], *argument(node, "stride"), argument(node, "groups")))
-    return weight.flatten(1) if plain and not isinstance(padding, str) and not any(padding) else None
+    padding, window = argument(node, "padding"), weight.shape[2:]
+    if isinstance(padding, str) or any(v != 1 for v in (*argument(node, "stride"), argument(node, "groups"))):
+        return None
+    if all(v == 1 for v in window):
+        return None if any(padding) else weight.flatten(1)
+    inside = all(pad < size for pad, size in zip(padding, window, strict=True))
+    return weight if weight.dim() == 4 and inside and all(v == 1 for v in argument(node, "dilation")) else None
 
 
-def _product(node: Node, x: Tensor, matrix: Tensor) -> Callable[[Tensor], Tensor]:
+def _product(node: Node, x: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
     """Return the dense data gradient as the backward graph calls it."""
     if not is_call(node, *_CONVOLUTIONS):
-        return lambda grad: grad.reshape(-1, grad.shape[-1]) @ matrix
+        return lambda grad: grad.reshape(-1, grad.shape[-1]) @ weight
     ones, zeros = [1] * (x.dim() - 2), [0] * (x.dim() - 2)
-    weight = matrix.reshape(*matrix.shape, *ones)
+    kernel = weight.reshape(*weight.shape[:2], *(weight.shape[2:] or ones))
     if x.dim() == 4 and not x.is_contiguous():
-        weight = weight.contiguous(memory_format=torch.channels_last)
-    rest = (ones, zeros, ones, False, zeros, 1, [True, False, False])
-    return lambda grad: aten.convolution_backward(grad, x, weight, None, *rest)[0]
+        kernel = kernel.contiguous(memory_format=torch.channels_last)
+    rest = (ones, list(argument(node, "padding")), ones, False, zeros, 1, [True, False, False])
+    return lambda grad: aten.convolution_backward(grad, x, kernel, None, *rest)[0]
 
 
-def _skipping(grad: Tensor, matrix: Tensor, dim: int) -> Tensor:
-    if grad.dtype != torch.float32:
-        return torch.ops.fxprune.nm_mm(grad.reshape(-1, grad.shape[-1]), matrix)
-    return torch.ops.fxprune.skip_zeros_mm(grad if dim == 1 else grad.reshape(-1, grad.shape[-1]), matrix, dim)
+def _skipping(node: Node, weight: Tensor, dim: int) -> Callable[[Tensor], Tensor]:
+    """Return the data gradient that skips zeros."""
+    if weight.dim() == 4:
+        padding = list(argument(node, "padding"))
+        return lambda grad: torch.ops.fxprune.skip_zeros_conv(grad, weight, padding)
+    if weight.dtype != torch.float32:
+        return lambda grad: torch.ops.fxprune.nm_mm(grad.reshape(-1, grad.shape[-1]), weight)
+    flat = dim == -1
+    return lambda grad: torch.ops.fxprune.skip_zeros_mm(grad.reshape(-1, grad.shape[-1]) if flat else grad, weight, dim)
 
 
 def _random(node: Node) -> Tensor:

@@ -29,6 +29,8 @@ _DEPTHWISE = torch.ops.fxprune.depthwise_taps.default
 _GEMM = torch.ops.fxprune.tile_gemm.default
 _CONV = torch.ops.fxprune.tile_conv.default
 _MEAN = aten.mean.dim
+_POOL = aten.max_pool2d.default
+_SLICE = aten.slice.Tensor
 _RESHAPES = (aten.flatten.using_ints, aten.unflatten.int, aten.reshape.default)
 _REGION = torch.ops.fxprune.region.default
 
@@ -101,6 +103,10 @@ def _eligible(node: Node, members: list[Node], weights: Weights) -> bool:
         return False
     if node.target is _CONV:
         return value.dtype == torch.float32
+    if node.target is _POOL:
+        return value.dtype == torch.float32 and len(node.args) == 5 and node.args[0] in members
+    if node.target is _SLICE:
+        return value.dtype == torch.float32 and node.args[0] in members and _is_step(node, x.dim())
     if node.target is _GEMM:
         if node.args[10] == 1:
             return x.dim() == 4 and not _is_channel_vector(x)
@@ -114,16 +120,24 @@ def _eligible(node: Node, members: list[Node], weights: Weights) -> bool:
     return node.target in _RESHAPES and _is_channel_vector(x) and _is_channel_vector(value)
 
 
+def _is_step(node: Node, rank: int) -> bool:
+    """Every n-th row or column of an image: pooling with a window of one pixel."""
+    if len(node.args) != 5 or rank != 4:
+        return False
+    _, dim, start, end, step = (a if isinstance(a, int) else -1 for a in node.args)
+    return dim in (2, 3) and start == 0 and end == 2**63 - 1 and step >= 1
+
+
 def _is_channel_vector(value: Tensor) -> bool:
     """(B, C) or (B, C, 1, 1): reshapes between them move nothing."""
     return value.dim() == 2 or (value.dim() == 4 and list(value.shape[2:]) == [1, 1])
 
 
 def _trim(candidate: _Region) -> None:
-    """Drop the views at both ends, and a mean no kernel is in front of: they are Inductor's."""
-    while candidate.nodes and candidate.nodes[-1].target in _RESHAPES:
+    """Drop the views at both ends, and pooling no kernel is in front of: they are Inductor's."""
+    while candidate.nodes and candidate.nodes[-1].target in (*_RESHAPES, _SLICE):
         candidate.nodes.pop()
-    while candidate.nodes and candidate.nodes[0].target in (*_RESHAPES, _MEAN):
+    while candidate.nodes and candidate.nodes[0].target in (*_RESHAPES, _MEAN, _POOL, _SLICE):
         candidate.nodes.pop(0)
 
 
@@ -136,6 +150,7 @@ class _Program:
         self._numbers = numbers
         self.code: list[int] = []
         self._values: dict[Node, int] = {}
+        self._sliced: dict[Node, tuple[int, list[int]]] = {}  # what slices read at which strides
         external = [n for m in members for n in _activations(m) if n not in self.members]
         for node in dict.fromkeys(external):
             self._values[node] = len(self.inputs)
@@ -167,6 +182,15 @@ class _Program:
             record = [self.value(a[0]), *[self.weight(w) for w in a[1:6]], self.value(a[6]), a[7], a[8], *numbers, a[13]]
             record.append(activation.NAMES.index(a[14]))
             code = ops.CONV
+        elif node.target is _SLICE:
+            source, stride = self._sliced.get(a[0]) or (self.value(a[0]), [1, 1])
+            stride = [s * (a[4] if a[1] == dim else 1) for dim, s in enumerate(stride, 2)]
+            if all(user in self.members and user.target is _SLICE for user in node.users):
+                self._sliced[node] = (source, stride)
+                return
+            record, code = [source, 1, 1, *stride, 0, 0, 1, 1], ops.POOL
+        elif node.target is _POOL:
+            record, code = [self.value(a[0]), *[n for window in a[1:5] for n in window]], ops.POOL
         else:
             record, code = [self.value(a[0])], ops.MEAN
         self.code += [code, len(record), *record]

@@ -118,6 +118,25 @@ def _global_average_pool(input: Any, output_size: Any) -> Call | None:
     return (aten.mean.dim, (input, [2, 3], True)) if one and images else None
 
 
+def _max_pool(
+    input: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Call | None:
+    """Spelled out with two sizes each, where the result has the size that these alone give it."""
+    value = fake(input)
+    if ceil_mode or return_indices or value is None or value.dim() != 4:
+        return None
+    sizes = [
+        list(v) if isinstance(v, (tuple, list)) else [v] for v in (kernel_size, stride or kernel_size, padding, dilation)
+    ]
+    return aten.max_pool2d.default, (input, *[v * 2 if len(v) == 1 else v for v in sizes])
+
+
 def _flatten(input: Any, start_dim: int = 0, end_dim: int = -1) -> Call:
     return aten.flatten.using_ints, (input, start_dim, end_dim)
 
@@ -155,6 +174,8 @@ RULES: dict[Any, Rule] = {
     torch.t: lambda input: (aten.t.default, (input,)),
     "t": lambda input: (aten.t.default, (input,)),
     getattr: _matrix_transpose,
+    aten.numpy_T: _matrix_transpose,  # what torch 2.14 makes of x.T
+    aten.mT: _matrix_transpose,
     torch.transpose: _transpose,
     "transpose": _transpose,
     F.relu: _unary(aten.relu.default),
@@ -188,6 +209,9 @@ RULES: dict[Any, Rule] = {
     "mean": _mean,
     F.adaptive_avg_pool2d: _global_average_pool,
     aten.adaptive_avg_pool2d.default: _global_average_pool,
+    F.max_pool2d: _max_pool,
+    torch.max_pool2d: _max_pool,
+    aten.max_pool2d.default: _max_pool,
     torch.flatten: _flatten,
     "flatten": _flatten,
     F.dropout: _dropout,
@@ -235,6 +259,7 @@ _FRESH = {
     aten.sigmoid.default,
     aten.gelu.default,
     aten.layer_norm.default,
+    aten.max_pool2d.default,
 }
 
 

@@ -1,6 +1,7 @@
 """Structured data gradient pruning: in the backward graph, prune the dL/dO that the data gradient reads.
 
-    dX, dW, db = convolution_backward(g, x, w)  =>  dX = convolution_backward(nm_prune(g), x, w), dW, db as before
+    dX, dW, db = convolution_backward(g, x, w)  =>  dX = convolution_backward(nm_prune(g), x, w), or
+                                                    skip_zeros_conv(nm_prune(g), w), dW, db as before
     dX = mm(g, w)                               =>  dX = mm(nm_prune(g), w), or skip_zeros_mm(nm_prune(g), w), or on
                                                     a GPU nm_mm(g, w), which prunes by itself
 
@@ -33,6 +34,7 @@ _OUTPUT = torch.ops.fxprune_mark.output.default
 _PRUNE = torch.ops.fxprune.nm_prune.default
 _SKIP = torch.ops.fxprune.skip_zeros_mm.default
 _HALVES = torch.ops.fxprune.nm_mm.default
+_SKIP_CONV = torch.ops.fxprune.skip_zeros_conv.default
 _BACKWARD = aten.convolution_backward.default
 _PRODUCTS = (aten.mm.default, aten.bmm.default)
 # the gradients of our own layers over kept weights: what reads dL/dO first, and whether it is the data gradient
@@ -123,7 +125,7 @@ class _Layer:
             elif use.data in self.wants:
                 pruned = self._replay(use)
                 if use.data and self._skips(use.node, use.position):
-                    product = self._skipping(use.node, pruned, use.node.args[1], -1)
+                    product = self._skipping(use.node, _SKIP, (pruned, use.node.args[1], -1))
                     use.node.replace_all_uses_with(product)
                     use.node.graph.erase_node(use.node)
                 else:
@@ -143,7 +145,7 @@ class _Layer:
         return nm_mm.runs(left, right, *self._ratio)
 
     def _skips(self, node: Node, position: int) -> bool:
-        """True for a product of float32 matrices of a layer that is to skip zeros."""
+        """True where a layer is to skip zeros and a product in float32 can."""
         if self.number not in self.settings.skips or position != 0 or node.target not in (aten.mm.default, _BACKWARD):
             return False
         operands = [_value(a) for a in node.all_input_nodes]
@@ -151,14 +153,19 @@ class _Layer:
             return False
         if node.target is not _BACKWARD:
             return True
-        names = ("weight", "stride", "padding", "transposed", "output_padding", "groups")
-        weight, stride, padding, transposed, extra, groups = (argument(node, name) for name in names)
-        ones = all(statically_known_true(v == 1) for v in (*_value(weight).shape[2:], *stride, groups))
-        return ones and not transposed and not any((*padding, *extra))
+        names = ("weight", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
+        weight, stride, padding, dilation, transposed, extra, groups = (argument(node, name) for name in names)
+        window = _value(weight).shape[2:]
+        if transposed or any(extra) or not all(statically_known_true(v == 1) for v in (*stride, groups)):
+            return False
+        if all(statically_known_true(v == 1) for v in window):
+            return not any(padding)
+        inside = all(pad < size for pad, size in zip(padding, window, strict=True))
+        return len(window) == 2 and inside and all(v == 1 for v in dilation)
 
-    def _skipping(self, node: Node, grad: Node, weight: Any, dim: int) -> Node:
-        """Insert the product in front of ``node``, whose first result it replaces, with the strides of that."""
-        product = _insert(node, _SKIP, (grad, weight, dim))
+    def _skipping(self, node: Node, target: Any, args: tuple[Any, ...]) -> Node:
+        """Insert a product in front of ``node``, whose first result it replaces, with the strides of that."""
+        product = _insert(node, target, args)
         old = _value(node) if isinstance(_value(node), Tensor) else _value(node)[0]
         if product.meta["val"].stride() != old.stride():
             last = not old.is_contiguous() and old.dim() in (4, 5)
@@ -178,9 +185,7 @@ class _Layer:
         parts: dict[bool | None, Node] = {}
         product = None
         if kinds[0] and self._skips(node, 0):
-            weight: Any = node.args[2]
-            matrix = _insert(node, aten.reshape.default, (weight, list(_value(weight).shape[:2])))
-            product = self._skipping(node, self._replay(replace(use, data=True)), matrix, 1)
+            product = self._convolved(node, self._replay(replace(use, data=True)))
         asked_for = zip(kinds, mask, strict=True)
         for kind in dict.fromkeys(kind for kind, wanted in asked_for if wanted and not (kind and product)):
             wanted = [asked and other is kind for asked, other in zip(mask, kinds, strict=True)]
@@ -196,6 +201,15 @@ class _Layer:
                 item.update_arg(0, parts[kinds[index]])
         node.graph.erase_node(node)
         return 1
+
+    def _convolved(self, node: Node, grad: Node) -> Node:
+        """Insert the data gradient of a convolution that skips zeros."""
+        weight: Any = node.args[2]
+        shape = list(_value(weight).shape)
+        if any(size != 1 for size in shape[2:]):
+            return self._skipping(node, _SKIP_CONV, (grad, weight, argument(node, "padding")))
+        matrix = _insert(node, aten.reshape.default, (weight, shape[:2]))
+        return self._skipping(node, _SKIP, (grad, matrix, 1))
 
     def _replay(self, use: Use, current: Node | None = None) -> Node:
         """Apply the views in front of a use to the pruned gradient, or to ``current``."""

@@ -92,6 +92,19 @@ def test_prune_then_verify_and_export(capsys: pytest.CaptureFixture[str], model:
     assert rows["summary"]["bytes"] == Path(program).stat().st_size
 
 
+def test_an_exported_program_is_a_model(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
+    """Its module has no ``eval``: what was exported has one mode."""
+    state, program = str(tmp_path / "w.pt"), tmp_path / "dense.pt2"
+    subject = model_spec.build(model)
+    torch.export.save(torch.export.export(subject.model, (subject.inputs,)), program)
+    spec = [str(program), "--shape", "2x16x8x8"]
+    assert len(table(capsys, "explain", *spec, "--sparsity", "0.5", *OFF)["rows"]) == 3
+    table(capsys, "prune", *spec, "--sparsity", "0.5", "-o", state)
+    for command in (["verify", *spec], ["export", *spec, "-o", str(tmp_path / "sparse.pt2")]):
+        status, _, err = run(capsys, *command, "--weights", state, *OFF)
+        assert status == 0 and not err, command
+
+
 def test_verify_fails_with_status_1(capsys: pytest.CaptureFixture[str], model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     verify = fxprune.verify
     monkeypatch.setattr(fxprune, "verify", lambda m, x: verify(m, x, compiled=lambda v: torch.zeros(2, 24)))

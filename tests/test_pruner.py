@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fxprune
-from fxprune import CubicSchedule, IterativeSchedule, LinearSchedule, OneShotSchedule, Pruner, backend
+from fxprune import CubicSchedule, IterativeSchedule, LinearSchedule, OneShotSchedule, Pruner, backend, hold
 from fxprune.errors import ConfigError, NothingToPrune, StateMismatch, UnknownLayer, WrongOptimizer
 from fxprune.plan import lookup
 from tests.oracle import FORCED
@@ -80,6 +80,20 @@ OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]]
     "adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64])
+@pytest.mark.parametrize("shared", [1, 8, 32, 64])
+def test_what_is_cleared_is_zero_whatever_it_was(dtype: torch.dtype, shared: int) -> None:
+    for bad, shape in itertools.product((float("nan"), float("inf"), -float("inf"), 3.0), ((128, 6), (128,), (128, 2, 3))):
+        tensor = torch.full(tuple(reversed(shape)), bad, dtype=dtype).permute(*reversed(range(len(shape))))
+        few = torch.rand(128 // shared, *shape[1:], generator=torch.Generator().manual_seed(0)) < 0.5
+        mask = few.repeat_interleave(shared, 0)
+        kept = hold.bits(mask)
+        assert kept.shape == (128 // shared, 1, *shape[1:])
+        hold.clear(tensor, kept)
+        assert torch.equal(tensor == 0, ~mask)
+    hold.clear(torch.empty(0, 4), hold.bits(torch.empty(0, 4, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -10,6 +10,7 @@ from fxprune.ops import (
     region,
     rnn_steps,
     skip_zeros,
+    skip_zeros_conv,
     tile_conv,
     tile_conv_gradients,
     tile_gemm,
@@ -37,4 +38,5 @@ OPS: tuple[Operator, ...] = (
     nm_prune.OPERATOR,
     nm_mm.OPERATOR,
     skip_zeros.OPERATOR,
+    skip_zeros_conv.OPERATOR,
 )

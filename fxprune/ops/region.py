@@ -7,10 +7,11 @@
     mean (2):      x          over the pixels, (B, C, *) -> (B, C)
     conv (3):      x, values, index, tile_ptr, columns, bias, residual, out_features, granularity, kernel h w, stride h w,
                    padding h w, dilation h w, groups, activation
+    max pool (4):  x, kernel h w, stride h w, padding h w, dilation h w
 
-All values are float32, or all bfloat16 (no conv then). x, residual and gate are values: first the inputs, then one per step.
-Weights are parts of a bundle (``fxprune/ops/bundle.py``); -1 is absent. The program is data: it can be printed, checked,
-exported and rebuilt.
+All values are float32, or all bfloat16 (no conv or max pool then). x, residual and gate are values: first the inputs, then
+one per step. Weights are parts of a bundle (``fxprune/ops/bundle.py``); -1 is absent. The program is data: it can be
+printed, checked, exported and rebuilt.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from fxprune.ops import activation, depthwise_taps, tile_conv, tile_gemm
 from fxprune.ops.bundle import bundle, unbundle
 from fxprune.ops.operator import Args, Operator
 
-DEPTHWISE, GEMM, MEAN, CONV = 0, 1, 2, 3
+aten = torch.ops.aten
+DEPTHWISE, GEMM, MEAN, CONV, POOL = range(5)
 PARTS = "fxprune_parts"  # node.meta: the names of the weights in the bundle
-_NAMES = {DEPTHWISE: "depthwise", GEMM: "gemm", MEAN: "mean", CONV: "conv"}
+_NAMES = {DEPTHWISE: "depthwise", GEMM: "gemm", MEAN: "mean", CONV: "conv", POOL: "max pool"}
 
 
 def records(program: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
@@ -81,6 +83,8 @@ def interpret(
             windows = [a[9:11], a[11:13], a[13:15], a[15:17]]
             operands = [_as_image(values[a[0]]), *map(part, a[1:5]), bias(a[5]), value(a[6])]
             values.append(conv(*operands, a[7], a[8], *windows, a[17], activation.NAMES[a[18]]))
+        elif code == POOL:
+            values.append(aten.max_pool2d.default(_as_image(values[a[0]]), a[1:3], a[3:5], a[5:7], a[7:9]))
         else:
             values.append(values[a[0]].flatten(2).mean(2, dtype=torch.float32).to(values[a[0]].dtype))
     return [values[i] for i in outputs]
@@ -146,8 +150,9 @@ def samples() -> Iterator[Args]:
     head = tile_gemm.tile_pack.random_structure(5, 6, 8, gen)
     weights, layout = bundle([*stem, torch.randn(6, generator=gen), *head])
     conv = [CONV, 19, 0, 0, 1, 2, 3, 4, -1, 6, 4, 3, 3, 2, 2, 1, 1, 1, 1, 1, 2]
-    gemm = [GEMM, 12, 1, 5, 6, 7, 8, -1, -1, -1, 5, 8, 1, 0]
-    yield [torch.randn(2, 3, 9, 7, generator=gen)], weights, layout, [*conv, *gemm], [2]
+    pool = [POOL, 9, 1, 3, 3, 2, 2, 1, 1, 1, 1]
+    gemm = [GEMM, 12, 2, 5, 6, 7, 8, -1, -1, -1, 5, 8, 1, 0]
+    yield [torch.randn(2, 3, 9, 7, generator=gen)], weights, layout, [*conv, *pool, *gemm], [3]
 
 
 def bad_samples() -> Iterator[tuple[Args, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import Tensor
 
 from fxprune.errors import UnknownPattern, nearest
@@ -10,7 +12,7 @@ from fxprune.sparsity.block import Block
 from fxprune.sparsity.channel import Channel
 from fxprune.sparsity.dcp import Dcp
 from fxprune.sparsity.elements import elements
-from fxprune.sparsity.n_of_m import NofM
+from fxprune.sparsity.n_of_m import MOST, NofM
 from fxprune.sparsity.pattern import LayerMask, Pattern
 from fxprune.sparsity.tew import Tew
 from fxprune.sparsity.tile import Tile
@@ -33,7 +35,8 @@ def get(name: str) -> Pattern:
         if parsed is not None:
             return parsed
     legal = [p.name for p in PATTERNS]
-    raise UnknownPattern(name=name, context="", nearest=nearest(str(name), legal), legal=", ".join(legal))
+    context = f" (n:m has 1 <= n <= m <= {MOST})" if re.fullmatch(r"-?\d+:-?\d+", str(name)) else ""
+    raise UnknownPattern(name=name, context=context, nearest=nearest(str(name), legal), legal=", ".join(legal))
 
 
 def refit(mask: Tensor, granularity: int, depthwise: bool, drops: bool = True) -> LayerMask:

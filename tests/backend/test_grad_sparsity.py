@@ -156,22 +156,6 @@ def test_a_symbolic_batch() -> None:
         assert torch.equal(given["0.weight"], expected["0.weight"])
 
 
-def test_inference_is_not_affected() -> None:
-    model, x = small(), image()
-    call = compiled(model)
-    with warnings.catch_warnings(), torch.no_grad(), watched() as seen:
-        warnings.simplefilter("error")
-        assert torch.equal(call(x), model(x))
-    assert not seen.pruned
-
-
-def test_a_model_without_an_eligible_layer_says_so() -> None:
-    model = integer_model(nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU())).train()
-    with pytest.warns(NoGradientPruned, match="its input needs no gradient"):
-        given = gradients(model, compiled(model), image())
-    assert torch.equal(given["0.weight"], gradients(model, model, image())["0.weight"])
-
-
 def test_complex_layers_stay_dense() -> None:
     model = nn.Linear(4, 8, dtype=torch.complex64).train()
     x = torch.complex(integers(3, 4), integers(3, 4, seed=1)).requires_grad_()
@@ -185,13 +169,6 @@ def test_complex_layers_stay_dense() -> None:
         with pytest.warns(NoGradientPruned, match="complex64"):
             given = run(compiled(model))
     torch.testing.assert_close(given, run(model))
-
-
-def test_double_backward_is_refused() -> None:
-    model, x = small(), image().requires_grad_()
-    (grad,) = torch.autograd.grad(compiled(model)(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"double backward|no gradient"):
-        grad.square().sum().backward()
 
 
 @pytest.mark.parametrize("function", ["magnitude", "rescaled_magnitude", "mvue"])
@@ -276,7 +253,7 @@ def test_a_fixed_ratio_reports_its_cost(dynamic: bool | None) -> None:
     rows = fxprune.gradient_report().to_dict()["rows"]
     assert [row["layer"] for row in rows] == ["0", "2", "5"]
     assert all(float(row["pruned us"]) > 0 and float(row["dense us"]) > 0 for row in rows)
-    assert rows[0]["skipping zeros us"] == "-" and all(float(row["skipping zeros us"]) > 0 for row in rows[1:])
+    assert all(float(row["skipping zeros us"]) > 0 for row in rows)
     choices = [layer.skips for layer in backend.LAST_REPORTS[-1].gradients]
     assert [row["data gradient reads"] == "pruned, skipping zeros" for row in rows] == choices
 

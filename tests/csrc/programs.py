@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxprune.ops import activation
 from fxprune.ops.bundle import bundle
-from fxprune.ops.region import CONV, DEPTHWISE, GEMM, MEAN
+from fxprune.ops.region import CONV, DEPTHWISE, GEMM, MEAN, POOL
 from tests.integers import bitmap, generator, integers, tiles
 
 Program = tuple[list[Tensor], list[Tensor], list[int], list[int], list[int]]
@@ -32,7 +32,7 @@ class Writer:
 
     def program(self, convolutions: bool = True) -> Program:
         inputs, steps = len(self.x), self.rng.randint(1, 8)
-        kinds = (self.depthwise, self.gemm, self.gemm, self.mean, *([self.conv] if convolutions else []))
+        kinds = (self.depthwise, self.gemm, self.gemm, self.mean, *([self.conv, self.pool] if convolutions else []))
         for _ in range(steps):
             self.rng.choice(kinds)()
         if not self.code:
@@ -81,6 +81,16 @@ class Writer:
         operands = [self._keep(t) for t in packed]
         tail = [residual, gate, n, g, 1 if size else -1, self.rng.choice(_EXACT)]
         self._add(GEMM, [number, *operands, self._bias(n), *tail], (n, *size))
+
+    def pool(self) -> None:
+        number = self._pick([i for i, v in enumerate(self.values) if len(v) == 3])
+        c, *size = self.values[number]
+        kernel = [self.rng.choice((1, 2, 3, 5)) for _ in range(2)]
+        stride, padding = [self.rng.choice((1, 2, 3)) for _ in range(2)], [self.rng.randint(0, k // 2) for k in kernel]
+        extents = [s + 2 * p - k for s, p, k in zip(size, padding, kernel, strict=True)]
+        if min(extents) >= 0:
+            out = [e // s + 1 for e, s in zip(extents, stride, strict=True)]
+            self._add(POOL, [number, *kernel, *stride, *padding, 1, 1], (c, *out))
 
     def mean(self) -> None:
         images = [i for i, v in enumerate(self.values) if len(v) == 3 and (v[1] * v[2]).bit_count() == 1]

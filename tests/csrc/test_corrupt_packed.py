@@ -57,9 +57,8 @@ def broken(value: Any, gen: random.Random) -> Any:
     if how < 4 and len(flat) and not value.is_floating_point():
         at = gen.randrange(len(flat))
         limits = torch.iinfo(value.dtype)
-        flat[at] = gen.choice(
-            [int(flat[at]) ^ 1, 0, -1, limits.max, limits.min, len(flat), int(flat[at]) + gen.choice((-1, 1))]
-        )
+        near = min(max(int(flat[at]) + gen.choice((-1, 1)), limits.min), limits.max)
+        flat[at] = gen.choice([int(flat[at]) ^ 1, 0, -1, limits.max, limits.min, len(flat), near])
         return flat.reshape(value.shape)
     if how == 4:
         return flat[: gen.randrange(len(flat) + 1)]

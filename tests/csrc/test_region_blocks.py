@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxprune.ops import activation, region
@@ -126,6 +127,25 @@ def test_two_products(isa: str, size: tuple[int, int], columns: float) -> None:
     gemm(5, 130, 9)
     for batch in (1, 3):
         check(([integers(gen, batch, 20, *size)], *bundle(packed), code, [2, 4, 6, 7]))
+
+
+@pytest.mark.parametrize("window", ((3, 3, 2, 2, 1, 1, 1, 1), (2, 5, 1, 3, 1, 2, 1, 1), (3, 3, 1, 2, 1, 1, 2, 3)))
+@pytest.mark.parametrize("size", ((61, 45), (14, 15), (9, 200)))
+def test_max_pooling(isa: str, size: tuple[int, int], window: tuple[int, ...]) -> None:
+    gen = generator(*size, *window)
+    packed = [*tiles(gen, 20, 6, 8, keep=0.6)[1], integers(gen, 20)]
+    code = [region.GEMM, 12, 0, *range(5), -1, -1, 20, 8, 1, NONE, region.POOL, 9, 1, *window]
+    for batch in (1, 3):
+        check(([integers(gen, batch, 6, *size)], *bundle(packed), code, [2]))
+
+
+def test_a_maximum_keeps_what_is_no_number(isa: str) -> None:
+    x = integers(generator(1), 1, 4, 40, 40)
+    x[0, 0, 5, 5], x[0, 1, 7, 20], x[0, 2] = float("nan"), float("inf"), float("-inf")
+    code = [region.POOL, 9, 0, 3, 3, 2, 2, 1, 1, 1, 1]
+    (given,) = OPS.region([x], [], [], code, [1])
+    assert torch.equal(given.isnan(), F.max_pool2d(x, 3, 2, 1).isnan()) and given.isnan().any()
+    assert torch.equal(given.nan_to_num(7.0), F.max_pool2d(x, 3, 2, 1).nan_to_num(7.0))
 
 
 def test_results_do_not_depend_on_what_the_arena_held() -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxprune.ops.region import DEPTHWISE, GEMM, MEAN
+from fxprune.ops.region import DEPTHWISE, GEMM, MEAN, POOL
 from tests.lowering.chains import Inverted, formed, sparse
 from tests.oracle import assert_exact, compiled, integers, poisoned
 from tests.toys import run
@@ -81,6 +81,34 @@ def test_a_mean_over_one_pixel_moves_nothing() -> None:
     head = (pointwise(24, 32), nn.ReLU6(), pool, nn.Flatten(), nn.Linear(32, 20))
     found = formed(sparse(nn.Sequential(pointwise(16, 24), pool, *head)), image(3))
     assert found.count == 1 and found.singles() == 0 and found.codes() == [GEMM, MEAN, GEMM, GEMM]
+
+
+@pytest.mark.parametrize("ceil", (False, True))
+def test_max_pooling_is_a_step(ceil: bool) -> None:
+    """Behind a kernel of the region, and unless the window leaves the image."""
+    stem = (nn.MaxPool2d(2), pointwise(16, 24), nn.ReLU6(), nn.MaxPool2d(3, 2, 1, ceil_mode=ceil), pointwise(24, 16))
+    found = formed(sparse(nn.Sequential(*stem, depthwise(16))), image(3, size=18))
+    assert found.count == 1 and found.codes() == ([GEMM, DEPTHWISE] if ceil else [GEMM, POOL, GEMM, DEPTHWISE])
+
+
+class Downsampled(nn.Module):
+    """A residual block whose shortcut is a strided 1x1 convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.depthwise = pointwise(16, 24), depthwise(24, 2)
+        self.project, self.shortcut = pointwise(24, 16), nn.Conv2d(24, 16, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu6(self.stem(x))
+        return self.project(F.relu6(self.depthwise(y))) + self.shortcut(y)
+
+
+@pytest.mark.parametrize("size", (8, 13))
+@pytest.mark.parametrize("batch", (1, 3))
+def test_a_strided_shortcut_is_a_step(batch: int, size: int) -> None:
+    found = formed(sparse(Downsampled()), image(batch, size=size))
+    assert found.count == 1 and found.singles() == 0 and sorted(found.codes()) == [DEPTHWISE, GEMM, GEMM, GEMM, POOL]
 
 
 def test_a_mean_over_one_pixel_of_an_input_stays_out() -> None:

@@ -40,6 +40,7 @@ ZEROS = {
     "region": 0.75,
     "nm_prune": 0.9,
     "skip_zeros_mm": 0.75,
+    "skip_zeros_conv": 0.75,
 }
 EXACT = ("none", "relu", "relu6")
 WITHOUT_GRADIENT = {"region", "rnn_steps", "nm_prune", "nm_mm", "dsconv", "depthwise_pool"}
@@ -76,7 +77,7 @@ def with_activation(program: list[int], activation: str) -> list[int]:
     """Return a region's program with one activation in every step that has one."""
     changed: list[int] = []
     for code, arguments in region.records(program):
-        if code != region.MEAN:
+        if code not in (region.MEAN, region.POOL):
             arguments[-1] = NAMES.index(activation)
         changed += [code, len(arguments), *arguments]
     return changed

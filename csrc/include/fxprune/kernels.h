@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "fxprune/depthwise_taps.h"
+#include "fxprune/max_pool.h"
 #include "fxprune/nm_prune.h"
 #include "fxprune/skip_zeros.h"
 #include "fxprune/tile_conv.h"

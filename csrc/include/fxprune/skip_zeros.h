@@ -29,4 +29,38 @@ inline int64_t skip_scratch(const SkipZeros& a, int64_t rows, int64_t width) {
   return part * kSkipVecs * width + 2 * lists + rows + width * width + results + 6 * 16;
 }
 
+// The data gradient of a convolution with stride 1: out[y][x] = sum over the window of
+// x[y + pad_h - r][x + pad_w - s] w[r][s].
+struct SkipConv {
+  SkipZeros x;     // positions = in_h * in_w
+  SkipZeros out;   // positions = h * w, n = 0; reads nothing
+  const float* w;  // (n, r, s, k)
+  int64_t in_h, in_w, h, w_out, r, s, pad_h, pad_w;
+};
+
+// Samples [first_sample, last_sample) of output rows [first, last); several samples only of all
+// rows.
+struct SkipBand {
+  int64_t first_sample, last_sample, first, last;
+
+  int64_t samples() const { return last_sample - first_sample; }
+};
+
+// Rows [first, last) of x that a band reads.
+struct SkipRows {
+  int64_t first, last;
+
+  SkipRows(const SkipConv& a, const SkipBand& band)
+      : first(std::clamp<int64_t>(band.first + a.pad_h - a.r + 1, 0, a.in_h)),
+        last(std::clamp<int64_t>(band.last + a.pad_h, first, a.in_h)) {}
+};
+
+// Floats of scratch that a band needs on vectors of `width`.
+inline int64_t skip_conv_scratch(const SkipConv& a, const SkipBand& band, int64_t width) {
+  const SkipRows rows(a, band);
+  const int64_t read = band.samples() * (rows.last - rows.first) * a.in_w;
+  const int64_t written = band.samples() * (band.last - band.first) * a.w_out;
+  return skip_scratch(a.x, read, width) + skip_scratch(a.out, written, width);
+}
+
 }  // namespace fxprune

@@ -93,11 +93,11 @@ struct SkipKernel {
     const int64_t rows = last_row - first_row;
     for (int64_t c = 0; c < a.n; c += kSkipPart) {
       const int64_t channels = std::min(kSkipPart, a.n - c);
-      a.row_major ? list_rows(c, channels) : list_positions(c, channels);
+      list(c, channels);
       for (int64_t k = 0; k < a.k; k += kBlock) {
         const int64_t width = std::min(kBlock, a.k - k), vecs = (width + kW - 1) / kW;
         const int64_t lanes = width - (vecs - 1) * kW;
-        load_panel(a.w + c * a.k + k, channels, vecs, lanes);
+        load_panel(a.w + c * a.k + k, a.k, channels, vecs, lanes);
         for (int64_t r = 0, begin = 0; r < rows; begin = end[r++]) {
           const List list = {value + begin, at + begin, end[r] - begin};
           kKernels[vecs - 1](list, panel, results + r * pitch() + k, lanes, c == 0);
@@ -107,13 +107,19 @@ struct SkipKernel {
     if (!a.row_major) store_positions();
   }
 
-  void load_panel(const float* w, int64_t channels, int64_t vecs, int64_t lanes) const {
+  void load_panel(const float* w, int64_t pitch, int64_t channels, int64_t vecs,
+                  int64_t lanes) const {
     const auto tail = V::first(lanes);
-    for (int64_t c = 0; c < channels; ++c, w += a.k) {
+    for (int64_t c = 0; c < channels; ++c, w += pitch) {
       float* to = panel + c * kBlock;
       for (int64_t v = 0; v + 1 < vecs; ++v) V::store(to + v * kW, V::load(w + v * kW));
       V::store(to + (vecs - 1) * kW, V::load(w + (vecs - 1) * kW, tail));
     }
+  }
+
+  // Makes the lists of some channels.
+  void list(int64_t channel, int64_t channels) const {
+    a.row_major ? list_rows(channel, channels) : list_positions(channel, channels);
   }
 
   void list_rows(int64_t channel, int64_t channels) const {

@@ -34,6 +34,10 @@ struct Avx2 : PortableBf16<Avx2>, PortableLists<Avx2> {
   static Reg fma_load(Reg a, const float* p, Mask m, Reg c) { return fma(a, load(p, m), c); }
   static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }  // NaN in b is returned
   static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
+  // max that returns a NaN of either
+  static Reg highest(Reg a, Reg b) {
+    return _mm256_blendv_ps(max(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  }
   static Reg round(Reg a) {
     return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }

@@ -41,6 +41,8 @@ struct Scalar : PortableBf16<Scalar>, PortableLists<Scalar> {
   static Reg fma_load(Reg a, const float* p, Mask m, Reg c) { return fma(a, load(p, m), c); }
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }  // NaN in b is returned
   static Reg min(Reg a, Reg b) { return a < b ? a : b; }
+  // max that returns a NaN of either
+  static Reg highest(Reg a, Reg b) { return a != a ? a : max(a, b); }
 
   // How many of the first n <= kWidth integers are below `limit`.
   static int64_t below(const int32_t* p, int64_t n, int32_t limit) {

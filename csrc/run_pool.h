@@ -1,0 +1,27 @@
+// Runs a prepared max pooling on the thread pool.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "fxprune/kernels.h"
+#include "parallel.h"
+
+namespace fxprune {
+
+// Large images are cut in bands of rows, one a thread, as the convolutions around cut their pixels.
+inline void run_max_pool(const MaxPool& a, int64_t pool) {
+  constexpr int64_t kLeastRows = 4;
+  const Kernels& k = kernels();
+  const int64_t bands = a.out_h >= kLeastRows * pool ? pool : 1;
+  const int64_t chunks = std::min<int64_t>(a.channels, 4);
+  for_each_unit(bands * chunks, pool, [&](int64_t unit) {
+    const int64_t band = unit / chunks, chunk = unit % chunks;
+    k.max_pool(a,
+               {a.channels * chunk / chunks, a.channels * (chunk + 1) / chunks,
+                a.out_h * band / bands, a.out_h * (band + 1) / bands},
+               scratch(pool_scratch(a, k.width)));
+  });
+}
+
+}  // namespace fxprune
