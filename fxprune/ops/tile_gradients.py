@@ -103,7 +103,7 @@ def input_fake(
     return grad.new_empty(shape)
 
 
-def input_context(ctx: Any, inputs: Args, output: Tensor) -> None:
+def setup_context(ctx: Any, inputs: Args, output: Tensor) -> None:
     *tensors, ctx.granularity, _, ctx.feature_dim = inputs
     ctx.save_for_backward(*tensors)
 
@@ -149,11 +149,6 @@ def weight_fake(
     feature_dim: int,
 ) -> Tensor:
     return grad.new_empty((nnz,))
-
-
-def weight_context(ctx: Any, inputs: Args, output: Tensor) -> None:
-    *tensors, ctx.granularity, _, ctx.feature_dim = inputs
-    ctx.save_for_backward(*tensors)
 
 
 def weight_backward(ctx: Any, g: Tensor) -> Args:
@@ -213,8 +208,8 @@ def weight_bad_samples() -> Iterator[tuple[Args, str]]:
 
 
 INPUT = Operator(
-    "tile_grad_input", input_reference, input_fake, input_context, input_backward, input_samples, input_bad_samples
+    "tile_grad_input", input_reference, input_fake, setup_context, input_backward, input_samples, input_bad_samples
 )
 WEIGHT = Operator(
-    "tile_grad_weight", weight_reference, weight_fake, weight_context, weight_backward, weight_samples, weight_bad_samples
+    "tile_grad_weight", weight_reference, weight_fake, setup_context, weight_backward, weight_samples, weight_bad_samples
 )
