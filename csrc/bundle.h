@@ -51,6 +51,13 @@ class Bundle {
     STD_TORCH_CHECK(p.type == type, name, " must be ", text, ", weight ", id, " is not");
     return {reinterpret_cast<const T*>(p.data), p.size};
   }
+  // A weight that must have `size` numbers.
+  template <class T>
+  Span<T> get(int64_t id, const char* name, int64_t size) const {
+    const Span<T> found = get<T>(id, name);
+    STD_TORCH_CHECK(found.size == size, name, " must hold ", size, " numbers, got ", found.size);
+    return found;
+  }
 
  private:
   struct Part {

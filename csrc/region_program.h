@@ -63,7 +63,8 @@ struct StepOf {
   int64_t x, residual = -1, gate = -1, out;
   DepthwiseTapsOf<T> depthwise{};
   TileGemmOf<T> gemm{};
-  TileConv conv{};  // of float values only, as
+  // Of float values only:
+  TileConv conv{};
   MaxPool pool{};
 
   Activation& activation() {
@@ -138,12 +139,9 @@ class RegionProgram {
   }
   // A weight or bias of `size` numbers, which kernels read as float.
   const float* floats_of(int64_t id, const char* name, int64_t size) {
-    const bool bf16 = kBf16 && weights_.is_bf16(id);
-    const int64_t given =
-        bf16 ? weights_.get<Bf16>(id, name).size : weights_.get<float>(id, name).size;
-    STD_TORCH_CHECK(given == size, name, " must hold ", size, " numbers, got ", given);
-    if (!bf16) return weights_.get<float>(id, name).data;
-    return wide_.emplace_back(weights_.get<Bf16>(id, name)).data();
+    if (kBf16 && weights_.is_bf16(id))
+      return wide_.emplace_back(weights_.get<Bf16>(id, name, size)).data();
+    return weights_.get<float>(id, name, size).data;
   }
   const float* bias(int64_t id, int64_t size) {
     return id < 0 ? nullptr : floats_of(id, "bias", size);

@@ -120,9 +120,16 @@ def _read(
         if drop:
             gm.graph.erase_node(node)
     gm.recompile()
-    read = [i for i, drop in enumerate(unread) if not drop]
-    run = compile([example_inputs[i] for i in read])
-    return lambda *args: run(*[args[i] for i in read])
+    return _of_some(example_inputs, unread, compile)
+
+
+def _of_some(
+    example_inputs: Sequence[Any], dropped: Sequence[bool], compile: Callable[[list[Any]], Callable[..., Any]]
+) -> Callable[..., Any]:
+    """Return a function of all inputs that calls what ``compile`` makes of those not ``dropped``."""
+    stay = [i for i, drop in enumerate(dropped) if not drop]
+    run = compile([example_inputs[i] for i in stay])
+    return lambda *args: run(*[args[i] for i in stay])
 
 
 def _frozen(
@@ -132,10 +139,8 @@ def _frozen(
     compile: Callable[[list[Any]], Callable[..., Any]],
 ) -> Callable[..., Any]:
     """Compile ``gm`` with its weights as attributes: ``compile`` gets the other inputs."""
-    live = [i for i, fixed in enumerate(constant) if not fixed]
     _lift_constants(gm, example_inputs, constant)
-    run = compile([example_inputs[i] for i in live])
-    return lambda *args: run(*[args[i] for i in live])
+    return _of_some(example_inputs, constant, compile)
 
 
 def _lift_constants(gm: GraphModule, example_inputs: Sequence[Any], constant: Sequence[bool]) -> None:

@@ -33,6 +33,7 @@ _POOL = aten.max_pool2d.default
 _SLICE = aten.slice.Tensor
 _RESHAPES = (aten.flatten.using_ints, aten.unflatten.int, aten.reshape.default)
 _REGION = torch.ops.fxprune.region.default
+_WEIGHTS: dict[Any, slice] = {_DEPTHWISE: slice(1, 4), _GEMM: slice(1, 6), _CONV: slice(1, 6)}  # which operands are
 
 
 @dataclass
@@ -84,10 +85,12 @@ def _fits(node: Node, members: list[Node]) -> bool:
 
 
 def _weights(node: Node) -> list[Node]:
-    """The operands of one of our operators that are weights: those at places which are not activations."""
-    last = 4 if node.target is _DEPTHWISE else 6
-    held = node.args[1:last] if node.target in (_DEPTHWISE, _GEMM, _CONV) else ()
-    return [n for n in held if isinstance(n, Node)]
+    return [n for n in _weight_operands(node) if isinstance(n, Node)]
+
+
+def _weight_operands(node: Node) -> Any:
+    """The operands of a node that are weights; a bias may be ``None``."""
+    return node.args[_WEIGHTS.get(node.target, slice(0))]
 
 
 def _eligible(node: Node, members: list[Node], weights: Weights) -> bool:
@@ -168,18 +171,19 @@ class _Program:
         if node.target in _RESHAPES or (node.target is _MEAN and _is_channel_vector(_known(a[0]))):
             self._values[node] = self.value(a[0])
             return
+        weights = [self.weight(w) for w in _weight_operands(node)]
         if node.target is _DEPTHWISE:
             numbers = [n for window in a[4:8] for n in window]
-            record = [self.value(a[0]), *[self.weight(w) for w in a[1:4]], *numbers, activation.NAMES.index(a[8])]
+            record = [self.value(a[0]), *weights, *numbers, activation.NAMES.index(a[8])]
             code = ops.DEPTHWISE
         elif node.target is _GEMM:
             values = [self.value(a[6]), self.value(a[7])]
             tail = [*values, *a[8:11], activation.NAMES.index(a[11])]
-            record = [self.value(a[0]), *[self.weight(w) for w in a[1:6]], *tail]
+            record = [self.value(a[0]), *weights, *tail]
             code = ops.GEMM
         elif node.target is _CONV:
             numbers = [n for window in a[9:13] for n in window]
-            record = [self.value(a[0]), *[self.weight(w) for w in a[1:6]], self.value(a[6]), a[7], a[8], *numbers, a[13]]
+            record = [self.value(a[0]), *weights, self.value(a[6]), a[7], a[8], *numbers, a[13]]
             record.append(activation.NAMES.index(a[14]))
             code = ops.CONV
         elif node.target is _SLICE:

@@ -74,6 +74,19 @@ bool check_layout(const Tensor& t, const char* name, int64_t feature_dim) {
   return feature_dim == 1;
 }
 
+// Fills in the sizes of grad, and returns it feature-major.
+Tensor feature_major_of(const Tensor& grad, bool feature_major, const Structure& structure,
+                        Element element, void* stream, gpu::TileGemmArgs* a) {
+  if (feature_major) {
+    set_features(grad, structure, a);
+    return grad;
+  }
+  const Rows rows(grad);
+  a->batch = 1, a->n = rows.features, a->m = rows.count;
+  structure.check_features(a->n);
+  return transposed(grad, a->m, a->n, element, stream);
+}
+
 Tensor tile_grad_input(const Tensor& grad_in, const Tensor& values, const Tensor& index,
                        const Tensor& tile_ptr, const Tensor& columns, int64_t granularity,
                        int64_t in_features, int64_t feature_dim) {
@@ -91,16 +104,9 @@ Tensor tile_grad_input(const Tensor& grad_in, const Tensor& values, const Tensor
   if (out.numel() == 0) return out;
   const OnDeviceOf guard(grad);
   void* const stream = current_stream(grad);
+  grad = feature_major_of(grad, feature_major, structure, element, stream, &a.gemm);
   OptionalTensor result;
-  if (feature_major) {
-    set_features(grad, structure, &a.gemm);
-  } else {
-    const Rows rows(grad);
-    a.gemm.batch = 1, a.gemm.n = rows.features, a.gemm.m = rows.count;
-    structure.check_features(a.gemm.n);
-    grad = transposed(grad, a.gemm.m, a.gemm.n, element, stream);
-    result = empty_like(grad, {in_features, a.gemm.m}, type_of(grad));
-  }
+  if (!feature_major) result = empty_like(grad, {in_features, a.gemm.m}, type_of(grad));
   a.grad = grad.const_data_ptr();
   run_input(a, grad, weights, element, (feature_major ? out : *result).mutable_data_ptr(), stream);
   if (!feature_major) {
@@ -133,15 +139,8 @@ Tensor tile_grad_weight(const Tensor& grad_in, const Tensor& x_in, const Tensor&
     return out;
   }
   void* const stream = current_stream(grad);
-  if (feature_major) {
-    set_features(grad, structure, &a.gemm);
-  } else {
-    const Rows rows(grad);
-    a.gemm.batch = 1, a.gemm.n = rows.features, a.gemm.m = rows.count;
-    structure.check_features(a.gemm.n);
-    grad = transposed(grad, a.gemm.m, a.gemm.n, element, stream);
-    x = transposed(x, a.gemm.m, a.gemm.k, element, stream);
-  }
+  grad = feature_major_of(grad, feature_major, structure, element, stream, &a.gemm);
+  if (!feature_major) x = transposed(x, a.gemm.m, a.gemm.k, element, stream);
   a.grad = grad.const_data_ptr();
   a.gemm.x = x.const_data_ptr();
   run_weight(a, grad, element, out, stream);

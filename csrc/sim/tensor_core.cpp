@@ -89,6 +89,21 @@ void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   load_four(r, row, true);
 }
 
+// d += a * b of a warp: thread i holds rows i / 4 and 8 further, columns 2 * (i % 4) and the next.
+template <class Lane, int K>
+static void accumulate(void* const* lanes, const float (&a)[16][K], const float (&b)[K][8]) {
+  const int flip = sim::planted() == Plant::kAccumulatorRow ? 1 : 0;
+  for (int i = 0; i < 32; ++i) {
+    Lane* own = static_cast<Lane*>(lanes[i]);
+    for (int e = 0; e < 4; ++e) {
+      const int row = i / 4 + 8 * ((e / 2) ^ flip), column = 2 * (i % 4) + e % 2;
+      double sum = own->d[e];
+      for (int k = 0; k < K; ++k) sum += double{a[row][k]} * b[k][column];
+      own->d[e] = static_cast<float>(sum);
+    }
+  }
+}
+
 void multiply_warp(float* d, const uint32_t* a, const uint32_t* b, float (*convert)(uint16_t)) {
   struct Lane {
     float* d;
@@ -110,16 +125,7 @@ void multiply_warp(float* d, const uint32_t* a, const uint32_t* b, float (*conve
         }
       }
     }
-    const int flip = sim::planted() == Plant::kAccumulatorRow ? 1 : 0;
-    for (int i = 0; i < 32; ++i) {
-      Lane* own = static_cast<Lane*>(lanes[i]);
-      for (int e = 0; e < 4; ++e) {
-        const int row = i / 4 + 8 * ((e / 2) ^ flip), column = 2 * (i % 4) + e % 2;
-        double sum = own->d[e];
-        for (int k = 0; k < 16; ++k) sum += double{a_full[row][k]} * b_full[k][column];
-        own->d[e] = static_cast<float>(sum);
-      }
-    }
+    accumulate<Lane>(lanes, a_full, b_full);
   });
 }
 
@@ -154,16 +160,7 @@ void multiply_warp_sparse(float* d, const uint32_t* a, const uint32_t* b, uint32
         }
       }
     }
-    const int flip = sim::planted() == Plant::kAccumulatorRow ? 1 : 0;
-    for (int i = 0; i < 32; ++i) {
-      Lane* own = static_cast<Lane*>(lanes[i]);
-      for (int e = 0; e < 4; ++e) {
-        const int row = i / 4 + 8 * ((e / 2) ^ flip), column = 2 * (i % 4) + e % 2;
-        double sum = own->d[e];
-        for (int k = 0; k < 32; ++k) sum += double{a_full[row][k]} * b_full[k][column];
-        own->d[e] = static_cast<float>(sum);
-      }
-    }
+    accumulate<Lane>(lanes, a_full, b_full);
   });
 }
 

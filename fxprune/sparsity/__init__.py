@@ -13,7 +13,7 @@ from fxprune.sparsity.channel import Channel
 from fxprune.sparsity.dcp import Dcp
 from fxprune.sparsity.elements import elements
 from fxprune.sparsity.n_of_m import MOST, NofM
-from fxprune.sparsity.pattern import LayerMask, Pattern
+from fxprune.sparsity.pattern import LayerMask, Pattern, kept
 from fxprune.sparsity.tew import Tew
 from fxprune.sparsity.tile import Tile
 from fxprune.sparsity.tvw import Tvw
@@ -47,5 +47,5 @@ def refit(mask: Tensor, granularity: int, depthwise: bool, drops: bool = True) -
     if depthwise:
         return dcp.infer(mask.float(), granularity)
     cover = tile.infer(mask.float(), granularity, drop_columns=drops)
-    scattered = drops and int(cover.mask.sum()) > _COVER * int(mask.sum())
+    scattered = drops and kept(cover.mask) > _COVER * kept(mask)
     return elements(mask) if scattered else cover

@@ -27,6 +27,7 @@ from fxprune.sparsity.pattern import (
     Packed,
     Tiling,
     keep_largest,
+    kept,
     require,
     require_layout,
 )
@@ -229,7 +230,7 @@ def _kept_rows(mask: Tensor, tiling: Tiling) -> Tensor:
     widths = tile_widths(len(tiling.columns), tiling.granularity)[:, None]
     if not bool(((members == 0) | (members == widths)).all()):
         reason = "a row of a tile is kept in part"
-    elif int(inside.sum()) != int(mask.sum()):
+    elif kept(inside) != kept(mask):
         reason = "the mask keeps weights outside the kept output features"
     else:
         return members > 0

@@ -1,9 +1,11 @@
 // The kernel of fxprune::skip_zeros_conv: the lists of fxprune::skip_zeros_mm, shifted by the
 // window.
 //
-//   list[p]          = non-zeros of pixel p among kSkipPart channels   once for all of K and the
-//   window panel[c][kBlock] = those channels' rows of w at one place (r, s)   once for all pixels
-//   of a band out[q][kBlock]  += value * panel[channel], q = p shifted by (r, s)
+//   list[p]          = non-zeros of pixel p among kSkipPart channels, once for all of K and (r, s)
+//
+//   panel[c][kBlock] = those channels' rows of w at a place (r, s), once for all pixels of a band
+//
+//   out[q][kBlock]  += value * panel[channel], q = p shifted by (r, s)
 //
 // Every sum is taken in the order of the parts, of the window, of the channels, however the work is
 // cut. Include only under a target pragma.

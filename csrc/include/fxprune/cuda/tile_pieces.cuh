@@ -3,7 +3,6 @@
 //
 //   dx[b, k, m]  = sum over tiles t that keep k, over features n of t: w[n, k] * g[b, n, m]
 //   dw[t, r, n]  = sum over b, m of x[b, k_r, m] * g[b, n, m], for the kept rows k_r of tile t
-//   alone
 //
 // Under a window K rows are (channel, dy, dx), and dx is summed over the taps of a channel at the
 // pixels that each came from. All sums are in float and in a fixed order.
