@@ -39,6 +39,8 @@ struct Fours {
   static Reg sub(Reg x, Reg y) { return each(V::sub, x, y); }
   static Reg mul(Reg x, Reg y) { return each(V::mul, x, y); }
   static Reg div(Reg x, Reg y) { return each(V::div, x, y); }
+  static Reg ratio(Reg x, Reg y) { return each(V::ratio, x, y); }
+  static Reg sixth(Reg x) { return each(V::sixth, x); }
   static Reg max(Reg x, Reg y) { return each(V::max, x, y); }
   static Reg min(Reg x, Reg y) { return each(V::min, x, y); }
   static Reg round(Reg x) { return each(V::round, x); }

@@ -21,7 +21,9 @@ struct Math {
     // Above, the result is infinity. Below, it stays the smallest normal number: every caller adds
     // it to 1, and a denormal one would cost a hundred cycles.
     x = V::min(V::set1(89.0f), V::max(V::set1(-87.3f), x));
-    const Reg n = V::round(V::mul(x, V::set1(1.44269504f)));
+    // The nearest integer: adding 3 * 2^22 rounds to it.
+    const Reg shift = V::set1(12582912.0f);
+    const Reg n = V::sub(V::fma(x, V::set1(1.44269504f), shift), shift);
     // ln 2 in two parts, the first with trailing zeros, so that n * high is exact.
     Reg r = V::fma(n, V::set1(-0.693359375f), x);
     r = V::fma(n, V::set1(2.12194440e-4f), r);
@@ -30,13 +32,14 @@ struct Math {
     p = V::fma(p, r, V::set1(0.041668389f));
     p = V::fma(p, r, V::set1(0.166665211f));
     p = V::fma(p, r, V::set1(0.5f));
-    p = V::fma(V::mul(r, r), p, r);
-    return V::scale(V::add(p, V::set1(1.0f)), n);
+    p = V::fma(p, r, V::set1(1.0f));
+    p = V::fma(p, r, V::set1(1.0f));
+    return V::scale(p, n);
   }
 
   // x / (1 + exp(-u))
   static Reg gated(Reg x, Reg u) {
-    return V::div(x, V::add(V::set1(1.0f), exp(V::sub(V::zero(), u))));
+    return V::ratio(x, V::add(V::set1(1.0f), exp(V::sub(V::zero(), u))));
   }
 
   static Reg sigmoid(Reg x) { return gated(V::set1(1.0f), x); }
@@ -58,7 +61,7 @@ struct Math {
     p = V::fma(p, z, V::set1(0.398942232f));
     q = V::fma(q, z, V::set1(1.0f));
     const Reg half = V::set1(0.5f), least = V::set1(-0.5f);
-    const Reg y = V::min(half, V::max(least, V::div(V::mul(t, p), q)));
+    const Reg y = V::min(half, V::max(least, V::ratio(V::mul(t, p), q)));
     return V::mul(x, V::add(half, y));
   }
 
@@ -89,13 +92,13 @@ struct Math {
 template <class V>
 typename V::Reg hardsigmoid(typename V::Reg x) {
   const auto shifted = V::max(V::zero(), V::add(x, V::set1(3.0f)));
-  return V::div(V::min(V::set1(6.0f), shifted), V::set1(6.0f));
+  return V::sixth(V::min(V::set1(6.0f), shifted));
 }
 
 template <class V>
 typename V::Reg hardswish(typename V::Reg x) {
   const auto shifted = V::max(V::zero(), V::add(x, V::set1(3.0f)));
-  return V::div(V::mul(x, V::min(V::set1(6.0f), shifted)), V::set1(6.0f));
+  return V::sixth(V::mul(x, V::min(V::set1(6.0f), shifted)));
 }
 
 // f(V(), x) is the function of a vector x. Vectors are taken by four, where they are wide enough to

@@ -211,7 +211,7 @@ struct FeatureMajor {
     return {{&edge<1, S>, &edge<2, S>, &edge<3, S>, &edge<4, S>}};
   }
 
-  static constexpr int kMostEdge = kW >= 8 ? 4 : 0;
+  static constexpr int kMostEdge = kW >= 8 ? 2 : 0;
   // Pixels of an image computed by edge(); none where the image is a single vector, which has no
   // full one to follow.
   static int64_t edge_pixels(int64_t m, int64_t granularity) {

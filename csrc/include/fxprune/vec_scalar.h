@@ -37,6 +37,8 @@ struct Scalar : PortableBf16<Scalar>, PortableLists<Scalar> {
   static Reg sub(Reg a, Reg b) { return a - b; }
   static Reg mul(Reg a, Reg b) { return a * b; }
   static Reg div(Reg a, Reg b) { return a / b; }
+  static Reg ratio(Reg a, Reg b) { return div(a, b); }
+  static Reg sixth(Reg a) { return div(a, set1(6.0f)); }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg fma_load(Reg a, const float* p, Mask m, Reg c) { return fma(a, load(p, m), c); }
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }  // NaN in b is returned
