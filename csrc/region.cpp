@@ -4,11 +4,11 @@
 // Intermediate values live in an arena with planned offsets and never become tensors. With at least
 // one image per thread, every thread takes whole images through the whole program, so that nothing
 // waits and an image's values stay in its core's cache; otherwise images run one after the other,
-// each step cut over the threads, which stay together for the whole call.
-#include <cstddef>
-#include <mutex>
+// each step cut over the threads, which stay together for the whole call. Steps at the end that
+// multiply one row an image (a classifier) wait for all images: their weights are then read once.
 #include <vector>
 
+#include "arena.h"
 #include "parallel.h"
 #include "region_program.h"
 #include "run_block.h"
@@ -17,36 +17,6 @@
 
 namespace fxprune {
 namespace {
-
-// Buffers that outlive a call, so that a call does not fault its pages in anew.
-class ArenaPool {
- public:
-  std::vector<std::byte> take(int64_t count) {
-    std::vector<std::byte> arena;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (!free_.empty()) {
-        arena = std::move(free_.back());
-        free_.pop_back();
-      }
-    }
-    if (static_cast<int64_t>(arena.size()) < count) arena.resize(count);
-    return arena;
-  }
-  void give(std::vector<std::byte> arena) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    free_.push_back(std::move(arena));
-  }
-
- private:
-  std::mutex mutex_;
-  std::vector<std::vector<std::byte>> free_;
-};
-
-ArenaPool& arenas() {
-  static ArenaPool pool;
-  return pool;
-}
 
 template <class T>
 class Region {
@@ -60,13 +30,17 @@ class Region {
   void run() const {
     const int64_t pool = torch::stable::get_num_threads(), batch = program_.batch();
     if (batch >= pool && pool > 1) {
-      for_each_unit(batch, pool,
-                    [&](int64_t image) { run_image(image, Arena(*this, 1).data(), 1); });
+      for_each_unit(batch, pool, [&](int64_t image) {
+        Arena arena(bytes(1));
+        run_image(image, arena.data<T>(), 1);
+      });
+      run_tail(pool);
     } else {
-      Arena arena(*this, pool);
+      Arena arena(bytes(pool));
       const int64_t steps = static_cast<int64_t>(program_.steps().size());
       run_crew(pool, batch * steps * kSections, [&] {
-        for (int64_t image = 0; image < batch; ++image) run_image(image, arena.data(), pool);
+        for (int64_t image = 0; image < batch; ++image) run_image(image, arena.data<T>(), pool);
+        run_tail(pool);
       });
     }
   }
@@ -76,22 +50,10 @@ class Region {
   static constexpr int64_t kSections = 2;  // most that a step is cut in
 
   // The room of one image's values and, behind it, of the sums of split products.
-  class Arena {
-   public:
-    Arena(const Region& region, int64_t pool)
-        : buffer_(arenas().take(64 + region.program_.arena() * static_cast<int64_t>(sizeof(T)) +
-                                region.sums(pool) * static_cast<int64_t>(sizeof(float)))) {}
-    ~Arena() { arenas().give(std::move(buffer_)); }
-    Arena(const Arena&) = delete;
-    Arena& operator=(const Arena&) = delete;
-    T* data() {
-      const uintptr_t address = reinterpret_cast<uintptr_t>(buffer_.data());
-      return reinterpret_cast<T*>((address + 63) & ~uintptr_t{63});
-    }
-
-   private:
-    std::vector<std::byte> buffer_;
-  };
+  int64_t bytes(int64_t pool) const {
+    return program_.arena() * static_cast<int64_t>(sizeof(T)) +
+           sums(pool) * static_cast<int64_t>(sizeof(float));
+  }
 
   T* at(int64_t id, int64_t image, T* arena) const {
     const Value& v = program_.values()[id];
@@ -128,7 +90,7 @@ class Region {
 
   void run_image(int64_t image, T* arena, int64_t pool) const {
     const std::vector<Step>& steps = program_.steps();
-    for (size_t s = 0; s < steps.size(); ++s) {
+    for (size_t s = 0; s < program_.tail(); ++s) {
       if (runs_block(s, image, arena, pool)) {
         s += steps[s].block - 1;
       } else if (steps[s].feeds_next) {
@@ -138,6 +100,15 @@ class Region {
       } else {
         run_step(steps[s], image, arena, pool);
       }
+    }
+  }
+
+  void run_tail(int64_t pool) const {
+    const std::vector<Step>& steps = program_.steps();
+    for (size_t s = program_.tail(); s < steps.size(); ++s) {
+      TileGemmOf<T> a = product(steps[s], 0, nullptr);
+      a.m = program_.batch();
+      if (a.m > 0 && a.n > 0) run_tile_gemm(a, false, pool);
     }
   }
 

@@ -18,8 +18,10 @@
 #include <cstddef>
 #include <deque>
 #include <memory>
+#include <utility>
 #include <vector>
 
+#include "arena.h"
 #include "bundle.h"
 #include "check.h"
 #include "run.h"
@@ -54,7 +56,7 @@ struct ValueOf {
   int64_t last_use = -1;  // step, or the number of steps for a result
   int64_t offset = -1;    // in the arena, for values that are neither input nor result
   int64_t gap = 0;        // numbers between two features' pixels there
-  T* base = nullptr;      // of image 0, for inputs and results
+  T* base = nullptr;      // of image 0, where images follow each other: inputs, results, rows
 };
 
 template <class T>
@@ -120,6 +122,7 @@ class RegionProgram {
     }
     fuse();
     align();
+    find_tail();
     plan();
   }
 
@@ -127,6 +130,7 @@ class RegionProgram {
   const std::vector<Step>& steps() const { return steps_; }
   int64_t batch() const { return batch_; }
   int64_t arena() const { return arena_; }  // numbers, per image
+  size_t tail() const { return tail_; }     // the steps from here on run for all images at once
   std::vector<Tensor> take_results() { return std::move(results_); }
 
  private:
@@ -353,6 +357,29 @@ class RegionProgram {
     return floats(v.shape) + (v.shape.empty() ? 0 : v.shape[0] * v.gap);
   }
 
+  // Values of the tail are rows that follow each other, image by image, in a room of their own.
+  void find_tail() {
+    tail_ = steps_.size();
+    if (batch_ == 1) return;
+    const auto multiplies_rows = [](const Step& s) {
+      return s.code == Step::kGemm && !s.feature_major && s.gate < 0;
+    };
+    while (tail_ > 0 && multiplies_rows(steps_[tail_ - 1])) --tail_;
+    std::vector<std::pair<int64_t, int64_t>> rows;  // value, offset
+    int64_t size = 0;
+    for (size_t s = tail_; s < steps_.size(); ++s) {
+      for (const int64_t id : {steps_[s].x, steps_[s].residual, steps_[s].out}) {
+        if (id < 0 || values_[id].base != nullptr || values_[id].offset == kRow) continue;
+        values_[id].offset = kRow;
+        rows.emplace_back(id, size);
+        size += (batch_ * floats(values_[id].shape) + kLine - 1) / kLine * kLine;
+      }
+    }
+    if (rows.empty()) return;
+    room_ = std::make_unique<Arena>(size * static_cast<int64_t>(sizeof(T)));
+    for (const auto& [id, offset] : rows) values_[id].base = room_->template data<T>() + offset;
+  }
+
   // Offsets by first fit: a value's room is free again after its last use. Results of depthwise
   // steps have a zone of their own, which is cut by feature alike from step to step: a core writes
   // where it wrote before, and need not take the lines from another one.
@@ -384,6 +411,7 @@ class RegionProgram {
   }
 
   static constexpr int64_t kLine = 64 / sizeof(T);  // numbers of a cache line
+  static constexpr int64_t kRow = -2;               // an offset: in the room of the tail
 
   const Bundle& weights_;
   std::vector<Tensor> inputs_, results_;
@@ -393,6 +421,8 @@ class RegionProgram {
   std::vector<Value> values_;
   std::vector<Step> steps_;
   int64_t batch_ = 0, arena_ = 0;
+  size_t tail_ = 0;
+  std::unique_ptr<Arena> room_;
 };
 
 }  // namespace fxprune
