@@ -76,6 +76,7 @@ class ConvTables {
       }
     }
     a->table = table_.data();
+    fill_lanes(a);
     layout_ = *a;
   }
   void attach(TileConv* a) const { static_cast<ConvLayout&>(*a) = layout_; }
@@ -96,6 +97,20 @@ class ConvTables {
     a->masks = masks_.data();
   }
 
+  void fill_lanes(TileConv* a) {
+    const int64_t width = kernels().width;
+    lanes_.resize((a->band_rows * a->pitch + width - 1) / width);
+    int64_t x = 0, to = 0;  // column and pixel of a lane
+    for (PixelLanes& lanes : lanes_) {
+      lanes = {0, static_cast<int32_t>(to)};
+      for (int64_t lane = 0; lane < width; ++lane) {
+        if (x < a->out_w) lanes.bits |= 1u << lane, ++to;
+        if (++x == a->pitch) x = 0;
+      }
+    }
+    a->lanes = lanes_.data();
+  }
+
   // Floats of a band's copy: so that most of it stays in the nearest caches, and so that it stays
   // in L2 beside the weights. Pixels of a band that are worth the second.
   static constexpr int64_t kNearCopy = 32 * 1024, kCopy = 128 * 1024, kBandPixels = 192;
@@ -105,6 +120,7 @@ class ConvTables {
   ConvAxis rows_, columns_;
   std::vector<int32_t> table_;
   std::vector<uint32_t> masks_;
+  std::vector<PixelLanes> lanes_;
   bool fits_;
   ConvLayout layout_{};
 };

@@ -25,6 +25,7 @@ struct ConvLayout {
   const uint32_t*
       masks;             // per plane and vector of a row: the input lanes on the image; stride <= 2
   const int32_t* table;  // (k): offset of each (c, r, s) in the copy
+  const PixelLanes* lanes;  // per vector of a band's positions; `to` counts from its first pixel
 };
 
 // The GEMM part holds: m = out_h * out_w, k = channels / groups * kernel_h * kernel_w, n, the

@@ -84,7 +84,7 @@ void tile_conv(const TileConv& a, const ConvSpan& span, const float* copy) {
   const int64_t vecs = (length - edge + M::kW - 1) / M::kW,
                 blocks = (vecs + M::kVecs - 1) / M::kVecs;
 
-  // A strip from position `at` of the band on, whose first pixel of the result is `to`.
+  // A strip from position `at` of the band on; its results are counted from pixel `to`.
   const auto strip_at = [&](int64_t at, int64_t to, int64_t count) {
     auto s = M::strip_at(a, span.image, start + to, count);
     s.x = copy + at;
@@ -101,25 +101,15 @@ void tile_conv(const TileConv& a, const ConvSpan& span, const float* copy) {
     });
   };
 
-  int64_t first = 0, x = 0, to = 0;  // first: vector; x, to: column and pixel of its first lane
+  int64_t first = 0;  // vector
   for (int64_t b = 0; b < blocks; ++b) {
     const int here = static_cast<int>(vecs / blocks + (b < vecs % blocks));
     PixelLanes lanes[M::kVecs];
-    const int64_t origin = to;
-    for (int v = 0; v < here; ++v) {
-      const int64_t exist = std::min<int64_t>(M::kW, length - edge - (first + v) * M::kW);
-      lanes[v] = {0, static_cast<int32_t>(to - origin)};
-      for (int64_t lane = 0; lane < exist;) {
-        const int64_t run = std::min(exist - lane, a.pitch - x),
-                      kept = std::clamp<int64_t>(a.out_w - x, 0, run);
-        lanes[v].bits |= static_cast<uint32_t>(((uint64_t{1} << kept) - 1) << lane);
-        to += kept, lane += run, x += run;
-        if (x == a.pitch) x = 0;
-      }
-    }
-    auto s = strip_at(first * M::kW, origin, to - origin);
+    std::copy_n(a.lanes + first, here, lanes);
+    auto s = strip_at(first * M::kW, 0, 0);
     s.lanes = lanes;
     s.tail = std::min<int64_t>(M::kW, length - edge - (first + here - 1) * M::kW);
+    lanes[here - 1].bits &= (1u << s.tail) - 1;  // what follows is no row of this band
     each(s, [&](const typename M::Strip& strip, int features) {
       M::template kernel<Source::kTaps>(features, here)(strip);
     });

@@ -71,6 +71,12 @@ struct TileSpan {
   int64_t image, begin, end, tile_begin, tile_end;
 };
 
+// Where the lanes of a vector of pixels go.
+struct PixelLanes {
+  uint32_t bits;  // the lanes that are pixels of the result
+  int32_t to;     // and where their values follow each other in a plane of it
+};
+
 // A grid of units: pixels (or rows) cut every `step`, tiles cut in `tile_parts` of equal weight.
 struct TileGrid {
   int64_t images, length, step, length_parts, tile_parts;

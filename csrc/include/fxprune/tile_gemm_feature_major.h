@@ -24,12 +24,6 @@ namespace fxprune {
 // How a strip finds the rows of x. kFarRows asks for them ahead.
 enum class Source { kRows, kFarRows, kTaps };
 
-// Where the lanes of a vector of pixels go.
-struct PixelLanes {
-  uint32_t bits;  // the lanes that are pixels of the result
-  int32_t to;     // and where their values follow each other in a plane of it
-};
-
 template <class V>
 struct FeatureMajor {
   using Reg = typename V::Reg;
