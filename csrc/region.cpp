@@ -190,13 +190,12 @@ class Region {
           return run_tile_gemm_split(a, arena + program_.arena(), pool);
       }
       run_tile_gemm(a, step.feature_major, pool);
-    } else if constexpr (!kBf16) {
-      if (step.code == Step::kPool) {
-        MaxPool a = step.pool;
-        a.x = x, a.out = out, a.x_gap = gap(step.x), a.out_gap = gap(step.out);
-        return run_max_pool(a, pool);
-      }
-      TileConv a = step.conv;
+    } else if (step.code == Step::kPool) {
+      MaxPoolOf<T> a = step.pool;
+      a.x = x, a.out = out, a.x_gap = gap(step.x), a.out_gap = gap(step.out);
+      run_max_pool(a, pool);
+    } else {
+      TileConvOf<T> a = step.conv;
       a.x = x, a.out = out;
       if (step.residual >= 0) a.residual = at(step.residual, image, arena);
       if (a.n > 0) run_tile_conv(a, pool);

@@ -63,9 +63,8 @@ struct StepOf {
   int64_t x, residual = -1, gate = -1, out;
   DepthwiseTapsOf<T> depthwise{};
   TileGemmOf<T> gemm{};
-  // Of float values only:
-  TileConv conv{};
-  MaxPool pool{};
+  TileConvOf<T> conv{};
+  MaxPoolOf<T> pool{};
 
   Activation& activation() {
     return code == kDepthwise ? depthwise.activation
@@ -146,6 +145,15 @@ class RegionProgram {
   const float* bias(int64_t id, int64_t size) {
     return id < 0 ? nullptr : floats_of(id, "bias", size);
   }
+  // The values of a tile-packed weight of `nnz` numbers as its kernels take them.
+  const T* values_of(int64_t id, int64_t nnz, const TileShape& a) {
+    if constexpr (kBf16) {
+      const bool image = weights_.is_image(id);
+      return images_.emplace_back(weights_.get<Bf16>(id, "values"), image, nnz, a).data();
+    } else {
+      return floats_of(id, "values", nnz);
+    }
+  }
   // values, index, tile_ptr and columns are arguments in a row
   TileLists lists(const int64_t* arg) const {
     return {weights_.get<int32_t>(arg[1], "index"), weights_.get<int32_t>(arg[2], "tile_ptr"),
@@ -217,15 +225,7 @@ class RegionProgram {
     STD_TORCH_CHECK(!shape.empty() && (first ? shape.size() >= 2 : floats(shape) == shape[0]),
                     "gemm needs (K, *spatial) values with feature_dim=1, (K) or (K, 1, 1) with -1");
     TileGemmOf<T>& a = step->gemm;
-    const int64_t nnz = check_tiles(lists(&arg[1]), arg[9], arg[8], shape[0], &a);
-    if constexpr (kBf16) {
-      a.values =
-          images_
-              .emplace_back(weights_.get<Bf16>(arg[1], "values"), weights_.is_image(arg[1]), nnz, a)
-              .data();
-    } else {
-      a.values = floats_of(arg[1], "values", nnz);
-    }
+    a.values = values_of(arg[1], check_tiles(lists(&arg[1]), arg[9], arg[8], shape[0], &a), a);
     a.bias = bias(arg[5], a.n);
     a.batch = 1;
     a.m = floats(shape) / std::max<int64_t>(shape[0], 1);
@@ -244,13 +244,12 @@ class RegionProgram {
   }
 
   Shape read_conv(Step* step, const Shape& shape, const std::vector<int64_t>& arg) {
-    STD_TORCH_CHECK(!kBf16, "conv steps take float32 values only");
     STD_TORCH_CHECK(shape.size() == 3, "conv needs (C, H, W) values");
-    TileConv& a = step->conv;
+    TileConvOf<T>& a = step->conv;
     a.batch = 1, a.channels = shape[0], a.height = shape[1], a.width = shape[2];
     a.groups = arg[17];
     read_window(&arg[9], &a);
-    a.values = floats_of(arg[1], "values", check_conv(lists(&arg[1]), arg[8], arg[7], &a));
+    a.values = values_of(arg[1], check_conv(lists(&arg[1]), arg[8], arg[7], &a), a);
     a.bias = bias(arg[5], a.n);
     Shape out = {a.n, a.out_h, a.out_w};
     floats(out);  // checks its size
@@ -265,9 +264,8 @@ class RegionProgram {
   }
 
   Shape read_pool(Step* step, const Shape& shape, const std::vector<int64_t>& arg) {
-    STD_TORCH_CHECK(!kBf16, "max pool steps take float32 values only");
     STD_TORCH_CHECK(shape.size() == 3, "max pool needs (C, H, W) values");
-    MaxPool& a = step->pool;
+    MaxPoolOf<T>& a = step->pool;
     a.channels = shape[0], a.height = shape[1], a.width = shape[2];
     read_window(&arg[1], &a);
     check_window(&a);

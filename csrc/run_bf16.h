@@ -96,7 +96,7 @@ inline void run_expand_depthwise(const TileGemmBf16& g, const DepthwiseTapsBf16&
     const int64_t begin = unit * each, end = std::min(begin + each, g.tiles);
     const int64_t first = g.first_column(begin), last = g.first_column(end);
     // Both kernels address planes by feature, so the planes' base is moved back by those in front.
-    Bf16* planes = reinterpret_cast<Bf16*>(scratch<2>((last - first) * g.m / 2 + 1)) - first * g.m;
+    Bf16* planes = scratch_of<2, Bf16>((last - first) * g.m) - first * g.m;
     TileGemmBf16 expand = g;
     expand.out = planes;
     k.tile_gemm_bf16_feature_major(expand, {0, 0, blocks, begin, end},
