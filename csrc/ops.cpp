@@ -54,6 +54,7 @@ template <class T>
 void run_depthwise_on(const DepthwiseShape& shape, const Tensor& x, Tensor* out) {
   DepthwiseTapsOf<T> a{};
   static_cast<DepthwiseShape&>(a) = shape;
+  const auto tables = depthwise_tables<T>(&a);
   a.x = data<T>(x);
   a.out = static_cast<T*>(out->mutable_data_ptr());
   run_depthwise(a, threads());
@@ -75,7 +76,6 @@ Tensor depthwise_taps_cpu(const Tensor& x_in, const Tensor& weight_in, const Ten
   if (a.batch * a.channels == 0) return out;
   a.weight = weight.data();
   a.bias = bias.data();
-  const auto tables = depthwise_tables(&a);
   if (bf16) {
     run_depthwise_on<Bf16>(a, bf16_input(x_in, "x"), &out);
   } else {

@@ -203,7 +203,7 @@ class RegionProgram {
     check_taps(weights_.get<int64_t>(arg[2], "taps"), &a);
     a.weight = floats_of(arg[1], "weight", a.channels * a.kernel());
     a.bias = bias(arg[3], a.channels);
-    tables_.push_back(depthwise_tables(&a));
+    tables_.push_back(depthwise_tables<T>(&a));
     return {a.channels, a.out_h, a.out_w};
   }
 
@@ -286,7 +286,7 @@ class RegionProgram {
           step.feature_major && step.residual < 0 && step.gate < 0 && step.gemm.m > 0;
       step.feeds_next = pair && plain && can_expand_depthwise(step.gemm);
       // The pair runs as one, so its result must not take the room of its input.
-      if constexpr (!kBf16) step.block = block_at(s);
+      step.block = block_at(s);
       const int64_t last = std::max<int64_t>(step.feeds_next, step.block - 1);
       values_[step.x].last_use = std::max<int64_t>(values_[step.x].last_use, s + last);
     }
@@ -297,7 +297,9 @@ class RegionProgram {
   int64_t block_at(size_t s) const {
     const Step& step = steps_[s];
     if (are_products(s)) return 2;
-    const bool conv = step.code == Step::kConv && step.residual < 0 && step.conv.tiles > 0;
+    // In bfloat16 a larger convolution is a step of its own.
+    const bool conv =
+        !kBf16 && step.code == Step::kConv && step.residual < 0 && step.conv.tiles > 0;
     if (!(step.feeds_next || conv) || s + 1 == steps_.size()) return 0;
     const Step& next = steps_[s + 1];
     if (!feeds(step, next) || next.code != Step::kDepthwise || !next.depthwise.vectorised() ||
@@ -330,7 +332,6 @@ class RegionProgram {
   // Features begin at cache lines where every kernel that reads or writes the value can do with
   // that: vectors then do not straddle two lines.
   void align() {
-    if (kBf16) return;
     for (const Step& step : steps_) {
       Value& v = values_[step.out];
       const int64_t pixels = v.shape.size() == 3 ? v.shape[1] * v.shape[2] : 0;
@@ -344,8 +345,10 @@ class RegionProgram {
   }
   static bool takes_gaps(const Step& step) {
     return step.code == Step::kDepthwise || step.code == Step::kPool ||
-           (step.code == Step::kGemm && step.feature_major &&
-            !uses_panel(step.gemm, true, kernels().width));
+           (step.code == Step::kGemm && step.feature_major && !runs_panel(step.gemm));
+  }
+  static bool runs_panel(const TileShape& gemm) {
+    return !kBf16 && uses_panel(gemm, true, kernels().width);
   }
   static int64_t numbers(const Value& v) {
     return floats(v.shape) + (v.shape.empty() ? 0 : v.shape[0] * v.gap);

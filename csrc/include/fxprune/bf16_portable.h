@@ -9,6 +9,7 @@ namespace fxprune {
 
 template <class V>
 struct PortableBf16 {
+  static constexpr bool kDotsPairs = false;
   // The first n lanes, 0 elsewhere.
   template <class Count>
   static auto load_bf16(const Bf16* p, Count n) {

@@ -224,8 +224,11 @@ struct Avx512Vectors {
   static void store_line(const float* from, Reg bias, Reg low, Reg high, Bf16* to) {
     const Reg a = min(high, max(low, add(load(from), bias))),
               b = min(high, max(low, add(load(from + 16), bias)));
-    const __m512i in_order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi64(in_order, Isa::followed(a, b)));
+    _mm512_storeu_si512(to, line_of(a, b));
+  }
+  // The lanes of a mask of a line, whose sums are in two registers.
+  static void store_line(Bf16* to, uint32_t lanes, Reg a, Reg b) {
+    _mm512_mask_storeu_epi16(to, lanes, line_of(a, b));
   }
   // sums += bias + pixels [0, 32).
   static void add_line(const Bf16* pixels, Reg bias, float* sums) {
@@ -247,7 +250,8 @@ struct Avx512Vectors {
     return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
 
-  // Pairs of bfloat16 as a dot product takes them.
+  // Pairs of bfloat16 as a dot product takes them. kDotsPairs: it is one instruction.
+  static constexpr bool kDotsPairs = false;
   struct Pairs {
     Reg low, high;
   };
@@ -291,6 +295,10 @@ struct Avx512Vectors {
       _mm512_storeu_si512(to + 64 * p, _mm512_permutex2var_epi16(a, even, b));
       _mm512_storeu_si512(to + 64 * p + 32, _mm512_permutex2var_epi16(a, odd, b));
     }
+  }
+  static __m512i line_of(Reg a, Reg b) {
+    const __m512i in_order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+    return _mm512_permutexvar_epi64(in_order, Isa::followed(a, b));
   }
   static void interleave(__m512i a, __m512i b, Bf16* to) {
     _mm512_storeu_si512(to, _mm512_unpacklo_epi16(a, b));
