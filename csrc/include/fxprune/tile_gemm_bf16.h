@@ -34,12 +34,16 @@ struct TileBf16 {
     float *sums, *square;
   };
 
+  // Floats of the sums of a tile.
+  static int64_t sums_size(const TileShape& a) {
+    return std::max(image_rows(a.granularity), kMost) * kPixels;
+  }
+
   static Room room(const TileShape& a, float* scratch) {
     Room r;
     r.square = scratch;
     r.sums = r.square + 2 * kSquare;
-    r.pairs =
-        reinterpret_cast<Bf16*>(r.sums + std::max(image_rows(a.granularity), kMost) * kPixels);
+    r.pairs = reinterpret_cast<Bf16*>(r.sums + 2 * sums_size(a));
     r.panels = r.pairs + kChunk * kDeep * kPixels;
     return r;
   }
@@ -87,12 +91,28 @@ struct TileBf16 {
     }
   }
 
+  // Sums that are complete, of a part of a tile, and what becomes of them.
+  struct Done {
+    int64_t block, features, from, to;
+    const int32_t* columns;
+    float* sums;
+  };
+
+  // A result is stored while the next products are under way: the matrix unit works beside the
+  // core, so sums have two places.
   template <class Source, class Output>
   static void tiles(const TileGemmBf16& a, const TileSpan& span, const Bf16* image, int64_t begin,
                     int64_t end, const Room& room, PairProducts<V>& products, const Source& source,
                     const Output& output) {
-    const int64_t stop = a.features_to(span.tile_end);
-    int64_t from = a.features_from(span.tile_begin);
+    const int64_t stop = a.features_to(span.tile_end), half = sums_size(a);
+    int64_t from = a.features_from(span.tile_begin), place = 0;
+    Done done;
+    bool pending = false;
+    const auto store = [&] {
+      if (pending)
+        output.store(done.block, done.columns, done.features, done.from, done.to, done.sums);
+      pending = false;
+    };
     for (int64_t t = span.tile_begin; t < span.tile_end; ++t) {
       const int64_t start = a.tile_ptr[t], width = a.width(t), depth = image_depth(a, t);
       const int64_t strip = strip_rows(width), padded = image_rows(width);
@@ -111,20 +131,24 @@ struct TileBf16 {
             const int64_t features = std::min(width - f, strips * strip);
             const bool last = f + features == width && t + 1 == span.tile_end;
             const int64_t to = last ? stop : columns[f + features];
-            float* sums = room.sums + f * kPixels;
-            const bool done = d + kChunk >= depth;
-            if (done) output.ask(b, columns + f, features, next);
+            float* sums = room.sums + place * half + f * kPixels;
+            const bool complete = d + kChunk >= depth;
+            if (complete) output.ask(b, columns + f, features, next);
             products.run(image + f * depth * kDeep + d * strip * kDeep, stride, deep, strip, strips,
                          room.pairs, halves, d > 0, sums);
-            if (!done) continue;
-            output.store(b, columns + f, features, next, to, sums);
+            if (!complete) continue;
+            store();
+            done = {b, features, next, to, columns + f, sums};
+            pending = true;
             next = to;
           }
         }
+        place = 1 - place;
       }
       from = next;
       image += padded * depth * kDeep;
     }
+    store();
     for (int64_t b = begin; b < end && from < stop; ++b)
       output.store(b, a.columns, 0, from, stop, room.sums);
   }
@@ -156,8 +180,7 @@ int64_t bf16_scratch(const TileShape& a, int64_t blocks) {
   using M = TileBf16<V>;
   const int64_t pairs = M::kChunk * kDeep * kPixels,
                 panels = (std::min(blocks, bf16_group(a)) * a.k + kDeep) * kPixels;
-  return 2 * M::kSquare + std::max(image_rows(a.granularity), M::kMost) * kPixels +
-         (pairs + panels) / 2;
+  return 2 * (M::kSquare + M::sums_size(a)) + (pairs + panels) / 2;
 }
 
 }  // namespace fxprune

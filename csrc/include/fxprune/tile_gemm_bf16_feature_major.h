@@ -31,17 +31,23 @@ struct PixelsBf16 : TileBf16<V> {
       if (smooth) activate<V>(a.activation, sums, rows * kPixels);
     }
     const float* bias = smooth || a.residual ? nullptr : a.bias;
+    const int64_t pitch = a.ldo();
+    Bf16* const plane = a.out + image * a.n * pitch;
+    if (whole) {
+      Bf16* const line = plane + lanes.runs[0].shift;
+      for (int64_t r = 0; r < rows; ++r, sums += kPixels) {
+        const Reg shift = bias ? V::set1(bias[columns[r]]) : V::zero();
+        V::store_line(sums, shift, low, high, line + columns[r] * pitch);
+      }
+      return;
+    }
     for (int64_t r = 0; r < rows; ++r, sums += kPixels) {
       const Reg shift = bias ? V::set1(bias[columns[r]]) : V::zero();
-      Bf16* out = a.out + (image * a.n + columns[r]) * a.ldo();
-      if (whole) {
-        V::store_line(sums, shift, low, high, out + lanes.runs[0].shift);
-      } else {
-        alignas(64) Bf16 line[kPixels];
-        V::store_line(sums, shift, low, high, line);
-        for (int64_t i = 0; i < lanes.count; ++i)
-          V::copy_lanes(line, lanes.runs[i].lanes, out + lanes.runs[i].shift);
-      }
+      Bf16* out = plane + columns[r] * pitch;
+      alignas(64) Bf16 line[kPixels];
+      V::store_line(sums, shift, low, high, line);
+      for (int64_t i = 0; i < lanes.count; ++i)
+        V::copy_lanes(line, lanes.runs[i].lanes, out + lanes.runs[i].shift);
     }
   }
 
