@@ -264,8 +264,8 @@ inline int64_t check_tiles(const TileLists& lists, int64_t granularity, int64_t 
 
 // Checks a tile-packed weight against the convolution in `a`, whose window is set, and completes
 // that. Returns the number of packed weights.
-inline int64_t check_conv(const TileLists& lists, int64_t granularity, int64_t out_features,
-                          TileConv* a) {
+template <class Conv>
+int64_t check_conv(const TileLists& lists, int64_t granularity, int64_t out_features, Conv* a) {
   check_window(a);
   STD_TORCH_CHECK(a->groups >= 1 && a->channels % a->groups == 0 && out_features % a->groups == 0,
                   "groups must divide ", a->channels, " input and ", out_features,

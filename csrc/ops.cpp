@@ -54,6 +54,7 @@ template <class T>
 void run_depthwise_on(const DepthwiseShape& shape, const Tensor& x, Tensor* out) {
   DepthwiseTapsOf<T> a{};
   static_cast<DepthwiseShape&>(a) = shape;
+  const auto tables = depthwise_tables<T>(&a);
   a.x = data<T>(x);
   a.out = static_cast<T*>(out->mutable_data_ptr());
   run_depthwise(a, threads());
@@ -75,7 +76,6 @@ Tensor depthwise_taps_cpu(const Tensor& x_in, const Tensor& weight_in, const Ten
   if (a.batch * a.channels == 0) return out;
   a.weight = weight.data();
   a.bias = bias.data();
-  const auto tables = depthwise_tables(&a);
   if (bf16) {
     run_depthwise_on<Bf16>(a, bf16_input(x_in, "x"), &out);
   } else {
@@ -188,35 +188,51 @@ Tensor dsconv_cpu(const Tensor& x, const Tensor& weight, const Tensor& taps,
 
 // ---- tile_conv ----
 
+// a: complete but for the activations and the layout of their copy.
+template <class T>
+Tensor run_conv_on(TileConvOf<T>* a, const Tensor& x, const OptionalTensor& residual) {
+  Tensor out = empty_output(x, {a->batch, a->n, a->out_h, a->out_w});
+  if (a->batch == 0 || a->n == 0) return out;
+  a->x = data<T>(x);
+  a->residual = data_or_null<T>(residual);
+  a->out = static_cast<T*>(out.mutable_data_ptr());
+  const auto tables = conv_tables(a);
+  STD_TORCH_CHECK(tables->fits(),
+                  "the rows of x that one output row reads are too large, x has shape ",
+                  shape_of(x));
+  run_tile_conv(*a, threads());
+  return out;
+}
+
 Tensor tile_conv_cpu(const Tensor& x_in, const Tensor& values_in, const Tensor& index,
                      const Tensor& tile_ptr, const Tensor& columns, const OptionalTensor& bias_in,
                      const OptionalTensor& residual_in, int64_t out_features, int64_t granularity,
                      const IntList& kernel_size, const IntList& stride, const IntList& padding,
                      const IntList& dilation, int64_t groups, const Text& activation) {
+  if (is_bf16(x_in, "x")) {
+    TileConvBf16 a{};
+    check_window(x_in, kernel_size, stride, padding, dilation, activation, &a);
+    a.groups = groups;
+    const TileTensors tiles(index, tile_ptr, columns);
+    const int64_t nnz = check_conv(tiles.lists(), granularity, out_features, &a);
+    const TileImage values(values_in, nnz, a);
+    const Widened bias(bias_in, "bias", {out_features});
+    a.values = values.data();
+    a.bias = bias.data();
+    return run_conv_on(&a, bf16_input(x_in, "x"),
+                       bf16_input(residual_in, "residual", {a.batch, a.n, a.out_h, a.out_w}));
+  }
   TileConv a{};
-  check_tensor(x_in, "x", element_types().float32, "float32");
   check_window(x_in, kernel_size, stride, padding, dilation, activation, &a);
   a.groups = groups;
   const TileTensors tiles(index, tile_ptr, columns);
   check_shape(values_in, "values", {check_conv(tiles.lists(), granularity, out_features, &a)});
-  const std::vector<int64_t> shape = {a.batch, a.n, a.out_h, a.out_w};
   const OptionalTensor bias = float_input(bias_in, "bias", {out_features});
-  const OptionalTensor residual = float_input(residual_in, "residual", shape);
-  const Tensor x = float_input(x_in, "x"), values = float_input(values_in, "values");
-  Tensor out = empty_output(x, shape);
-  if (a.batch == 0 || a.n == 0) return out;
-  a.x = data<float>(x);
+  const Tensor values = float_input(values_in, "values");
   a.values = data<float>(values);
   a.bias = data_or_null(bias);
-  a.residual = data_or_null(residual);
-  a.out = static_cast<float*>(out.mutable_data_ptr());
-
-  const auto tables = conv_tables(&a);
-  STD_TORCH_CHECK(tables->fits(),
-                  "the rows of x that one output row reads are too large, x has shape ",
-                  shape_of(x_in));
-  run_tile_conv(a, threads());
-  return out;
+  return run_conv_on(&a, float_input(x_in, "x"),
+                     float_input(residual_in, "residual", {a.batch, a.n, a.out_h, a.out_w}));
 }
 
 // ---- tile_pack, tile_unpack ----

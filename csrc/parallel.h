@@ -69,4 +69,11 @@ float* scratch(int64_t count) {
   return reinterpret_cast<float*>((address + 63) & ~uintptr_t{63});
 }
 
+// The same, of numbers of another type.
+template <int Slot, class T>
+T* scratch_of(int64_t count) {
+  const int64_t floats = (count * static_cast<int64_t>(sizeof(T)) + 3) / 4;
+  return reinterpret_cast<T*>(scratch<Slot>(floats));
+}
+
 }  // namespace fxprune

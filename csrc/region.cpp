@@ -12,6 +12,7 @@
 #include "parallel.h"
 #include "region_program.h"
 #include "run_block.h"
+#include "run_block_bf16.h"
 #include "run_products.h"
 #include "run_split.h"
 
@@ -115,15 +116,21 @@ class Region {
   // Runs the block that begins at step `s` band by band; false where there is none, or too little
   // of it for all threads.
   bool runs_block(size_t s, int64_t image, T* arena, int64_t pool) const {
-    if constexpr (!kBf16) {
-      const Step* step = &program_.steps()[s];
-      if (step->block == 0) return false;
-      if (step[1].code == Step::kGemm) {
-        const TileGemm first = product(step[0], image, arena);
-        const int64_t blocks = product_blocks(first, pool);
-        if (blocks > 1) run_products(first, product(step[1], image, arena), blocks, pool);
-        return blocks > 1;
-      }
+    const Step* step = &program_.steps()[s];
+    if (step->block == 0) return false;
+    if (step[1].code == Step::kGemm) {
+      const TileGemmOf<T> first = product(step[0], image, arena);
+      const int64_t blocks = product_blocks(first, pool);
+      if (blocks > 1) run_products(first, product(step[1], image, arena), blocks, pool);
+      return blocks > 1;
+    }
+    if constexpr (kBf16) {
+      const DepthwiseTapsBf16 d = depthwise(step[1], image, arena);
+      const int64_t bands = block_bands(d, pool);
+      if (bands == 0) return false;
+      run_block(product(step[0], image, arena), d, product(step[2], image, arena), bands, pool);
+      return true;
+    } else {
       const bool conv = step->code == Step::kConv;
       const TileGemm expand = conv ? TileGemm{} : product(*step, image, arena),
                      project = step->block == 3 ? product(step[2], image, arena) : TileGemm{};
@@ -137,7 +144,6 @@ class Region {
       run_block(block, bands, pool);
       return true;
     }
-    return false;
   }
 
   void run_step(const Step& step, int64_t image, T* arena, int64_t pool) const {
@@ -161,13 +167,12 @@ class Region {
           return run_tile_gemm_split(a, arena + program_.arena(), pool);
       }
       run_tile_gemm(a, step.feature_major, pool);
-    } else if constexpr (!kBf16) {
-      if (step.code == Step::kPool) {
-        MaxPool a = step.pool;
-        a.x = x, a.out = out, a.x_gap = gap(step.x), a.out_gap = gap(step.out);
-        return run_max_pool(a, pool);
-      }
-      TileConv a = step.conv;
+    } else if (step.code == Step::kPool) {
+      MaxPoolOf<T> a = step.pool;
+      a.x = x, a.out = out, a.x_gap = gap(step.x), a.out_gap = gap(step.out);
+      run_max_pool(a, pool);
+    } else {
+      TileConvOf<T> a = step.conv;
       a.x = x, a.out = out;
       if (step.residual >= 0) a.residual = at(step.residual, image, arena);
       if (a.n > 0) run_tile_conv(a, pool);

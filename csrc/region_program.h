@@ -65,9 +65,8 @@ struct StepOf {
   int64_t x, residual = -1, gate = -1, out;
   DepthwiseTapsOf<T> depthwise{};
   TileGemmOf<T> gemm{};
-  // Of float values only:
-  TileConv conv{};
-  MaxPool pool{};
+  TileConvOf<T> conv{};
+  MaxPoolOf<T> pool{};
 
   Activation& activation() {
     return code == kDepthwise ? depthwise.activation
@@ -150,6 +149,15 @@ class RegionProgram {
   const float* bias(int64_t id, int64_t size) {
     return id < 0 ? nullptr : floats_of(id, "bias", size);
   }
+  // The values of a tile-packed weight of `nnz` numbers as its kernels take them.
+  const T* values_of(int64_t id, int64_t nnz, const TileShape& a) {
+    if constexpr (kBf16) {
+      const bool image = weights_.is_image(id);
+      return images_.emplace_back(weights_.get<Bf16>(id, "values"), image, nnz, a).data();
+    } else {
+      return floats_of(id, "values", nnz);
+    }
+  }
   // values, index, tile_ptr and columns are arguments in a row
   TileLists lists(const int64_t* arg) const {
     return {weights_.get<int32_t>(arg[1], "index"), weights_.get<int32_t>(arg[2], "tile_ptr"),
@@ -199,7 +207,7 @@ class RegionProgram {
     check_taps(weights_.get<int64_t>(arg[2], "taps"), &a);
     a.weight = floats_of(arg[1], "weight", a.channels * a.kernel());
     a.bias = bias(arg[3], a.channels);
-    tables_.push_back(depthwise_tables(&a));
+    tables_.push_back(depthwise_tables<T>(&a));
     return {a.channels, a.out_h, a.out_w};
   }
 
@@ -221,15 +229,7 @@ class RegionProgram {
     STD_TORCH_CHECK(!shape.empty() && (first ? shape.size() >= 2 : floats(shape) == shape[0]),
                     "gemm needs (K, *spatial) values with feature_dim=1, (K) or (K, 1, 1) with -1");
     TileGemmOf<T>& a = step->gemm;
-    const int64_t nnz = check_tiles(lists(&arg[1]), arg[9], arg[8], shape[0], &a);
-    if constexpr (kBf16) {
-      a.values =
-          images_
-              .emplace_back(weights_.get<Bf16>(arg[1], "values"), weights_.is_image(arg[1]), nnz, a)
-              .data();
-    } else {
-      a.values = floats_of(arg[1], "values", nnz);
-    }
+    a.values = values_of(arg[1], check_tiles(lists(&arg[1]), arg[9], arg[8], shape[0], &a), a);
     a.bias = bias(arg[5], a.n);
     a.batch = 1;
     a.m = floats(shape) / std::max<int64_t>(shape[0], 1);
@@ -248,13 +248,12 @@ class RegionProgram {
   }
 
   Shape read_conv(Step* step, const Shape& shape, const std::vector<int64_t>& arg) {
-    STD_TORCH_CHECK(!kBf16, "conv steps take float32 values only");
     STD_TORCH_CHECK(shape.size() == 3, "conv needs (C, H, W) values");
-    TileConv& a = step->conv;
+    TileConvOf<T>& a = step->conv;
     a.batch = 1, a.channels = shape[0], a.height = shape[1], a.width = shape[2];
     a.groups = arg[17];
     read_window(&arg[9], &a);
-    a.values = floats_of(arg[1], "values", check_conv(lists(&arg[1]), arg[8], arg[7], &a));
+    a.values = values_of(arg[1], check_conv(lists(&arg[1]), arg[8], arg[7], &a), a);
     a.bias = bias(arg[5], a.n);
     Shape out = {a.n, a.out_h, a.out_w};
     floats(out);  // checks its size
@@ -269,9 +268,8 @@ class RegionProgram {
   }
 
   Shape read_pool(Step* step, const Shape& shape, const std::vector<int64_t>& arg) {
-    STD_TORCH_CHECK(!kBf16, "max pool steps take float32 values only");
     STD_TORCH_CHECK(shape.size() == 3, "max pool needs (C, H, W) values");
-    MaxPool& a = step->pool;
+    MaxPoolOf<T>& a = step->pool;
     a.channels = shape[0], a.height = shape[1], a.width = shape[2];
     read_window(&arg[1], &a);
     check_window(&a);
@@ -292,7 +290,7 @@ class RegionProgram {
           step.feature_major && step.residual < 0 && step.gate < 0 && step.gemm.m > 0;
       step.feeds_next = pair && plain && can_expand_depthwise(step.gemm);
       // The pair runs as one, so its result must not take the room of its input.
-      if constexpr (!kBf16) step.block = block_at(s);
+      step.block = block_at(s);
       const int64_t last = std::max<int64_t>(step.feeds_next, step.block - 1);
       values_[step.x].last_use = std::max<int64_t>(values_[step.x].last_use, s + last);
     }
@@ -303,7 +301,9 @@ class RegionProgram {
   int64_t block_at(size_t s) const {
     const Step& step = steps_[s];
     if (are_products(s)) return 2;
-    const bool conv = step.code == Step::kConv && step.residual < 0 && step.conv.tiles > 0;
+    // In bfloat16 a larger convolution is a step of its own.
+    const bool conv =
+        !kBf16 && step.code == Step::kConv && step.residual < 0 && step.conv.tiles > 0;
     if (!(step.feeds_next || conv) || s + 1 == steps_.size()) return 0;
     const Step& next = steps_[s + 1];
     if (!feeds(step, next) || next.code != Step::kDepthwise || !next.depthwise.vectorised() ||
@@ -336,7 +336,6 @@ class RegionProgram {
   // Features begin at cache lines where every kernel that reads or writes the value can do with
   // that: vectors then do not straddle two lines.
   void align() {
-    if (kBf16) return;
     for (const Step& step : steps_) {
       Value& v = values_[step.out];
       const int64_t pixels = v.shape.size() == 3 ? v.shape[1] * v.shape[2] : 0;
@@ -350,8 +349,10 @@ class RegionProgram {
   }
   static bool takes_gaps(const Step& step) {
     return step.code == Step::kDepthwise || step.code == Step::kPool ||
-           (step.code == Step::kGemm && step.feature_major &&
-            !uses_panel(step.gemm, true, kernels().width));
+           (step.code == Step::kGemm && step.feature_major && !runs_panel(step.gemm));
+  }
+  static bool runs_panel(const TileShape& gemm) {
+    return !kBf16 && uses_panel(gemm, true, kernels().width);
   }
   static int64_t numbers(const Value& v) {
     return floats(v.shape) + (v.shape.empty() ? 0 : v.shape[0] * v.gap);

@@ -30,11 +30,20 @@ class DepthwiseTables {
   std::vector<float> zeros_;
 };
 
-// Fills the arguments' pointers into the tables, which must outlive the run.
-inline std::shared_ptr<const DepthwiseTables> depthwise_tables(DepthwiseShape* a) {
+// Outputs of a vector of the kernel, which tables and bands count in.
+inline int64_t depthwise_width(const DepthwiseShape&, const float*) {
+  return kernels().width;
+}
+inline int64_t depthwise_width(const DepthwiseShape& a, const Bf16*) {
+  return kernels().bf16.depthwise_bf16_width(a);
+}
+
+// Fills the arguments' pointers into the tables, which must outlive the run. T: of the activations.
+template <class T>
+std::shared_ptr<const DepthwiseTables> depthwise_tables(DepthwiseShape* a) {
   static GeometryCache<DepthwiseTables> cache;
   if (!a->vectorised()) return nullptr;
-  const int64_t width = kernels().width;
+  const int64_t width = depthwise_width(*a, static_cast<const T*>(nullptr));
   auto tables = cache.get({width, a->height, a->width, a->kernel_h, a->kernel_w, a->stride_h,
                            a->stride_w, a->pad_h, a->pad_w, a->dilation_h, a->dilation_w},
                           [&] { return std::make_shared<DepthwiseTables>(*a, width); });
@@ -57,16 +66,16 @@ inline int64_t pixel_bands(int64_t length, int64_t pool) {
 }
 
 // Calls f(span) for every unit of a depthwise convolution.
-template <class F>
-void for_each_plane_span(const DepthwiseShape& a, int64_t pool, const F& f) {
-  const Kernels& k = kernels();
+template <class T, class F>
+void for_each_plane_span(const DepthwiseTapsOf<T>& a, int64_t pool, const F& f) {
+  const int64_t width = depthwise_width(a, a.x);
   const int64_t planes = a.batch * a.channels;
   // Few images of large planes are cut in bands, one a thread, as the pointwise GEMMs around cut
   // their pixels: each core then reads what it wrote. Small planes, or enough images, are cut by
   // plane.
   constexpr int64_t kLargePlane = 24 * 24;
   const bool banded = a.vectorised() && a.batch < pool && a.out_h * a.out_w >= kLargePlane;
-  const int64_t length = band_length(a, k.width), bands = banded ? std::min(pool, length) : 1;
+  const int64_t length = band_length(a, width), bands = banded ? std::min(pool, length) : 1;
   // Eight units a thread: enough to even out a busy core, few enough to keep planes together.
   const int64_t chunks = std::min(planes, (pool * 8 + bands - 1) / bands);
   for_each_unit(bands * chunks, pool, [&](int64_t unit) {

@@ -81,30 +81,70 @@ inline void run_tile_gemm(const TileGemmBf16& a, bool feature_major, int64_t poo
   });
 }
 
+// Pixels of an image that are worth a band a thread.
+constexpr int64_t kLeastPixels = 256;
+
 inline void run_channel_mean(const Bf16* x, Bf16* out, int64_t channels, int64_t size) {
   kernels().bf16.channel_mean_bf16(x, out, channels, size);
 }
 
-// As its twin for float. One part a thread where possible: each packs the whole image.
-inline void run_expand_depthwise(const TileGemmBf16& g, const DepthwiseTapsBf16& d, int64_t pool) {
+inline bool can_expand_depthwise(const TileGemmBf16& g) {
+  return g.kept == g.n && g.tiles > 0;
+}
+
+// One unit of work in the caller's thread.
+inline void multiply(const TileGemmBf16& a, const TileSpan& span) {
   const Bf16Kernels& k = kernels().bf16;
-  const int64_t blocks = (g.m + kPixels - 1) / kPixels, rows = band_length(d, kernels().width);
-  const int64_t fit =
-      std::max<int64_t>(1, kExpandedTile / std::max<int64_t>(g.granularity * g.m, 1));
-  const int64_t each = std::min(fit, (g.tiles + pool - 1) / pool);
-  for_each_unit((g.tiles + each - 1) / each, pool, [&](int64_t unit) {
-    const int64_t begin = unit * each, end = std::min(begin + each, g.tiles);
-    const int64_t first = g.first_column(begin), last = g.first_column(end);
-    // Both kernels address planes by feature, so the planes' base is moved back by those in front.
-    Bf16* planes = reinterpret_cast<Bf16*>(scratch<2>((last - first) * g.m / 2 + 1)) - first * g.m;
+  k.tile_gemm_bf16_feature_major(a, span, scratch<1>(k.bf16_scratch(a, span.end - span.begin)));
+}
+inline void convolve(const DepthwiseTapsBf16& d, const PlaneSpan& span) {
+  kernels().bf16.depthwise_taps_bf16(d, span, tap_list(d), scratch(depthwise_bf16_scratch(d)));
+}
+
+// One band of a depthwise convolution and the tiles [begin, end) of the product that feeds it, a
+// few at a time, so that what lies between stays in this core's nearest caches. One image; every
+// output feature of the product kept; it has neither residual nor gate.
+inline void run_expand_band(const TileGemmBf16& g, const DepthwiseTapsBf16& d,
+                            const TileSpan& tiles, int64_t band_begin, int64_t band_end) {
+  constexpr int64_t kNearest = 16 * 1024;  // numbers of expanded tiles beside each other
+  const PixelRange read = band_input(d, depthwise_width(d, d.x), band_begin, band_end);
+  const TileSpan blocks = {0, read.begin / kPixels, (read.end + kPixels - 1) / kPixels, 0, 0};
+  const int64_t from = blocks.begin * kPixels, pitch = (blocks.end - blocks.begin) * kPixels;
+  const int64_t size = g.granularity * pitch,
+                each = std::max<int64_t>(1, kNearest / std::max<int64_t>(size, 1));
+  for (int64_t tile = tiles.tile_begin; tile < tiles.tile_end; tile += each) {
+    const int64_t last = std::min(tile + each, tiles.tile_end);
+    const int64_t first = g.first_column(tile), end = g.first_column(last);
+    // Both kernels address planes by feature and pixel, so the planes' base is moved back.
+    Bf16* planes = scratch_of<2, Bf16>((end - first) * pitch) - first * pitch - from;
     TileGemmBf16 expand = g;
     expand.out = planes;
-    k.tile_gemm_bf16_feature_major(expand, {0, 0, blocks, begin, end},
-                                   scratch<1>(k.bf16_scratch(g, blocks)));
+    expand.out_gap = pitch - g.m;
+    multiply(expand, {0, blocks.begin, blocks.end, tile, last});
     DepthwiseTapsBf16 taps = d;
     taps.x = planes;
-    k.depthwise_taps_bf16(taps, {first, last, 0, rows}, tap_list(d),
-                          scratch(depthwise_bf16_scratch(d)));
+    taps.x_gap = pitch - g.m;
+    convolve(taps, {first, end, band_begin, band_end});
+  }
+}
+
+// As its twin for float: bands of the image by parts of the tiles.
+inline void run_expand_depthwise(const TileGemmBf16& g, const DepthwiseTapsBf16& d, int64_t pool) {
+  constexpr int64_t kLargest = 64 * 1024;  // numbers of an expanded tile that stays near
+  const int64_t width = depthwise_width(d, d.x), rows = band_length(d, width);
+  const int64_t tile = g.granularity * g.m;
+  int64_t bands = 1;
+  if (d.vectorised()) {
+    const int64_t most = std::max<int64_t>(1, rows / kLeastRows);
+    bands = std::min(
+        most, std::max((tile + kLargest - 1) / kLargest, g.m >= kLeastPixels * pool ? pool : 1));
+  }
+  const int64_t parts =
+      std::clamp<int64_t>((2 * pool + bands - 1) / bands, 1, std::max<int64_t>(g.tiles, 1));
+  for_each_unit(bands * parts, pool, [&](int64_t unit) {
+    const int64_t band = unit / parts, part = unit % parts;
+    const TileSpan tiles = {0, 0, 0, g.tiles * part / parts, g.tiles * (part + 1) / parts};
+    run_expand_band(g, d, tiles, rows * band / bands, rows * (band + 1) / bands);
   });
 }
 

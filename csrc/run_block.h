@@ -71,7 +71,7 @@ inline void run_conv_rows(const TileConv& conv, int64_t begin, int64_t end, cons
   TileConv a = conv;
   a.out = to.moved;
   a.out_gap = to.pitch - a.m;
-  float* copy = scratch(a.channels * a.channel_size() + 2 * k.width);
+  float* copy = scratch(copy_size(a));
   for (int64_t row = begin; row < end; row += a.band_rows) {
     const ConvSpan span = {0, row, std::min(a.band_rows, end - row), 0, a.tiles};
     k.conv_planes(a, span, 0, a.channels, copy);

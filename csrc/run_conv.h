@@ -35,7 +35,8 @@ struct ConvAxis {
 // The layout of a convolution's copy, from its sizes: those of `a` that no tensor's contents fill.
 class ConvTables {
  public:
-  explicit ConvTables(TileConv* a)
+  template <class T>
+  explicit ConvTables(TileConvOf<T>* a)
       : rows_(a->kernel_h, a->stride_h, a->pad_h, a->dilation_h, false),
         columns_(a->kernel_w, a->stride_w, a->pad_w, a->dilation_w, own_planes(*a)) {
     a->row_planes = static_cast<int64_t>(rows_.begin.size());
@@ -50,8 +51,8 @@ class ConvTables {
     const int64_t reach = rows_.reach(),
                   row = a->channels * a->row_planes * a->column_planes * a->pitch;
     // Rows that fit; of a small image more of them, because each band reads all weights anew.
-    const int64_t near = kNearCopy / std::max<int64_t>(row, 1) - reach,
-                  far = kCopy / std::max<int64_t>(row, 1) - reach;
+    const int64_t near = kNearCopy / sizeof(T) / std::max<int64_t>(row, 1) - reach,
+                  far = kCopy / sizeof(T) / std::max<int64_t>(row, 1) - reach;
     const int64_t least = std::min<int64_t>(far, kBandPixels / std::max<int64_t>(a->pitch, 1));
     const int64_t fit = std::clamp<int64_t>(std::max(near, least), 1, a->out_h);
     a->bands = (a->out_h + fit - 1) / fit;
@@ -59,9 +60,9 @@ class ConvTables {
     a->band_rows = (a->out_h + a->bands - 1) / a->bands;
     a->bands = (a->out_h + a->band_rows - 1) / a->band_rows;
     a->plane_rows = a->band_rows + reach;
-    const double floats =
+    const double numbers =
         double(row) * double(a->plane_rows) + double(a->gap) * double(a->channels);
-    fits_ = floats < double(1 << 30);
+    fits_ = numbers < double(1 << 30);
     if (!fits_) return;
     if (a->stride_w <= 2) fill_masks(a);
     table_.reserve(a->k);
@@ -76,15 +77,16 @@ class ConvTables {
       }
     }
     a->table = table_.data();
-    fill_lanes(a);
+    fill_lanes(a, a->out_w);
     layout_ = *a;
   }
-  void attach(TileConv* a) const { static_cast<ConvLayout&>(*a) = layout_; }
+  void attach(ConvLayout* a) const { *a = layout_; }
   // False when a copy of the rows that one output row reads is too large.
   bool fits() const { return fits_; }
 
  private:
-  void fill_masks(TileConv* a) {
+  template <class Conv>
+  void fill_masks(Conv* a) {
     const int64_t width = kernels().width, vecs = (a->pitch + width - 1) / width,
                   lanes = width * a->stride_w;
     masks_.resize(a->column_planes * vecs);
@@ -97,25 +99,28 @@ class ConvTables {
     a->masks = masks_.data();
   }
 
-  void fill_lanes(TileConv* a) {
+  void fill_lanes(ConvLayout* a, int64_t out_w) {
     const int64_t width = kernels().width;
     lanes_.resize((a->band_rows * a->pitch + width - 1) / width);
     int64_t x = 0, to = 0;  // column and pixel of a lane
     for (PixelLanes& lanes : lanes_) {
       lanes = {0, static_cast<int32_t>(to)};
       for (int64_t lane = 0; lane < width; ++lane) {
-        if (x < a->out_w) lanes.bits |= 1u << lane, ++to;
+        if (x < out_w) lanes.bits |= 1u << lane, ++to;
         if (++x == a->pitch) x = 0;
       }
     }
     a->lanes = lanes_.data();
   }
 
-  // Floats of a band's copy: so that most of it stays in the nearest caches, and so that it stays
+  // Bytes of a band's copy: so that most of it stays in the nearest caches, and so that it stays
   // in L2 beside the weights. Pixels of a band that are worth the second.
-  static constexpr int64_t kNearCopy = 32 * 1024, kCopy = 128 * 1024, kBandPixels = 192;
+  static constexpr int64_t kNearCopy = 128 * 1024, kCopy = 512 * 1024, kBandPixels = 192;
   // Small images: positions between rows would be a large part of all.
-  static bool own_planes(const TileConv& a) { return a.out_w <= 8 && a.kernel_w > 1; }
+  template <class Conv>
+  static bool own_planes(const Conv& a) {
+    return a.out_w <= 8 && a.kernel_w > 1;
+  }
 
   ConvAxis rows_, columns_;
   std::vector<int32_t> table_;
@@ -126,7 +131,8 @@ class ConvTables {
 };
 
 // Fills the arguments' layout, which points into the tables; they must outlive the run.
-inline std::shared_ptr<const ConvTables> conv_tables(TileConv* a) {
+template <class T>
+std::shared_ptr<const ConvTables> conv_tables(TileConvOf<T>* a) {
   static GeometryCache<ConvTables> cache;
   const auto tables = cache.get(
       {kernels().width, a->channels, a->height, a->width, a->groups, a->kernel_h, a->kernel_w,
@@ -144,9 +150,32 @@ struct HeldBand {
   }
 };
 
-inline void run_tile_conv(const TileConv& a, int64_t pool) {
+// Copies channels [begin, end) of a band, and computes the tiles of a span from them.
+inline void copy_band(const TileConv& a, const ConvSpan& span, int64_t begin, int64_t end,
+                      float* copy) {
+  kernels().conv_planes(a, span, begin, end, copy);
+}
+inline void copy_band(const TileConvBf16& a, const ConvSpan& span, int64_t begin, int64_t end,
+                      Bf16* copy) {
+  kernels().bf16.conv_planes_bf16(a, span, begin, end, copy);
+}
+inline void compute_band(const TileConv& a, const ConvSpan& span, const float* copy) {
+  kernels().tile_conv(a, span, copy);
+}
+inline void compute_band(const TileConvBf16& a, const ConvSpan& span, const Bf16* copy) {
+  const Bf16Kernels& k = kernels().bf16;
+  k.tile_conv_bf16(a, span, copy, scratch<1>(k.bf16_scratch(a, 0)));
+}
+
+// Numbers of a copy, and what whole vectors or blocks touch behind the last plane.
+template <class Conv>
+int64_t copy_size(const Conv& a) {
+  return a.channels * a.channel_size() + std::max<int64_t>(2 * kernels().width, 2 * kPixels);
+}
+
+template <class T>
+void run_tile_conv(const TileConvOf<T>& a, int64_t pool) {
   static std::atomic<int64_t> calls{0};
-  const Kernels& k = kernels();
   const int64_t call = ++calls, bands = a.batch * a.bands;
   int64_t parts = 1;
   if (pool > 1 && bands < 4 * pool)
@@ -162,12 +191,12 @@ inline void run_tile_conv(const TileConv& a, int64_t pool) {
       need.begin = a.group_of(span.tile_begin) * a.group_channels();
       need.end = (a.group_of(span.tile_end - 1) + 1) * a.group_channels();
     }
-    float* copy = scratch(a.channels * a.channel_size() + 2 * k.width);
+    T* copy = scratch_of<0, T>(copy_size(a));
     if (!held.covers(need)) {
-      k.conv_planes(a, span, need.begin, need.end, copy);
+      copy_band(a, span, need.begin, need.end, copy);
       held = need;
     }
-    k.tile_conv(a, span, copy);
+    compute_band(a, span, copy);
   });
 }
 

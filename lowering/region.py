@@ -105,11 +105,11 @@ def _eligible(node: Node, members: list[Node], weights: Weights) -> bool:
     if x is None or x.dtype != value.dtype:
         return False
     if node.target is _CONV:
-        return value.dtype == torch.float32
+        return True
     if node.target is _POOL:
-        return value.dtype == torch.float32 and len(node.args) == 5 and node.args[0] in members
+        return len(node.args) == 5 and node.args[0] in members
     if node.target is _SLICE:
-        return value.dtype == torch.float32 and node.args[0] in members and _is_step(node, x.dim())
+        return node.args[0] in members and _is_step(node, x.dim())
     if node.target is _GEMM:
         if node.args[10] == 1:
             return x.dim() == 4 and not _is_channel_vector(x)

@@ -34,5 +34,5 @@ def _rewrite(decision: Decision, ctx: Context) -> None:
     weight = packed(match, layer, ctx, match.node.name)
     x, (n, _) = as_image(match), match.matrix_shape
     operands = (n, layer.tiling.granularity, *match.geometry.windows, match.geometry.groups, "none")
-    new = call(match.node, torch.ops.fxprune.tile_conv.default, x, *weight, match.bias, None, *operands)
+    new = call(match.node, torch.ops.fxprune.tile_conv.default, x, *weight, ctx.bias(match), None, *operands)
     replace(match.node, from_image(match, new))

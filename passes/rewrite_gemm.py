@@ -62,8 +62,7 @@ def packed(match: Match, layer: LayerMask, ctx: Context, prefix: str, whole: Ten
 
     def build(weight: Tensor) -> tuple[Tensor, ...]:
         operands = tile.operands(match.matrix(weight), layer.mask, layer.tiling)
-        images = ctx.inference and (match.kind != "conv" or match.value.is_cuda)
-        return tuple(tile.imaged(operands, layer.tiling, match.value.device) if images else operands)
+        return tuple(tile.imaged(operands, layer.tiling, match.value.device) if ctx.inference else operands)
 
     labels = [f"{prefix}_{name}" for name in tile.OPERANDS]
     if ctx.inference:

@@ -20,7 +20,10 @@
 #endif
 
 #include "fxprune/depthwise_bf16.h"
-#include "fxprune/tile_gemm_bf16.h"
+#include "fxprune/max_pool_lines.h"
+#include "fxprune/tile_conv_bf16.h"
+#include "fxprune/tile_gemm_bf16_feature_major.h"
+#include "fxprune/tile_gemm_bf16_row_major.h"
 #include "fxprune/vec_avx512_bf16.h"
 
 namespace fxprune {

@@ -9,7 +9,7 @@
                    padding h w, dilation h w, groups, activation
     max pool (4):  x, kernel h w, stride h w, padding h w, dilation h w
 
-All values are float32, or all bfloat16 (no conv or max pool then). x, residual and gate are values: first the inputs, then
+All values are float32, or all bfloat16. x, residual and gate are values: first the inputs, then
 one per step. Weights are parts of a bundle (``fxprune/ops/bundle.py``); -1 is absent. The program is data: it can be
 printed, checked, exported and rebuilt.
 """

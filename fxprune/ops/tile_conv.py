@@ -6,6 +6,9 @@
 The weight (N, C/groups, KH, KW) is packed as the matrix (N, K), K = C/groups * KH * KW, in the tiles of tile-wise
 sparsity (SC'20), as for ``tile_gemm``. With groups, a tile lies inside one group and its index counts that group's K.
 An implicit GEMM: the (K, pixels) matrix is never built.
+
+Activations and values are float32, or bfloat16 with sums in float32 and one rounding at the end, as ``tile_gemm`` takes
+them: the bias may then be either, the values may be an image.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from torch import Tensor
 
 from fxprune.ops import activation as act
 from fxprune.ops import tile_conv_gradients as gradients
-from fxprune.ops import tile_gradients, tile_pack
-from fxprune.ops.operator import Args, Operator
+from fxprune.ops import tile_gradients, tile_image, tile_pack
+from fxprune.ops.operator import Args, Operator, widened
 
 aten = torch.ops.aten
 
@@ -42,14 +45,17 @@ def reference(
     activation: str = "none",
 ) -> Tensor:
     """Unpack and convolve densely. x: (B, C, H, W) -> (B, N, OH, OW) contiguous."""
-    channels = x.shape[1] // groups
+    channels, dtype = x.shape[1] // groups, x.dtype
     k = channels * kernel_size[0] * kernel_size[1]
+    if values.dim() == 2:
+        values = tile_image.from_image(values, tile_ptr, columns, granularity)
     weight = tile_pack.unpack_reference(values, index, tile_ptr, columns, granularity, out_features, k)
+    x, weight, bias, residual = widened(x, weight, bias, residual)
     window = weight.reshape(out_features, channels, *kernel_size)
     y = aten.conv2d.default(x.contiguous(), window, bias, stride, padding, dilation, groups)
     if residual is not None:
         y = y + residual
-    return act.FORWARD[activation](y).contiguous()
+    return act.FORWARD[activation](y).to(dtype).contiguous()
 
 
 def fake(
@@ -82,20 +88,25 @@ def setup_context(ctx: Any, inputs: Args, output: Tensor) -> None:
 def backward(ctx: Any, grad: Tensor) -> Args:
     x, values, index, tile_ptr, columns, bias, residual = ctx.saved_tensors
     need = ctx.needs_input_grad
+    if values.dim() == 2:
+        raise RuntimeError("fxprune::tile_conv has no gradient on an image of its values. Give the packed values.")
     window = (ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation, ctx.groups)
     structure = (index, tile_ptr, columns, ctx.granularity)
     if ctx.activation != "none":
         shape = (ctx.out_features, ctx.granularity, *window)
-        pre = torch.ops.fxprune.tile_conv(x, values, index, tile_ptr, columns, bias, residual, *shape, "none")
+        # both in float32: a rounded sum may lie beyond a kink
+        wide, weights, b, r, grad = widened(x, values, bias, residual, grad)
+        pre = torch.ops.fxprune.tile_conv(wide, weights, index, tile_ptr, columns, b, r, *shape, "none")
         grad = act.BACKWARD[ctx.activation](grad, pre)
     k = x.shape[1] // ctx.groups * ctx.kernel_size[0] * ctx.kernel_size[1]
     input_of, weight_of = gradients.dense_input, gradients.dense_weight
     if tile_gradients.pays(values, columns, ctx.granularity, ctx.out_features * k):
         input_of, weight_of = torch.ops.fxprune.tile_conv_grad_input, torch.ops.fxprune.tile_conv_grad_weight
-    grad_x = input_of(grad, values, *structure, x.shape[1], list(x.shape[2:]), *window) if need[0] else None
-    grad_values = weight_of(grad, x, *structure, values.shape[0], *window) if need[1] else None
-    grad_bias = grad.sum((0, 2, 3)) if bias is not None and need[5] else None
-    grad_residual = grad if residual is not None and need[6] else None
+    narrow = grad.to(x.dtype)  # as the products read it
+    grad_x = input_of(narrow, values, *structure, x.shape[1], list(x.shape[2:]), *window) if need[0] else None
+    grad_values = weight_of(narrow, x, *structure, values.shape[0], *window) if need[1] else None
+    grad_bias = grad.sum((0, 2, 3), dtype=bias.dtype) if bias is not None and need[5] else None
+    grad_residual = grad.to(x.dtype) if residual is not None and need[6] else None
     return grad_x, grad_values, None, None, None, grad_bias, grad_residual, *[None] * 8
 
 
@@ -127,6 +138,10 @@ def samples() -> Iterator[Args]:
     yield _sample((2, 8, 6, 10), 8, 2, (3, 3), (1, 1, 2), 2, "none", "br")
     yield _sample((1, 3, 10, 9), 6, 2, (3, 2), (3, 1, 1), 3, "gelu", "b")
     yield _sample((1, 2, 7, 20), 5, 8, (7, 7), (1, 3, 1), 1, "hardswish", "b")
+    x, values, *lists, bias, residual = _sample((2, 3, 9, 11), 40, 32, (3, 3), (2, 1, 1), 1, "relu6", "br")[:7]
+    shape = (40, 32, [3, 3], [2, 2], [1, 1], [1, 1], 1, "relu6")
+    half = (x.bfloat16(), values.bfloat16(), *lists, bias, residual.bfloat16())
+    yield *half, *shape
 
 
 def bad_samples() -> Iterator[tuple[Args, str]]:

@@ -6,7 +6,7 @@ test that imports this is skipped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from fxprune.lowering import library
 from torch import Tensor
 
+from fxprune.ops.tile_image import image
 from tests.integers import CLAMPS, DIVIDED, bitmap, generator, integers, tiles
 
 if not library.load():
@@ -22,6 +23,19 @@ OPS = torch.ops.fxprune
 BEST = OPS.isa()
 
 EXACT = CLAMPS | DIVIDED
+
+
+BF16_ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
+
+
+def use_isa(name: str) -> Iterator[str]:
+    """What a fixture runs that gives a test one instruction set."""
+    try:
+        OPS.set_isa(name)
+    except RuntimeError:
+        pytest.skip(f"this machine has no {name}")
+    yield name
+    OPS.set_isa(BEST)
 
 
 def every_isa(names: Sequence[str] = ("scalar", "avx2", "avx512")) -> Iterator[str]:
@@ -73,23 +87,30 @@ def check_gemm(
 def check_conv(
     shape: tuple[int, int, int, int], n: int, g: int, kernel: tuple[int, int], stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0), dilation: tuple[int, int] = (1, 1), groups: int = 1, *, keep: float = 0.5,
-    columns: float = 1.0, extras: str = "", activation: str = "none", seed: int = 0,
+    columns: float = 1.0, extras: str = "", activation: str = "none", seed: int = 0, dtype: torch.dtype = torch.float32,
+    place: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> None:  # fmt: skip
-    """Compare one call with dense torch; skip geometries whose window does not fit. `extras`: b bias, r residual."""
+    """Compare one call with dense torch; skip geometries whose window does not fit. `extras`: b bias, r residual.
+
+    In bfloat16 both with packed values and with their image. place: puts operands somewhere.
+    """
     if any(s + 2 * p < d * (r - 1) + 1 for s, p, d, r in zip(shape[2:], padding, dilation, kernel, strict=True)):
         return
     gen = generator(seed, n, g, *shape, *kernel)
     channels = shape[1] // groups
-    weight, packed = tiles(gen, n, channels * kernel[0] * kernel[1], g, keep, columns)
+    weight, (values, *lists) = tiles(gen, n, channels * kernel[0] * kernel[1], g, keep, columns)
     x, bias = integers(gen, *shape), integers(gen, n) if "b" in extras else None
     y = F.conv2d(x, weight.view(n, channels, *kernel), bias, stride, padding, dilation, groups)
     residual = integers(gen, *y.shape) if "r" in extras else None
-    expected = EXACT[activation](y if residual is None else y + residual)
+    expected = EXACT[activation](y if residual is None else y + residual).to(dtype)
     windows = [list(v) for v in (kernel, stride, padding, dilation)]
-    y = OPS.tile_conv(x, *packed, bias, residual, n, g, *windows, groups, activation)
     case = f"x {shape} n {n} g {g} {windows} groups {groups} keep {keep} columns {columns} {extras} {activation} seed {seed}"
-    assert y.shape == expected.shape and y.is_contiguous(), case
-    assert torch.equal(y, expected), case
+    x, values, residual = (None if t is None else place(t.to(dtype)) for t in (x, values, residual))
+    lists, bias = [place(t) for t in lists], None if bias is None else place(bias)
+    for held in (values, place(image(values, *lists[1:], g))) if dtype == torch.bfloat16 else (values,):
+        y = OPS.tile_conv(x, held, *lists, bias, residual, n, g, *windows, groups, activation)
+        assert y.shape == expected.shape and y.is_contiguous() and y.dtype == dtype, case
+        assert torch.equal(y, expected), case
 
 
 def check_depthwise(

@@ -30,9 +30,9 @@ class Writer:
         self.x = [self._input(self.rng.randint(1, 12), *side) for _ in range(self.rng.randint(1, 2))]
         self.values = [tuple(t.shape[1:]) for t in self.x]
 
-    def program(self, convolutions: bool = True) -> Program:
+    def program(self) -> Program:
         inputs, steps = len(self.x), self.rng.randint(1, 8)
-        kinds = (self.depthwise, self.gemm, self.gemm, self.mean, *([self.conv, self.pool] if convolutions else []))
+        kinds = (self.depthwise, self.gemm, self.gemm, self.mean, self.conv, self.pool)
         for _ in range(steps):
             self.rng.choice(kinds)()
         if not self.code:
@@ -126,9 +126,8 @@ class Writer:
         return self.rng.choice(views)
 
 
-def program(seed: int, convolutions: bool = True) -> Program:
-    """convolutions: larger than 1x1 as well, which have float32 kernels only."""
-    return Writer(seed).program(convolutions)
+def program(seed: int) -> Program:
+    return Writer(seed).program()
 
 
 # around every bound that a check could miss by one; nothing between, where a legal size would take minutes

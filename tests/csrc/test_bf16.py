@@ -20,25 +20,19 @@ from fxprune.ops import region
 from fxprune.ops.bundle import bundle, unbundle
 from fxprune.ops.tile_image import from_image, image
 from fxprune.ops.tile_pack import whole_structure
-from tests.csrc.kernels import BEST, EXACT, OPS, every_isa, gemm_reference
+from tests.csrc.kernels import BF16_ISAS, EXACT, OPS, check_conv, every_isa, gemm_reference, use_isa
 from tests.csrc.programs import program
 from tests.csrc.test_memory import Fenced
 from tests.integers import bitmap, generator, integers, tiles
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 GRANULARITIES = (1, 8, 9, 16, 24, 32, 64, 100)
 Place = Callable[[Tensor], Tensor]
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=BF16_ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set this machine has, those for bfloat16 included."""
-    try:
-        OPS.set_isa(request.param)
-    except RuntimeError:
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    OPS.set_isa(BEST)
+    yield from use_isa(request.param)
 
 
 def check_gemm(
@@ -101,7 +95,7 @@ def test_exact_activations(isa: str, dim: int, activation: str) -> None:
 def test_gemm_property(
     seed: int, dim: int, b: int, k: int, m: int, n: int, g: int, keep: float, columns: float, extras: str, act: str
 ) -> None:
-    for _ in every_isa(ISAS):
+    for _ in every_isa(BF16_ISAS):
         shape = (b, k, m) if dim == 1 else (b, m, k)
         check_gemm(shape, n, g, dim, keep=keep, columns=columns, extras=extras, activation=act, seed=seed)
 
@@ -185,7 +179,7 @@ def test_depthwise(isa: str, k: int) -> None:
 @given(st.integers(0, 2**30))
 def test_regions_run_the_operators(seed: int) -> None:
     """One call gives the bits of the operators one by one, on each instruction set and number of threads."""
-    x, weights, layout, code, outputs = program(seed, convolutions=False)
+    x, weights, layout, code, outputs = program(seed)
     if not code:
         return
 
@@ -196,7 +190,7 @@ def test_regions_run_the_operators(seed: int) -> None:
     part = region.parts_of(weights, layout)
     before = torch.get_num_threads()
     try:
-        for name in every_isa(ISAS):
+        for name in every_isa(BF16_ISAS):
             expected = region.interpret(x, part, code, outputs, OPS.depthwise_taps, OPS.tile_gemm, OPS.tile_conv)
             for threads in (1, 2):
                 torch.set_num_threads(threads)
@@ -217,6 +211,12 @@ def test_no_input_is_read_beyond_its_ends(isa: str, at_end: bool) -> None:
         ):  # fmt: skip
             for columns in (1.0, 0.6):
                 check_gemm(shape, n, g, dim, columns=columns, extras="brg", place=fence)
+        for shape, g, kernel, stride, pad in (
+            ((1, 3, 9, 11), 8, (3, 3), 1, 1), ((2, 5, 14, 13), 32, (3, 5), 2, 2), ((1, 2, 7, 7), 16, (3, 3), 1, 0),
+            ((1, 4, 12, 40), 32, (2, 3), 3, 1),
+        ):  # fmt: skip
+            window = kernel, (stride, stride), (pad, pad)
+            check_conv(shape, 37, g, *window, columns=0.7, extras="br", dtype=torch.bfloat16, place=fence)
         for plane, k, stride, pad in (((7, 7), 3, 1, 1), ((5, 40), 3, 1, 1), ((9, 33), 3, 2, 1), ((6, 9), 3, 3, 2)):
             check_depthwise(plane, k, stride, pad, place=fence)
     finally:

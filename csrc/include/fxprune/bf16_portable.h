@@ -9,6 +9,7 @@ namespace fxprune {
 
 template <class V>
 struct PortableBf16 {
+  static constexpr bool kDotsPairs = false;
   // The first n lanes, 0 elsewhere.
   template <class Count>
   static auto load_bf16(const Bf16* p, Count n) {
@@ -26,18 +27,37 @@ struct PortableBf16 {
   static void copy_bf16(const Bf16* p, int64_t n, Bf16* to) {
     for (int64_t i = 0; i < 32; ++i) to[i] = i < n ? p[i] : Bf16{0};
   }
-  // A row of a panel: the first n pixels in their order, then zeros.
-  static void panel_row(const Bf16* p, int64_t n, Bf16* to) { V::copy_bf16(p, n, to); }
   // Rows k of a panel from the 32 x 32 square from[ld r + k].
   static void panel_square(const Bf16* from, int64_t ld, Bf16* to) {
     V::transpose_bf16(from, ld, to);
   }
-  // to[2 i] = low's pixel i, to[2 i + 1] = high's, for 32 i.
+  // The pixels among the first 16 of a line of sums are those below kFirstHalf, and maybe others.
+  static constexpr int64_t kFirstHalf = 16;
+  // to[2 i] = low's pixel i, to[2 i + 1] = high's, for 32 i: the order of a line's sums.
   static void interleave(const Bf16* low, const Bf16* high, Bf16* to) {
     for (int64_t i = 0; i < 32; ++i) {
       to[2 * i] = low[i];
       to[2 * i + 1] = high[i];
     }
+  }
+  // The same, reading the first n pixels alone.
+  static void interleave(const Bf16* low, const Bf16* high, int64_t n, Bf16* to) {
+    for (int64_t i = 0; i < 32; ++i) {
+      to[2 * i] = i < n ? low[i] : Bf16{0};
+      to[2 * i + 1] = i < n ? high[i] : Bf16{0};
+    }
+  }
+  // to[i] = from[i] for the lanes of a mask.
+  static void copy_lanes(const Bf16* from, uint32_t lanes, Bf16* to) {
+    for (int64_t i = 0; i < 32; ++i) {
+      if (lanes >> i & 1) to[i] = from[i];
+    }
+  }
+  // to[i] = from[Stride i], 0 where the input lane's bit is not set, for a vector's i.
+  template <int Stride>
+  static void plane_lanes(const Bf16* from, uint32_t mask, Bf16* to) {
+    for (int i = 0; i < V::kWidth; ++i)
+      to[i] = mask >> (Stride * i) & 1 ? from[Stride * i] : Bf16{0};
   }
   // to[32 k + r] = from[ld r + k] of a 32 x 32 square.
   static void transpose_bf16(const Bf16* from, int64_t ld, Bf16* to) {
@@ -45,7 +65,13 @@ struct PortableBf16 {
       for (int64_t k = 0; k < 32; ++k) to[32 * k + r] = from[ld * r + k];
     }
   }
-  // to[0 .. 32) = from + bias, clamped.
+  // sums += bias + pixels [0, 32).
+  template <class Reg>
+  static void add_line(const Bf16* pixels, Reg bias, float* sums) {
+    for (int64_t p = 0; p < 32; p += V::kWidth)
+      V::store(sums + p, V::add(V::add(V::load(sums + p), bias), V::load_bf16(pixels + p)));
+  }
+  // to[0 .. 32) = from + bias, clamped; from: a line of sums.
   template <class Reg>
   static void store_line(const float* from, Reg bias, Reg low, Reg high, Bf16* to) {
     for (int64_t p = 0; p < 32; p += V::kWidth)

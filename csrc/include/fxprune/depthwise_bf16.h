@@ -1,18 +1,29 @@
-// Depthwise convolution over kept taps in bfloat16: the rows of a plane that a band reads are
-// widened once, the float kernel runs on them in the near caches, and its result is rounded.
+// Depthwise convolution over kept taps in bfloat16: by dot products of pairs where the instruction
+// set has them. Elsewhere the rows of a plane that a band reads are widened once, the float kernel
+// runs on them in the near caches, and its result is rounded.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
+#include "fxprune/depthwise_pairs.h"
 #include "fxprune/depthwise_planes.h"
 
 namespace fxprune {
+
+// Outputs of a line, which tables and bands count in.
+template <class V>
+int64_t depthwise_bf16_width(const DepthwiseShape& a) {
+  return V::kDotsPairs && a.stride_w == 1 ? 2 * V::kWidth : V::kWidth;
+}
 
 // `taps` as for depthwise_taps; `scratch`: depthwise_bf16_scratch floats.
 template <class V>
 void depthwise_taps_bf16(const DepthwiseTapsBf16& a, const PlaneSpan& span, Tap* taps,
                          float* scratch) {
+  if constexpr (V::kDotsPairs) {
+    if (a.vectorised()) return depthwise_pairs<V>(a, span, scratch);
+  }
   constexpr int64_t kW = V::kWidth;
   const int64_t size = a.out_h * a.out_w, plane = a.height * a.width;
   const bool flat = a.flat(kW);
@@ -25,7 +36,7 @@ void depthwise_taps_bf16(const DepthwiseTapsBf16& a, const PlaneSpan& span, Tap*
   DepthwiseTaps wide{};
   static_cast<DepthwiseShape&>(wide) = a;
   for (int64_t i = span.begin; i < span.end; ++i) {
-    const Bf16* from = a.x + i * plane;
+    const Bf16* from = a.x + i * (plane + a.x_gap);
     int64_t p = first * a.width;
     const int64_t stop = last * a.width;
     for (; p + kW <= stop; p += kW) V::store(x + p, V::load_bf16(from + p));
@@ -34,7 +45,7 @@ void depthwise_taps_bf16(const DepthwiseTapsBf16& a, const PlaneSpan& span, Tap*
     wide.x = x - i * plane;
     wide.out = out - i * size;
     depthwise_taps<V>(wide, {i, i + 1, span.band_begin, span.band_end}, taps);
-    Bf16* to = a.out + i * size;
+    Bf16* to = a.out + i * (size + a.out_gap);
     int64_t o = begin;
     for (; o + kW <= end; o += kW) V::store_bf16(to + o, V::load(out + o));
     for (; o < end; ++o) to[o] = narrow(out[o]);

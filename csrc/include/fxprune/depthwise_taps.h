@@ -55,7 +55,7 @@ template <class T>
 struct DepthwiseTapsOf : DepthwiseShape {
   const T* x;  // (batch, channels, height, width)
   T* out;      // (batch, channels, out_h, out_w)
-  // Float: numbers from the end of a plane to the next one's start, as in TileGemmOf.
+  // Numbers from the end of a plane to the next one's start, as in TileGemmOf.
   int64_t x_gap = 0, out_gap = 0;
 };
 
@@ -79,7 +79,7 @@ struct PixelRange {
   int64_t begin, end;
 };
 
-inline PixelRange band_input(const DepthwiseTaps& a, int64_t vector_width, int64_t begin,
+inline PixelRange band_input(const DepthwiseShape& a, int64_t vector_width, int64_t begin,
                              int64_t end) {
   const int64_t line = a.flat(vector_width) ? vector_width : a.out_w;
   const int64_t last = std::min(end * line, a.out_h * a.out_w) - 1;  // output pixel
@@ -154,9 +154,13 @@ inline void rows_read(const DepthwiseShape& a, int64_t begin, int64_t end, int64
   *last = std::clamp<int64_t>(bottom, *first, a.height);
 }
 
-// Floats of scratch of the bfloat16 kernel: a plane of x and one of the result.
+// Floats of scratch of the bfloat16 kernels: the taps of a channel, each in up to three parts, a
+// plane of x and one of the result.
+inline int64_t depthwise_lists(const DepthwiseShape& a) {
+  return (9 * a.kernel() + 6 + 15) / 16 * 16;
+}
 inline int64_t depthwise_bf16_scratch(const DepthwiseShape& a) {
-  return a.height * a.width + a.out_h * a.out_w + 32;
+  return depthwise_lists(a) + a.height * a.width + a.out_h * a.out_w + 64;
 }
 
 }  // namespace fxprune

@@ -4,15 +4,21 @@
 
 #include <cstdint>
 
+#include "fxprune/bf16.h"
+
 namespace fxprune {
 
-struct MaxPool {
-  const float* x;  // (channels, height, width)
-  float* out;      // (channels, out_h, out_w)
+template <class T>
+struct MaxPoolOf {
+  const T* x;  // (channels, height, width)
+  T* out;      // (channels, out_h, out_w)
   int64_t channels, height, width, out_h, out_w;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t x_gap = 0, out_gap = 0;  // numbers between two channels' pixels
 };
+
+using MaxPool = MaxPoolOf<float>;
+using MaxPoolBf16 = MaxPoolOf<Bf16>;
 
 // Channels [first, last), output rows [begin, end).
 struct PoolSpan {
@@ -20,7 +26,8 @@ struct PoolSpan {
 };
 
 // Floats of scratch: a padded line, and what vectors read beyond its end.
-inline int64_t pool_scratch(const MaxPool& a, int64_t width) {
+template <class T>
+int64_t pool_scratch(const MaxPoolOf<T>& a, int64_t width) {
   return a.width + 2 * a.pad_w + a.dilation_w * a.kernel_w + 2 * width;
 }
 

@@ -10,8 +10,8 @@
 namespace fxprune {
 
 // The columns of the window that begins at line[ox * stride_w], for kWidth results.
-template <class V>
-typename V::Reg window_columns(const MaxPool& a, const float* line, int64_t ox) {
+template <class V, class Pool>
+typename V::Reg window_columns(const Pool& a, const float* line, int64_t ox) {
   constexpr int kW = V::kWidth;
   const auto column = [&](int64_t kx) {
     const float* p = line + ox * a.stride_w + kx * a.dilation_w;
@@ -26,36 +26,63 @@ typename V::Reg window_columns(const MaxPool& a, const float* line, int64_t ox) 
   return largest;
 }
 
-// line: pool_scratch() floats.
 template <class V>
-void max_pool(const MaxPool& a, const PoolSpan& span, float* line) {
+typename V::Reg load_pixels(const float* p, int64_t n) {
+  return V::load(p, V::first(n));
+}
+template <class V>
+typename V::Reg load_pixels(const Bf16* p, int64_t n) {
+  return V::load_bf16(p, n);
+}
+template <class V>
+void store_pixels(float* p, int64_t n, typename V::Reg pixels) {
+  V::store(p, V::first(n), pixels);
+}
+template <class V>
+void store_pixels(Bf16* p, int64_t n, typename V::Reg pixels) {
+  V::store_bf16(p, n, pixels);
+}
+
+// line: pool_scratch() floats.
+template <class V, class T>
+void pool_lines(const MaxPoolOf<T>& a, const PoolSpan& span, float* line) {
   constexpr int kW = V::kWidth;
   const float least = -std::numeric_limits<float>::infinity();
   const int64_t length = pool_scratch(a, kW);
   for (int64_t i = 0; i < length; ++i) line[i] = least;
   for (int64_t c = span.first; c < span.last; ++c) {
-    const float* plane = a.x + c * (a.height * a.width + a.x_gap);
-    float* out = a.out + c * (a.out_h * a.out_w + a.out_gap);
+    const T* plane = a.x + c * (a.height * a.width + a.x_gap);
+    T* out = a.out + c * (a.out_h * a.out_w + a.out_gap);
     for (int64_t oy = span.begin; oy < span.end; ++oy) {
       float* row = line + a.pad_w;
       bool joins = false;
       for (int64_t ky = 0; ky < a.kernel_h; ++ky) {
         const int64_t y = oy * a.stride_h - a.pad_h + ky * a.dilation_h;
         if (y < 0 || y >= a.height) continue;
-        const float* from = plane + y * a.width;
+        const T* from = plane + y * a.width;
         for (int64_t x = 0; x < a.width; x += kW) {
           const auto mask = V::first(a.width - x);
-          const auto pixels = V::load(from + x, mask);
+          const auto pixels = load_pixels<V>(from + x, a.width - x);
           V::store(row + x, mask, joins ? V::highest(V::load(row + x, mask), pixels) : pixels);
         }
         joins = true;
       }
       for (int64_t x = 0; x < a.width && !joins; ++x) row[x] = least;
       for (int64_t ox = 0; ox < a.out_w; ox += kW) {
-        V::store(out + oy * a.out_w + ox, V::first(a.out_w - ox), window_columns<V>(a, line, ox));
+        store_pixels<V>(out + oy * a.out_w + ox, a.out_w - ox, window_columns<V>(a, line, ox));
       }
     }
   }
+}
+
+template <class V>
+void max_pool(const MaxPool& a, const PoolSpan& span, float* line) {
+  pool_lines<V>(a, span, line);
+}
+
+template <class V>
+void max_pool_bf16(const MaxPoolBf16& a, const PoolSpan& span, float* line) {
+  pool_lines<V>(a, span, line);
 }
 
 }  // namespace fxprune

@@ -31,16 +31,22 @@ struct ConvLayout {
 // The GEMM part holds: m = out_h * out_w, k = channels / groups * kernel_h * kernel_w, n, the
 // packed weight and its epilogue. Every tile lies inside one group, and its index counts that
 // group's k.
-struct TileConv : TileGemm, ConvLayout {
+template <class T>
+struct TileConvOf : TileGemmOf<T>, ConvLayout {
   int64_t channels, height, width, groups, out_h, out_w;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 
   int64_t group_channels() const { return channels / groups; }
   int64_t plane_size() const { return plane_rows * pitch + gap; }
   int64_t channel_size() const { return row_planes * column_planes * plane_size(); }
-  int64_t group_of(int64_t tile) const { return columns[tile * granularity] / (n / groups); }
+  int64_t group_of(int64_t tile) const {
+    return this->columns[tile * this->granularity] / (this->n / groups);
+  }
   int64_t rows_of(int64_t band) const { return std::min(band_rows, out_h - band * band_rows); }
 };
+
+using TileConv = TileConvOf<float>;
+using TileConvBf16 = TileConvOf<Bf16>;
 
 // One unit of work: output rows [row, row + rows) of one image, at most band_rows of them, for
 // tiles [tile_begin, tile_end).

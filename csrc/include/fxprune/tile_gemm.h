@@ -44,8 +44,9 @@ struct TileGemmOf : TileShape {
   const T* residual;  // shape of out, or null
   const T* gate;      // (batch, k) or null; feature-major only
   T* out;             // feature-major (batch, n, m), row-major (m, n)
-  // Feature-major, float, register tiles: numbers from the end of a feature's pixels to the next
-  // one's. Negative where planes hold a part of the pixels, and then the pointers are moved back.
+  // Feature-major, all but narrow float tiles: numbers from the end of a feature's pixels to the
+  // next one's. Negative where planes hold a part of the pixels, and then the pointers are moved
+  // back.
   int64_t x_gap = 0, residual_gap = 0, out_gap = 0;
 
   int64_t ldx() const { return m + x_gap; }

@@ -40,6 +40,22 @@ inline int64_t bf16_group(const TileShape& a) {
   return std::max<int64_t>(1, kPanels / std::max<int64_t>(a.k * kPixels, 1));
 }
 
+// Which pixels of a plane the lanes of a block are: in each run, lane i is pixel shift + i.
+struct BlockLanes {
+  struct Run {
+    int32_t shift;
+    uint32_t lanes;
+  };
+  Run runs[kPixels];
+  int64_t count = 0;
+
+  void add(int64_t shift, int64_t first, int64_t last) {
+    const uint64_t lanes = (uint64_t{1} << last) - (uint64_t{1} << first);
+    runs[count++] = {static_cast<int32_t>(shift), static_cast<uint32_t>(lanes)};
+  }
+  bool whole() const { return count == 1 && runs[0].lanes == ~0u; }
+};
+
 // Calls f(position in the image) for every kept weight, in the order of the packed values.
 template <class F>
 void for_each_in_image(const TileShape& a, F f) {

@@ -171,20 +171,30 @@ struct Avx512Vectors {
     const __mmask32 mask = n >= 32 ? ~0u : (1u << n) - 1u;
     _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(mask, p));
   }
-  // A panel's row holds pixels 0 to 3, 16 to 19, 4 to 7, 20 to 23 and so on, so that interleaving
-  // two rows takes an instruction a half.
-  static void panel_row(const Bf16* p, int64_t n, Bf16* to) {
-    const __mmask32 mask = n >= 32 ? ~0u : (1u << n) - 1u;
-    const __m512i quads = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi64(quads, _mm512_maskz_loadu_epi16(mask, p)));
-  }
-  // to[2 i] = low's pixel i, to[2 i + 1] = high's, for 32 i.
+  // Interleaving two rows takes an instruction a half where their pixels stay in the lanes of 128
+  // bits they are in: a line of sums holds pixels 0 to 3, 8 to 11, 16 to 19 and 24 to 27, then the
+  // others. They are put in order when they are stored.
+  static constexpr int64_t kFirstHalf = 4;
   static void interleave(const Bf16* low, const Bf16* high, Bf16* to) {
-    const __m512i a = _mm512_loadu_si512(low), b = _mm512_loadu_si512(high);
-    _mm512_storeu_si512(to, _mm512_unpacklo_epi16(a, b));
-    _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi16(a, b));
+    interleave(_mm512_loadu_si512(low), _mm512_loadu_si512(high), to);
   }
-  // Rows k of a panel from the 32 x 32 square from[ld r + k].
+  // The same, reading the first n pixels alone.
+  static void interleave(const Bf16* low, const Bf16* high, int64_t n, Bf16* to) {
+    const __mmask32 mask = n >= 32 ? ~0u : (1u << n) - 1u;
+    interleave(_mm512_maskz_loadu_epi16(mask, low), _mm512_maskz_loadu_epi16(mask, high), to);
+  }
+  // to[i] = from[i] for the lanes of a mask.
+  static void copy_lanes(const Bf16* from, uint32_t lanes, Bf16* to) {
+    _mm512_mask_storeu_epi16(to, lanes, _mm512_maskz_loadu_epi16(lanes, from));
+  }
+  // to[i] = from[Stride i], 0 where the input lane's bit is not set, for a vector's i.
+  template <int Stride>
+  static void plane_lanes(const Bf16* from, uint32_t mask, Bf16* to) {
+    const __m256i lanes = Stride == 1 ? _mm256_maskz_loadu_epi16(static_cast<Mask>(mask), from)
+                                      : _mm512_cvtepi32_epi16(_mm512_maskz_loadu_epi16(mask, from));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), lanes);
+  }
+  // Rows k of a panel from the 32 x 32 square from[ld r + k]: in the order whose sums are in order.
   static void panel_square(const Bf16* from, int64_t ld, Bf16* to) {
     transposed_bf16(from, ld, to,
                     _mm512_set_epi32(0x3E003C, 0x3A0038, 0x1E001C, 0x1A0018, 0x360034, 0x320030,
@@ -224,11 +234,24 @@ struct Avx512Vectors {
       }
     }
   }
-  // to[0 .. 32) = from + bias, clamped.
+  // to[0 .. 32) = from + bias, clamped; from: a line of sums.
   static void store_line(const float* from, Reg bias, Reg low, Reg high, Bf16* to) {
     const Reg a = min(high, max(low, add(load(from), bias))),
               b = min(high, max(low, add(load(from + 16), bias)));
-    _mm512_storeu_si512(to, Isa::followed(a, b));
+    _mm512_storeu_si512(to, line_of(a, b));
+  }
+  // The lanes of a mask of a line, whose sums are in two registers.
+  static void store_line(Bf16* to, uint32_t lanes, Reg a, Reg b) {
+    _mm512_mask_storeu_epi16(to, lanes, line_of(a, b));
+  }
+  // sums += bias + pixels [0, 32).
+  static void add_line(const Bf16* pixels, Reg bias, float* sums) {
+    const __m512i as_sums = _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0);
+    const __m512i line = _mm512_permutexvar_epi64(as_sums, _mm512_loadu_si512(pixels));
+    const Reg a = widened(_mm512_castsi512_si256(line)),
+              b = widened(_mm512_extracti64x4_epi64(line, 1));
+    store(sums, add(add(load(sums), bias), a));
+    store(sums + 16, add(add(load(sums + 16), bias), b));
   }
   // Both rounded, one behind the other.
   static __m512i followed(Reg a, Reg b) {
@@ -241,7 +264,8 @@ struct Avx512Vectors {
     return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
 
-  // Pairs of bfloat16 as a dot product takes them.
+  // Pairs of bfloat16 as a dot product takes them. kDotsPairs: it is one instruction.
+  static constexpr bool kDotsPairs = false;
   struct Pairs {
     Reg low, high;
   };
@@ -285,6 +309,14 @@ struct Avx512Vectors {
       _mm512_storeu_si512(to + 64 * p, _mm512_permutex2var_epi16(a, even, b));
       _mm512_storeu_si512(to + 64 * p + 32, _mm512_permutex2var_epi16(a, odd, b));
     }
+  }
+  static __m512i line_of(Reg a, Reg b) {
+    const __m512i in_order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+    return _mm512_permutexvar_epi64(in_order, Isa::followed(a, b));
+  }
+  static void interleave(__m512i a, __m512i b, Bf16* to) {
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi16(a, b));
+    _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi16(a, b));
   }
   static const __m256i* as_vector(const Bf16* p) { return reinterpret_cast<const __m256i*>(p); }
   static Reg widened(__m256i a) {

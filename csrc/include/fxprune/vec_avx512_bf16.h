@@ -12,6 +12,7 @@ template <class Isa>
 struct Avx512Bf16Vectors : Avx512Vectors<Isa> {
   using Reg = __m512;
   using Pairs = __m512i;
+  static constexpr bool kDotsPairs = true;
 
   static Pairs load_pairs(const Bf16* p) { return _mm512_loadu_si512(p); }
   static Pairs set1_pairs(const Bf16* p) {
@@ -20,6 +21,16 @@ struct Avx512Bf16Vectors : Avx512Vectors<Isa> {
     return _mm512_set1_epi32(pair);
   }
   static Reg dot(Pairs a, Pairs b, Reg c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+  // Two lines of pixels, as the pairs of a line's sums.
+  static Pairs pairs_low(Pairs a, Pairs b) { return _mm512_unpacklo_epi16(a, b); }
+  static Pairs pairs_high(Pairs a, Pairs b) { return _mm512_unpackhi_epi16(a, b); }
+  // p[i] in the lanes of a mask, 0 or `other` elsewhere.
+  static Pairs load_lanes(const Bf16* p, uint32_t lanes) {
+    return _mm512_maskz_loadu_epi16(lanes, p);
+  }
+  static Pairs load_lanes(const Bf16* p, uint32_t lanes, Pairs other) {
+    return _mm512_mask_loadu_epi16(other, lanes, p);
+  }
   static __m256i narrowed(Reg a) { return (__m256i)_mm512_cvtneps_pbh(a); }
   static __m512i followed(Reg a, Reg b) { return (__m512i)_mm512_cvtne2ps_pbh(b, a); }
   static Reg joined(Reg even, Reg odd) {
