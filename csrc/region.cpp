@@ -13,6 +13,7 @@
 #include "region_program.h"
 #include "run_block.h"
 #include "run_block_bf16.h"
+#include "run_norm.h"
 #include "run_products.h"
 #include "run_split.h"
 
@@ -171,6 +172,10 @@ class Region {
       MaxPoolOf<T> a = step.pool;
       a.x = x, a.out = out, a.x_gap = gap(step.x), a.out_gap = gap(step.out);
       run_max_pool(a, pool);
+    } else if (step.code == Step::kNorm) {
+      ChannelNormOf<T> a = step.norm;
+      a.x = x, a.out = out, a.x_gap = gap(step.x), a.out_gap = gap(step.out);
+      run_channel_norm(a, pool);
     } else {
       TileConvOf<T> a = step.conv;
       a.x = x, a.out = out;

@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstring>
 #include <deque>
 #include <memory>
 #include <utility>
@@ -61,12 +62,13 @@ struct ValueOf {
 
 template <class T>
 struct StepOf {
-  enum Code { kDepthwise, kGemm, kMean, kConv, kPool } code;
+  enum Code { kDepthwise, kGemm, kMean, kConv, kPool, kNorm } code;
   int64_t x, residual = -1, gate = -1, out;
   DepthwiseTapsOf<T> depthwise{};
   TileGemmOf<T> gemm{};
   TileConvOf<T> conv{};
   MaxPoolOf<T> pool{};
+  ChannelNormOf<T> norm{};
 
   Activation& activation() {
     return code == kDepthwise ? depthwise.activation
@@ -168,8 +170,8 @@ class RegionProgram {
   }
 
   void read(int64_t code, const std::vector<int64_t>& arg) {
-    constexpr int64_t kCounts[] = {13, 12, 1, 19, 9};
-    STD_TORCH_CHECK(code >= 0 && code <= 4, "unknown step code ", code);
+    constexpr int64_t kCounts[] = {13, 12, 1, 19, 9, 4};
+    STD_TORCH_CHECK(code >= 0 && code <= 5, "unknown step code ", code);
     STD_TORCH_CHECK(static_cast<int64_t>(arg.size()) == kCounts[code], "step code ", code,
                     " takes ", kCounts[code], " arguments, got ", arg.size());
     Step step;
@@ -182,6 +184,8 @@ class RegionProgram {
       result.shape = {shape[0]};
     } else if (step.code == Step::kPool) {
       result.shape = read_pool(&step, shape, arg);
+    } else if (step.code == Step::kNorm) {
+      result.shape = read_norm(&step, shape, arg);
     } else {
       const int64_t activation = arg.back();
       STD_TORCH_CHECK(activation >= 0 && activation < 9, "unknown activation ", activation);
@@ -279,6 +283,17 @@ class RegionProgram {
     return {a.channels, a.out_h, a.out_w};
   }
 
+  Shape read_norm(Step* step, const Shape& shape, const std::vector<int64_t>& arg) {
+    STD_TORCH_CHECK(shape.size() >= 2, "norm needs (C, *spatial) values");
+    ChannelNormOf<T>& a = step->norm;
+    a.channels = shape[0], a.size = floats(shape) / std::max<int64_t>(shape[0], 1);
+    a.weight = bias(arg[1], a.channels), a.bias = bias(arg[2], a.channels);
+    STD_TORCH_CHECK(arg[3] >= 0 && arg[3] < kInfinityBits, "eps must be the bits of a float >= 0");
+    const uint32_t bits = static_cast<uint32_t>(arg[3]);
+    std::memcpy(&a.eps, &bits, sizeof(bits));
+    return shape;
+  }
+
   // PW -> DW pairs whose expanded value has no other reader, and blocks of steps.
   void fuse() {
     for (size_t s = 0; s + 1 < steps_.size(); ++s) {
@@ -348,7 +363,7 @@ class RegionProgram {
     }
   }
   static bool takes_gaps(const Step& step) {
-    return step.code == Step::kDepthwise || step.code == Step::kPool ||
+    return step.code == Step::kDepthwise || step.code == Step::kPool || step.code == Step::kNorm ||
            (step.code == Step::kGemm && step.feature_major && !runs_panel(step.gemm));
   }
   static bool runs_panel(const TileShape& gemm) {
@@ -411,6 +426,7 @@ class RegionProgram {
     }
   }
 
+  static constexpr int64_t kInfinityBits = 0x7F800000;
   static constexpr int64_t kLine = 64 / sizeof(T);  // numbers of a cache line
   static constexpr int64_t kRow = -2;               // an offset: in the room of the tail
 

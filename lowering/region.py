@@ -30,10 +30,12 @@ _GEMM = torch.ops.fxprune.tile_gemm.default
 _CONV = torch.ops.fxprune.tile_conv.default
 _MEAN = aten.mean.dim
 _POOL = aten.max_pool2d.default
+_NORM = torch.ops.fxprune.channel_norm.default
 _SLICE = aten.slice.Tensor
 _RESHAPES = (aten.flatten.using_ints, aten.unflatten.int, aten.reshape.default)
 _REGION = torch.ops.fxprune.region.default
-_WEIGHTS: dict[Any, slice] = {_DEPTHWISE: slice(1, 4), _GEMM: slice(1, 6), _CONV: slice(1, 6)}  # which operands are
+# which operands are weights
+_WEIGHTS: dict[Any, slice] = {_DEPTHWISE: slice(1, 4), _GEMM: slice(1, 6), _CONV: slice(1, 6), _NORM: slice(1, 3)}
 
 
 @dataclass
@@ -106,6 +108,8 @@ def _eligible(node: Node, members: list[Node], weights: Weights) -> bool:
         return False
     if node.target is _CONV:
         return True
+    if node.target is _NORM:
+        return x.dim() == 4
     if node.target is _POOL:
         return len(node.args) == 5 and node.args[0] in members
     if node.target is _SLICE:
@@ -195,6 +199,8 @@ class _Program:
             record, code = [source, 1, 1, *stride, 0, 0, 1, 1], ops.POOL
         elif node.target is _POOL:
             record, code = [self.value(a[0]), *[n for window in a[1:5] for n in window]], ops.POOL
+        elif node.target is _NORM:
+            record, code = [self.value(a[0]), *weights, ops.bits_of(a[3])], ops.NORM
         else:
             record, code = [self.value(a[0])], ops.MEAN
         self.code += [code, len(record), *record]

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from ..context import Context
 from .fold_batchnorm import fold_batchnorm
+from .fold_scale import fold_scale
 from .fold_weights import fold_weights
 from .fuse_epilogue import fuse_epilogue
 from .fuse_gate import fuse_gate
@@ -54,6 +55,7 @@ FORWARD: tuple[Pass, ...] = (
     normalize_gemm,  # right after: what else multiplies by a constant matrix
     relax_views,  # after in-place activations became functional; before plan, which asks what addresses memory
     fold_batchnorm,  # before matching, so that a match sees the weight the kernel will run
+    fold_scale,  # likewise
     lower_precision,  # after folding, which is exact in float32; before matching, so that matches have the types of autocast
     shrink,  # after folding, so that a filter and its BatchNorm are one; before matching, so that masks are of what is left
     match_depthwise,

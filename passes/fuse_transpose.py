@@ -1,7 +1,7 @@
 """Run a channels-last chain feature-major, so that the transposes around it cancel.
 
     permute(x, NHWC) -> layer_norm(C) -> tile_gemm(-1) -> gelu -> tile_gemm(-1) -> permute(NCHW)
-        =>  channel norm(x) -> tile_gemm(1) -> gelu -> tile_gemm(1)
+        =>  channel_norm(x) -> tile_gemm(1) -> gelu -> tile_gemm(1)
 
 A region starts at a permute to channels-last and may hold LayerNorm over the channels, our GEMMs and pointwise calls of
 one operand. It is rewritten only when every exit is the inverse permute; one other user and it stays as it is.
@@ -20,6 +20,7 @@ from .fuse_epilogue import activation_name
 
 _TO_LAST, _TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 _FEATURE_DIM = 10
+_KERNELS = (torch.float32, torch.bfloat16)  # the types channel_norm has kernels for
 
 
 def fuse_transpose(gm: GraphModule, ctx: Context) -> int:
@@ -29,7 +30,7 @@ def fuse_transpose(gm: GraphModule, ctx: Context) -> int:
         if node.op == "call_function" and _is_permute(node, _TO_LAST) and node.users:
             region = _region(node)
             if region is not None:
-                removed += _rewrite(node, *region)
+                removed += _rewrite(node, *region, ctx)
     return removed
 
 
@@ -65,12 +66,12 @@ def _convertible(node: Node) -> bool:
     return activation_name(node) is not None
 
 
-def _rewrite(start: Node, inner: list[Node], exits: list[Node]) -> int:
+def _rewrite(start: Node, inner: list[Node], exits: list[Node], ctx: Context) -> int:
     moved: dict[Any, Any] = {start: start.args[0]}
     for node in inner:
         x = moved[node.args[0]]
         if is_call(node, aten.layer_norm.default):
-            moved[node] = _channel_norm(node, x)
+            moved[node] = _channel_norm(node, x, ctx)
         elif is_call(node, torch.ops.fxprune.tile_gemm.default):
             operands = [x, *node.args[1:]]
             operands[_FEATURE_DIM] = 1
@@ -84,19 +85,27 @@ def _rewrite(start: Node, inner: list[Node], exits: list[Node]) -> int:
     return 1 + len(exits)
 
 
-def _channel_norm(node: Node, x: Node) -> Node:
-    """LayerNorm over dimension 1 of (B, C, H, W), in the operations Inductor fuses into one loop; in float32, as eager's."""
+def _channel_norm(node: Node, x: Node, ctx: Context) -> Node:
+    """LayerNorm over dimension 1 of (B, C, H, W): one operator on a CPU, outside training."""
     result = fake(node)
     assert result is not None, node
-    if result.dtype == torch.bfloat16:
-        x = call(node, aten.to.dtype, x, torch.float32)
-    operands = [*node.args[2:], *[None] * 3][:2]
+    weight, bias = [*node.args[2:], *[None] * 3][:2]
     eps = node.args[4] if len(node.args) > 4 else 1e-5
+    if ctx.inference and isinstance(eps, float) and result.device.type == "cpu" and result.dtype in _KERNELS:
+        return call(node, torch.ops.fxprune.channel_norm.default, x, weight, bias, eps)
+    return _spelled_out(node, x, weight, bias, eps)
+
+
+def _spelled_out(node: Node, x: Node, weight: Any, bias: Any, eps: Any) -> Node:
+    """In the operations Inductor fuses into one loop; in float32, as eager's."""
+    half = fake(node).dtype == torch.bfloat16  # type: ignore[union-attr]
+    if half:
+        x = call(node, aten.to.dtype, x, torch.float32)
     mean = call(node, aten.mean.dim, x, [1], True)
     centred = call(node, aten.sub.Tensor, x, mean)
     variance = call(node, aten.mean.dim, call(node, aten.mul.Tensor, centred, centred), [1], True)
     y = call(node, aten.mul.Tensor, centred, call(node, aten.rsqrt.default, call(node, aten.add.Scalar, variance, eps)))
-    for operand, target in zip(operands, (aten.mul.Tensor, aten.add.Tensor), strict=True):
+    for operand, target in ((weight, aten.mul.Tensor), (bias, aten.add.Tensor)):
         if operand is not None:
             y = call(node, target, y, call(node, aten.reshape.default, operand, [*(shape(operand) or ()), 1, 1]))
-    return call(node, aten.to.dtype, y, torch.bfloat16) if result.dtype == torch.bfloat16 else y
+    return call(node, aten.to.dtype, y, torch.bfloat16) if half else y

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <utility>
 
@@ -21,6 +22,7 @@
 #endif
 
 #include "fxprune/amx.h"
+#include "fxprune/channel_norm_blocks.h"
 #include "fxprune/depthwise_bf16.h"
 #include "fxprune/max_pool_lines.h"
 #include "fxprune/tile_conv_bf16.h"

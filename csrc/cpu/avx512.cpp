@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -21,6 +22,7 @@
 #endif
 
 #include "fxprune/channel_mean.h"
+#include "fxprune/channel_norm_blocks.h"
 #include "fxprune/depthwise_bf16.h"
 #include "fxprune/depthwise_planes.h"
 #include "fxprune/max_pool_lines.h"

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <utility>
 
@@ -19,6 +20,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
 #endif
 
+#include "fxprune/channel_norm_blocks.h"
 #include "fxprune/depthwise_bf16.h"
 #include "fxprune/max_pool_lines.h"
 #include "fxprune/tile_conv_bf16.h"

@@ -1,6 +1,7 @@
 """The semantic operators. Adding one is a file here and its name in ``OPS``."""
 
 from fxprune.ops import (
+    channel_norm,
     depthwise_gradients,
     depthwise_pool,
     depthwise_taps,
@@ -30,6 +31,7 @@ OPS: tuple[Operator, ...] = (
     tile_conv_gradients.INPUT,
     tile_conv_gradients.WEIGHT,
     depthwise_pool.OPERATOR,
+    channel_norm.OPERATOR,
     dsconv.OPERATOR,
     tile_pack.PACK,
     tile_pack.UNPACK,

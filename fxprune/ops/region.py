@@ -8,6 +8,7 @@
     conv (3):      x, values, index, tile_ptr, columns, bias, residual, out_features, granularity, kernel h w, stride h w,
                    padding h w, dilation h w, groups, activation
     max pool (4):  x, kernel h w, stride h w, padding h w, dilation h w
+    norm (5):      x, weight, bias, the bits of eps as float32      over the channels
 
 All values are float32, or all bfloat16. x, residual and gate are values: first the inputs, then
 one per step. Weights are parts of a bundle (``fxprune/ops/bundle.py``); -1 is absent. The program is data: it can be
@@ -16,20 +17,22 @@ printed, checked, exported and rebuilt.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxprune.ops import activation, depthwise_taps, tile_conv, tile_gemm
+from fxprune.ops import activation, channel_norm, depthwise_taps, tile_conv, tile_gemm
 from fxprune.ops.bundle import bundle, unbundle
 from fxprune.ops.operator import Args, Operator
 
 aten = torch.ops.aten
-DEPTHWISE, GEMM, MEAN, CONV, POOL = range(5)
+DEPTHWISE, GEMM, MEAN, CONV, POOL, NORM = range(6)
+_CALLED: Any = (depthwise_taps, tile_gemm, tile_conv, channel_norm)
 PARTS = "fxprune_parts"  # node.meta: the names of the weights in the bundle
-_NAMES = {DEPTHWISE: "depthwise", GEMM: "gemm", MEAN: "mean", CONV: "conv", POOL: "max pool"}
+_NAMES = {DEPTHWISE: "depthwise", GEMM: "gemm", MEAN: "mean", CONV: "conv", POOL: "max pool", NORM: "norm"}
 
 
 def records(program: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
@@ -54,6 +57,7 @@ def interpret(
     depthwise: Callable[..., Tensor],
     gemm: Callable[..., Tensor],
     conv: Callable[..., Tensor],
+    norm: Callable[..., Tensor],
 ) -> list[Tensor]:
     """Run the steps one by one. part: returns a weight, from its number and, for a matrix, its sizes."""
     values = list(x)
@@ -85,9 +89,20 @@ def interpret(
             values.append(conv(*operands, a[7], a[8], *windows, a[17], activation.NAMES[a[18]]))
         elif code == POOL:
             values.append(aten.max_pool2d.default(_as_image(values[a[0]]), a[1:3], a[3:5], a[5:7], a[7:9]))
+        elif code == NORM:
+            values.append(norm(values[a[0]], bias(a[1]), bias(a[2]), float_of(a[3])))
         else:
             values.append(values[a[0]].flatten(2).mean(2, dtype=torch.float32).to(values[a[0]].dtype))
     return [values[i] for i in outputs]
+
+
+def bits_of(value: float) -> int:
+    """Return the bits of a float32, as a program holds it."""
+    return int.from_bytes(struct.pack("<f", value), "little")
+
+
+def float_of(bits: int) -> float:
+    return float(struct.unpack("<f", bits.to_bytes(4, "little"))[0])
 
 
 def parts_of(weights: Sequence[Tensor], layout: Sequence[int], dtype: torch.dtype | None = None) -> Callable[..., Tensor]:
@@ -108,14 +123,14 @@ def reference(
 ) -> list[Tensor]:
     """Run the steps on the operators' references. x: (B, C, *), all with one B; weights, layout: a bundle."""
     part = parts_of(weights, layout, x[0].dtype)
-    return interpret(x, part, program, outputs, depthwise_taps.reference, tile_gemm.reference, tile_conv.reference)
+    return interpret(x, part, program, outputs, *(op.reference for op in _CALLED))
 
 
 def fake(x: list[Tensor], weights: list[Tensor], layout: list[int], program: list[int], outputs: list[int]) -> list[Tensor]:
     def part(number: int, *sizes: int) -> Tensor:
         return weights[0]  # results' sizes follow from the program alone
 
-    shapes = interpret(x, part, program, outputs, depthwise_taps.fake, tile_gemm.fake, tile_conv.fake)
+    shapes = interpret(x, part, program, outputs, *(op.fake for op in _CALLED))
     return [s.new_empty(s.shape) for s in shapes]
 
 

@@ -45,6 +45,7 @@ POSITIVE: dict[str, tuple[Callable[..., object], int]] = {
     # body, permutes removed
     "two layers": (lambda m, x: first(m.down(F.relu(m.up(last(m.dw(x)))))) + x, 2),
     "negative dims": (lambda m, x: m.down(F.relu(m.up(m.dw(x).permute(0, -2, -1, 1)))).permute(0, -1, 1, 2) + x, 2),
+    "scale inside": (lambda m, x: first(m.down(F.relu(m.up(last(m.dw(x))))) * m.scale) + x, 2),
     "one layer, two exits": (lambda m, x: (lambda y: first(y) * 2 + first(F.relu(y)))(m.up(last(x))), 3),
 }
 
@@ -64,7 +65,7 @@ def test_layer_norm_becomes_a_channel_norm(affine: bool) -> None:
         model.norm = nn.LayerNorm(8, eps=0.5, elementwise_affine=False)
     run = check(model, X)
     assert run.context.counts["fuse_transpose"] == 2 and run.ops["layer_norm"] + run.ops["permute"] == 0
-    assert run.ops["tile_gemm"] == 2
+    assert run.ops["tile_gemm"] == 2 and run.ops["channel_norm"] == 1
 
 
 TWINS: dict[str, Callable[..., object]] = {
@@ -73,7 +74,7 @@ TWINS: dict[str, Callable[..., object]] = {
     "no way out": lambda m, x: m.down(F.relu(m.up(last(m.dw(x))))),
     "another permute": lambda m, x: m.down(F.relu(m.up(last(m.dw(x))))).permute(0, 3, 2, 1),
     "not from channels first": lambda m, x: first(m.down(F.relu(m.up(m.dw(x).permute(0, 3, 2, 1))))),
-    "scale inside": lambda m, x: first(m.down(F.relu(m.up(last(m.dw(x))))) * m.scale) + x,
+    "shift inside": lambda m, x: first(m.down(F.relu(m.up(last(m.dw(x))))) + m.scale) + x,
     "norm over more": lambda m, x: first(m.down(m.up(F.layer_norm(last(m.dw(x)), (6, 8))))) + x,
     "softmax inside": lambda m, x: first(m.down(m.up(last(m.dw(x))).amax(3, keepdim=True).expand(2, 5, 6, 16))) + x,
     "residual inside": lambda m, x: first(m.down(F.relu(m.up(last(m.dw(x))))) + last(x)),
