@@ -155,7 +155,7 @@ def _form(match: Match, mask: torch.Tensor, planned: LayerMask | None, covers: b
     if not candidates:
         return None
     single = match.kind in ("pointwise", "conv") and candidates[0].tiling.granularity == 1
-    if match.recurrent is not None or _refusal(match, candidates[0], ctx) or len(candidates) == 1 and not single:
+    if match.recurrent is not None or _refusal(match, candidates[0], ctx) or (len(candidates) == 1 and not single):
         return candidates[0]
     best = min(candidates, key=lambda layer: ctx.measure(match, layer).sparse)
     if best.tiling.granularity == 1 and single:
