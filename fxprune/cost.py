@@ -43,6 +43,7 @@ _STRIP = {1: 8, -1: 4}  # output features (feature-major) or vectors of them (ro
 # our operator, dense feature-major, dense channels-last
 _DEPTHWISE = ("depthwise_taps", "depthwise_nchw", "depthwise_nhwc")
 _POINTWISE = ("tile_gemm_pixels", "conv1x1_nchw", "conv1x1_nhwc")
+_CONV = ("tile_conv", "conv_nchw", "conv_nhwc")
 
 
 def depthwise_terms(
@@ -152,6 +153,7 @@ def tile_gemm_bf16_terms(
     shared = dev.threads * 1e3
     return {
         "call": 1,
+        "tiles": blocks * len(counts) / shared,
         "products": blocks * products / shared,
         "loads": blocks * gathered / shared,
         "copied": blocks * k / shared,
@@ -219,7 +221,7 @@ def work(dev: Device, match: Match, mask: LayerMask | None, batch: Size | None =
 
     x, y = ([hint(s) for s in shape] for shape in (match.geometry.x, match.geometry.y))
     b, (n, k) = x[0] if batch is None else size(batch), match.matrix_shape
-    half = match.value.dtype == torch.bfloat16 and match.kind != "conv"  # larger convolutions have float32 kernels alone
+    half = match.value.dtype == torch.bfloat16
     item, suffix = (_HALF, "_bf16") if half else (_FLOAT, "")
     if match.kind == "depthwise":
         window: dict[str, Any] = {"height": y[2], "width": math.prod(y[3:]), "stride": match.geometry.stride[0]}
@@ -249,8 +251,8 @@ def work(dev: Device, match: Match, mask: LayerMask | None, batch: Size | None =
         conv = dense_conv_terms(dev, batch=b, in_channels=k, out_channels=n, **window)
         return [(name + suffix, t) for name, t in zip(_POINTWISE, (ours, conv, conv), strict=True)]
     conv = dense_conv_terms(dev, batch=b, in_channels=x[1], out_channels=n, kernel=g.kernel, groups=g.groups, **window)
-    ours["copied"] = _FLOAT * b * math.prod(x[1:]) / 1e6  # the planes that the taps are read from
-    return [("tile_conv", ours), ("conv_nchw", conv), ("conv_nhwc", conv)]
+    ours["copied"] = item * b * math.prod(x[1:]) / 1e6  # the planes that the taps are read from
+    return [(name + suffix, t) for name, t in zip(_CONV, (ours, conv, conv), strict=True)]
 
 
 def _tiles(dev: Device, layer: LayerMask, batch: Size, pixels: Size, feature_dim: int, half: bool = False) -> dict[str, Any]:

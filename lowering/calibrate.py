@@ -116,10 +116,7 @@ def _samples() -> Iterator[tuple[str, dict[str, Any], float]]:
 
 
 def _matches(generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Iterator[Match]:
-    """Matches of no graph: measuring and predicting read only kind, weight and geometry.
-
-    In bfloat16 without larger convolutions, which have no kernel.
-    """
+    """Matches of no graph: measuring and predicting read only kind, weight and geometry."""
 
     def match(kind: str, weight: tuple[int, ...], geometry: Geometry) -> Match:
         nowhere: Any = None
@@ -132,7 +129,7 @@ def _matches(generator: torch.Generator, dtype: torch.dtype = torch.float32) -> 
         yield match("depthwise", (c, 1, window, window), geometry)
     for b, k, n, side in POINTWISE:
         yield match("pointwise", (n, k, 1, 1), Geometry((b, k, side, side), (b, n, side, side)))
-    for b, k, n, side, window, stride in CONV if dtype == torch.float32 else ():
+    for b, k, n, side, window, stride in CONV:
         out, pad = -(-side // stride), window // 2
         geometry = Geometry((b, k, side, side), (b, n, out, out), (window, window), (stride, stride), (pad, pad))
         yield match("conv", (n, k, window, window), geometry)

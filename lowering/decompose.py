@@ -190,12 +190,17 @@ def _channels(node: Node, dim: int) -> int:
     return int(x.shape[dim])
 
 
-def _gemm(node: Node, values: Tensor, index: Tensor, tile_ptr: Tensor, columns: Tensor) -> nn.Module:
-    n, g, dim, activation = (argument(node, name) for name in ("out_features", "granularity", "feature_dim", "activation"))
+def _matrix(values: Tensor, index: Tensor, tile_ptr: Tensor, columns: Tensor, g: int, n: int, k: int) -> Tensor:
+    """Return the dense weight (n, k), in float32 also from bfloat16 values or an image of them."""
     if values.dim() == 2:
         values = tile_image.from_image(values, tile_ptr, columns, g)
     (values,) = widened(values)
-    weight = tile_pack.unpack_reference(values, index, tile_ptr, columns, g, n, _channels(node, dim))
+    return tile_pack.unpack_reference(values, index, tile_ptr, columns, g, n, k)
+
+
+def _gemm(node: Node, values: Tensor, index: Tensor, tile_ptr: Tensor, columns: Tensor) -> nn.Module:
+    n, g, dim, activation = (argument(node, name) for name in ("out_features", "granularity", "feature_dim", "activation"))
+    weight = _matrix(values, index, tile_ptr, columns, g, n, _channels(node, dim))
     ends = tile_ptr.tolist()
     tiles = [index[a:b].long() for a, b in pairwise(ends)]
     return Gemm(weight, columns, tiles, g, dim, activation)
@@ -204,7 +209,7 @@ def _gemm(node: Node, values: Tensor, index: Tensor, tile_ptr: Tensor, columns: 
 def _conv(node: Node, values: Tensor, index: Tensor, tile_ptr: Tensor, columns: Tensor) -> nn.Module:
     n, g, groups, kernel = (argument(node, name) for name in ("out_features", "granularity", "groups", "kernel_size"))
     channels = _channels(node, 1) // groups
-    flat = tile_pack.unpack_reference(values, index, tile_ptr, columns, g, n, channels * kernel[0] * kernel[1])
+    flat = _matrix(values, index, tile_ptr, columns, g, n, channels * kernel[0] * kernel[1])
     return Conv(flat.reshape(n, channels, *kernel), columns, _windows(node), groups, argument(node, "activation"))
 
 

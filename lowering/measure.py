@@ -115,9 +115,8 @@ def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> 
     layer = mask or tile.keep_all(match.matrix_shape, match.tile_width(unit.granularity))
     n, dim, step = match.matrix_shape[0], 1 if match.kind == "pointwise" else -1, g.stride
     if match.kind == "conv":
-        weights = tile.operands(matrix, layer.mask, layer.tiling)
-        if x.is_cuda:
-            weights = [t.to(x.device) for t in tile.imaged(weights, layer.tiling, x.device)]
+        weights = tile.imaged(tile.operands(matrix, layer.mask, layer.tiling), layer.tiling, x.device)
+        weights = [t.to(x.device) for t in weights]
         shape = (n, layer.tiling.granularity, *g.windows, g.groups, "none")
         return lambda: torch.ops.fxprune.tile_conv(x, *weights, None, None, *shape)
     x = x.flatten(1) if one_pixel(match) else x

@@ -21,7 +21,7 @@ from ..left import may_prune, other_readers, why_left
 from ..match import Match
 from ..plan import PrunedWeight, lookup
 from ..planner import choose_masks, pattern_of
-from ..sparsity import dcp, refit
+from ..sparsity import dcp, refit, tile
 from ..sparsity.found import describe, forms
 from ..sparsity.pattern import LayerMask, any_nonzero
 from ..staircase import choose_levels
@@ -154,9 +154,16 @@ def _form(match: Match, mask: torch.Tensor, planned: LayerMask | None, covers: b
     candidates = forms(mask, widths, planned, covers, _drops(match))
     if not candidates:
         return None
-    if len(candidates) == 1 or match.recurrent is not None or _refusal(match, candidates[0], ctx):
+    single = match.kind in ("pointwise", "conv") and candidates[0].tiling.granularity == 1
+    if match.recurrent is not None or _refusal(match, candidates[0], ctx) or (len(candidates) == 1 and not single):
         return candidates[0]
-    return min(candidates, key=lambda layer: ctx.measure(match, layer).sparse)
+    best = min(candidates, key=lambda layer: ctx.measure(match, layer).sparse)
+    if best.tiling.granularity == 1 and single:
+        # in a group that wins, wide tiles that keep everything would run as well, and may be faster
+        whole = tile.keep_all(match.matrix_shape, match.tile_width(native))
+        if ctx.measure(match, whole).sparse < ctx.measure(match, best).sparse:
+            return None
+    return best
 
 
 def regions(convs: list[Match]) -> Iterable[list[Match]]:

@@ -225,10 +225,12 @@ def test_bfloat16_has_rates_of_its_own(
         assert cost.evaluate(cost.price(AVX512, *symbolic), B=7) == pytest.approx(cost.price(AVX512, *numeric))
 
 
-def test_larger_convolutions_in_bfloat16_count_as_float32() -> None:
-    shape = ("conv", (96, 64 * 9), (1, 64, 28, 28), (1, 96, 28, 28))
-    half, single = (match(*shape, dtype, kernel=(3, 3)) for dtype in (torch.bfloat16, torch.float32))
-    assert cost.work(AVX512, half, None) == cost.work(AVX512, single, None)
+def test_larger_convolutions_in_bfloat16_have_rates_of_their_own() -> None:
+    half = match("conv", (96, 64 * 9), (1, 64, 28, 28), (1, 96, 28, 28), torch.bfloat16, kernel=(3, 3))
+    (name, ours), (nchw, _), (nhwc, _) = cost.work(AVX512, half, None)
+    assert (name, nchw, nhwc) == ("tile_conv_bf16", "conv_nchw_bf16", "conv_nhwc_bf16")
+    assert ours["copied"] == pytest.approx(2 * 64 * 28 * 28 / 1e6)  # bytes of the planes
+    assert ours["products"] == pytest.approx(25 * 3 * 18 * 2 / AVX512.threads / 1e3)  # blocks, tiles, depth, strips
 
 
 def test_bfloat16_blocks_are_whole() -> None:

@@ -80,5 +80,5 @@ def test_the_shapes_are_fixed_and_every_kind_is_timed() -> None:
     assert first == second
     assert {m.kind for m in calibrate._matches(torch.Generator())} == {"depthwise", "pointwise", "conv", "linear"}
     halves = list(calibrate._matches(torch.Generator(), torch.bfloat16))
-    assert {m.kind for m in halves} == {"depthwise", "pointwise", "linear"}
+    assert {m.kind for m in halves} == {"depthwise", "pointwise", "conv", "linear"}
     assert {m.value.dtype for m in halves} == {torch.bfloat16}

@@ -47,12 +47,6 @@ struct PortableBf16 {
       to[2 * i + 1] = i < n ? high[i] : Bf16{0};
     }
   }
-  // to[i] = from[i] for the lanes of a mask.
-  static void copy_lanes(const Bf16* from, uint32_t lanes, Bf16* to) {
-    for (int64_t i = 0; i < 32; ++i) {
-      if (lanes >> i & 1) to[i] = from[i];
-    }
-  }
   // to[i] = from[Stride i], 0 where the input lane's bit is not set, for a vector's i.
   template <int Stride>
   static void plane_lanes(const Bf16* from, uint32_t mask, Bf16* to) {
@@ -65,17 +59,49 @@ struct PortableBf16 {
       for (int64_t k = 0; k < 32; ++k) to[32 * k + r] = from[ld * r + k];
     }
   }
-  // sums += bias + pixels [0, 32).
-  template <class Reg>
-  static void add_line(const Bf16* pixels, Reg bias, float* sums) {
-    for (int64_t p = 0; p < 32; p += V::kWidth)
-      V::store(sums + p, V::add(V::add(V::load(sums + p), bias), V::load_bf16(pixels + p)));
+  // Lines of 32 pixels. lanes: which of a plane's pixels they are (BlockLanes).
+  struct Line {
+    Bf16 lane[32];
+  };
+  static Line load_line(const Bf16* p) {
+    Line line;
+    for (int64_t i = 0; i < 32; ++i) line.lane[i] = p[i];
+    return line;
   }
-  // to[0 .. 32) = from + bias, clamped; from: a line of sums.
+  template <class Lanes>
+  static Line load_line(const Bf16* plane, const Lanes& lanes) {
+    Line line = {};
+    for (int64_t r = 0; r < lanes.count; ++r) {
+      for (int64_t i = 0; i < 32; ++i) {
+        if (lanes.runs[r].lanes >> i & 1) line.lane[i] = plane[lanes.runs[r].shift + i];
+      }
+    }
+    return line;
+  }
+  static void store_line(Bf16* p, const Line& line) {
+    for (int64_t i = 0; i < 32; ++i) p[i] = line.lane[i];
+  }
+  template <class Lanes>
+  static void store_line(Bf16* plane, const Lanes& lanes, const Line& line) {
+    for (int64_t r = 0; r < lanes.count; ++r) {
+      for (int64_t i = 0; i < 32; ++i) {
+        if (lanes.runs[r].lanes >> i & 1) plane[lanes.runs[r].shift + i] = line.lane[i];
+      }
+    }
+  }
+  // from + bias, clamped and rounded; from: a line of sums.
   template <class Reg>
-  static void store_line(const float* from, Reg bias, Reg low, Reg high, Bf16* to) {
+  static Line line_of(const float* from, Reg bias, Reg low, Reg high) {
+    Line line;
     for (int64_t p = 0; p < 32; p += V::kWidth)
-      V::store_bf16(to + p, V::min(high, V::max(low, V::add(V::load(from + p), bias))));
+      V::store_bf16(line.lane + p, V::min(high, V::max(low, V::add(V::load(from + p), bias))));
+    return line;
+  }
+  // sums += bias + pixels
+  template <class Reg>
+  static void add_line(const Line& pixels, Reg bias, float* sums) {
+    for (int64_t p = 0; p < 32; p += V::kWidth)
+      V::store(sums + p, V::add(V::add(V::load(sums + p), bias), V::load_bf16(pixels.lane + p)));
   }
   // to[ld p + j] = lines[j][p] + bias[j], clamped, for p < count, j < features <= 32. `square`:
   // 1024 floats of scratch.

@@ -55,19 +55,19 @@ void pool_lines(const MaxPoolOf<T>& a, const PoolSpan& span, float* line) {
     T* out = a.out + c * (a.out_h * a.out_w + a.out_gap);
     for (int64_t oy = span.begin; oy < span.end; ++oy) {
       float* row = line + a.pad_w;
-      bool joins = false;
-      for (int64_t ky = 0; ky < a.kernel_h; ++ky) {
-        const int64_t y = oy * a.stride_h - a.pad_h + ky * a.dilation_h;
-        if (y < 0 || y >= a.height) continue;
-        const T* from = plane + y * a.width;
-        for (int64_t x = 0; x < a.width; x += kW) {
-          const auto mask = V::first(a.width - x);
-          const auto pixels = load_pixels<V>(from + x, a.width - x);
-          V::store(row + x, mask, joins ? V::highest(V::load(row + x, mask), pixels) : pixels);
-        }
-        joins = true;
+      const int64_t top = oy * a.stride_h - a.pad_h;
+      // Rows of the window on the image: [first, last) of kernel_h.
+      int64_t first = 0, last = a.kernel_h;
+      while (first < last && top + first * a.dilation_h < 0) ++first;
+      while (last > first && top + (last - 1) * a.dilation_h >= a.height) --last;
+      const T* from = plane + (top + first * a.dilation_h) * a.width;
+      for (int64_t x = 0; x < a.width; x += kW) {
+        auto joined = V::set1(least);
+        const T* row_at = from + x;
+        for (int64_t ky = first; ky < last; ++ky, row_at += a.dilation_h * a.width)
+          joined = V::highest(joined, load_pixels<V>(row_at, a.width - x));
+        V::store(row + x, V::first(a.width - x), joined);
       }
-      for (int64_t x = 0; x < a.width && !joins; ++x) row[x] = least;
       for (int64_t ox = 0; ox < a.out_w; ox += kW) {
         store_pixels<V>(out + oy * a.out_w + ox, a.out_w - ox, window_columns<V>(a, line, ox));
       }

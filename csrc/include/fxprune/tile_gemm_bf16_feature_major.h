@@ -37,17 +37,13 @@ struct PixelsBf16 : TileBf16<V> {
       Bf16* const line = plane + lanes.runs[0].shift;
       for (int64_t r = 0; r < rows; ++r, sums += kPixels) {
         const Reg shift = bias ? V::set1(bias[columns[r]]) : V::zero();
-        V::store_line(sums, shift, low, high, line + columns[r] * pitch);
+        V::store_line(line + columns[r] * pitch, V::line_of(sums, shift, low, high));
       }
       return;
     }
     for (int64_t r = 0; r < rows; ++r, sums += kPixels) {
       const Reg shift = bias ? V::set1(bias[columns[r]]) : V::zero();
-      Bf16* out = plane + columns[r] * pitch;
-      alignas(64) Bf16 line[kPixels];
-      V::store_line(sums, shift, low, high, line);
-      for (int64_t i = 0; i < lanes.count; ++i)
-        V::copy_lanes(line, lanes.runs[i].lanes, out + lanes.runs[i].shift);
+      V::store_line(plane + columns[r] * pitch, lanes, V::line_of(sums, shift, low, high));
     }
   }
 
@@ -60,11 +56,9 @@ struct PixelsBf16 : TileBf16<V> {
       return;
     }
     const Bf16* from = a.residual + (image * a.n + feature) * a.ldr();
-    if (lanes.whole()) return V::add_line(from + lanes.runs[0].shift, bias, sums);
-    alignas(64) Bf16 line[kPixels] = {};
-    for (int64_t i = 0; i < lanes.count; ++i)
-      V::copy_lanes(from + lanes.runs[i].shift, lanes.runs[i].lanes, line);
-    V::add_line(line, bias, sums);
+    V::add_line(
+        lanes.whole() ? V::load_line(from + lanes.runs[0].shift) : V::load_line(from, lanes), bias,
+        sums);
   }
 
   // Output features [from, to), of which `columns` were computed; `line`: 32 floats of scratch.

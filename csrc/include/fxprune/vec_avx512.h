@@ -183,10 +183,6 @@ struct Avx512Vectors {
     const __mmask32 mask = n >= 32 ? ~0u : (1u << n) - 1u;
     interleave(_mm512_maskz_loadu_epi16(mask, low), _mm512_maskz_loadu_epi16(mask, high), to);
   }
-  // to[i] = from[i] for the lanes of a mask.
-  static void copy_lanes(const Bf16* from, uint32_t lanes, Bf16* to) {
-    _mm512_mask_storeu_epi16(to, lanes, _mm512_maskz_loadu_epi16(lanes, from));
-  }
   // to[i] = from[Stride i], 0 where the input lane's bit is not set, for a vector's i.
   template <int Stride>
   static void plane_lanes(const Bf16* from, uint32_t mask, Bf16* to) {
@@ -234,20 +230,35 @@ struct Avx512Vectors {
       }
     }
   }
-  // to[0 .. 32) = from + bias, clamped; from: a line of sums.
-  static void store_line(const float* from, Reg bias, Reg low, Reg high, Bf16* to) {
-    const Reg a = min(high, max(low, add(load(from), bias))),
-              b = min(high, max(low, add(load(from + 16), bias)));
-    _mm512_storeu_si512(to, line_of(a, b));
+  // Lines of 32 pixels. lanes: which of a plane's pixels they are (BlockLanes).
+  using Line = __m512i;
+  static Line load_line(const Bf16* p) { return _mm512_loadu_si512(p); }
+  template <class Lanes>
+  static Line load_line(const Bf16* plane, const Lanes& lanes) {
+    Line line = _mm512_setzero_si512();
+    for (int64_t i = 0; i < lanes.count; ++i)
+      line = _mm512_mask_loadu_epi16(line, lanes.runs[i].lanes, plane + lanes.runs[i].shift);
+    return line;
+  }
+  static void store_line(Bf16* p, Line line) { _mm512_storeu_si512(p, line); }
+  template <class Lanes>
+  static void store_line(Bf16* plane, const Lanes& lanes, Line line) {
+    for (int64_t i = 0; i < lanes.count; ++i)
+      _mm512_mask_storeu_epi16(plane + lanes.runs[i].shift, lanes.runs[i].lanes, line);
+  }
+  // from + bias, clamped and rounded; from: a line of sums.
+  static Line line_of(const float* from, Reg bias, Reg low, Reg high) {
+    return line_of(min(high, max(low, add(load(from), bias))),
+                   min(high, max(low, add(load(from + 16), bias))));
   }
   // The lanes of a mask of a line, whose sums are in two registers.
   static void store_line(Bf16* to, uint32_t lanes, Reg a, Reg b) {
     _mm512_mask_storeu_epi16(to, lanes, line_of(a, b));
   }
-  // sums += bias + pixels [0, 32).
-  static void add_line(const Bf16* pixels, Reg bias, float* sums) {
+  // sums += bias + pixels
+  static void add_line(Line pixels, Reg bias, float* sums) {
     const __m512i as_sums = _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0);
-    const __m512i line = _mm512_permutexvar_epi64(as_sums, _mm512_loadu_si512(pixels));
+    const __m512i line = _mm512_permutexvar_epi64(as_sums, pixels);
     const Reg a = widened(_mm512_castsi512_si256(line)),
               b = widened(_mm512_extracti64x4_epi64(line, 1));
     store(sums, add(add(load(sums), bias), a));

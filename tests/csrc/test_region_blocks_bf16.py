@@ -1,0 +1,69 @@
+"""Blocks of a network as regions in bfloat16: the bits of the operators one by one, on each instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxprune.ops import region
+from fxprune.ops.bundle import bundle, unbundle
+from tests.csrc.kernels import BF16_ISAS, OPS, use_isa
+from tests.csrc.test_region_blocks import RELU6, Case, block
+from tests.integers import generator, integers, tiles
+
+
+@pytest.fixture(params=BF16_ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield from use_isa(request.param)
+
+
+def check(case: Case) -> None:
+    def half(held: list[Tensor]) -> list[Tensor]:
+        return [t.bfloat16() if t.is_floating_point() else t for t in held]
+
+    x, weights, layout, code, outputs = case
+    x, (weights, layout) = half(x), bundle(half(unbundle(weights, layout)))
+    part = region.parts_of(weights, layout)
+    expected = region.interpret(x, part, code, outputs, OPS.depthwise_taps, OPS.tile_gemm, OPS.tile_conv)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            for given, right in zip(OPS.region(x, weights, layout, code, outputs), expected, strict=True):
+                assert torch.equal(given, right), f"{threads} threads"
+    finally:
+        torch.set_num_threads(before)
+    assert all((y != 0).float().mean() > 0.3 for y in expected)
+
+
+@pytest.mark.parametrize("stride", (1, 2))
+@pytest.mark.parametrize("kernel", (3, 5))
+def test_bands(isa: str, kernel: int, stride: int) -> None:
+    check(block(1, (150, 151), kernel, stride))
+    check(block(3, (161, 96), kernel, stride, granularity=32))
+    check(block(1, (75, 49), kernel, stride, dilation=2))
+
+
+@pytest.mark.parametrize("size", ((14, 14), (28, 30), (13, 57), (2, 200), (200, 2)))
+def test_small_planes(isa: str, size: tuple[int, int]) -> None:
+    for stride in (1, 2):
+        check(block(1, size, 3, stride))
+        check(block(3, size, 5, stride, granularity=32))
+
+
+@pytest.mark.parametrize("columns", (1.0, 0.7))
+@pytest.mark.parametrize("size", ((56, 57), (28, 28), (14, 15), (7, 7)))
+def test_two_products(isa: str, size: tuple[int, int], columns: float) -> None:
+    """Wide values between two 1x1 convolutions, with and without a residual."""
+    gen = generator(*size, int(10 * columns))
+    packed: list[Tensor] = []
+    code: list[int] = []
+    for x, k, n, residual in ((0, 20, 300, -1), (1, 300, 20, 0), (2, 20, 260, -1), (3, 260, 24, -1)):
+        first = len(packed)
+        packed.extend([*tiles(gen, n, k, 32, keep=0.4, columns=columns)[1], integers(gen, n)])
+        code.extend([region.GEMM, 12, x, *range(first, first + 5), residual, -1, n, 32, 1, RELU6])
+    for batch in (1, 3):
+        check(([integers(gen, batch, 20, *size)], *bundle(packed), code, [2, 4]))
