@@ -170,6 +170,7 @@ class PlatformWheel(bdist_wheel):
 
 
 SOURCES = [
+    "csrc/clear_pruned.cpp",
     "csrc/nm_prune.cpp",
     "csrc/ops.cpp",
     "csrc/region.cpp",

@@ -5,6 +5,7 @@
 #include <string>
 #include <type_traits>
 
+#include "fxprune/clear_rows.h"
 #include "fxprune/depthwise_taps.h"
 #include "fxprune/max_pool.h"
 #include "fxprune/nm_prune.h"
