@@ -98,7 +98,7 @@ class HeldSteps:
 
 
 def clear(pairs: Kept) -> None:
-    """Zero what each tensor's bits do not keep: an AND of integers, exact over NaN and Inf and without a branch per element."""
+    """Zero what each tensor's bits do not keep: an AND of integers, exact over NaN and Inf."""
     fast: list[tuple[Tensor, Tensor]] = []
     for tensor, bits in pairs:
         own = local(tensor)
@@ -138,7 +138,9 @@ def _leaves_zeros(optimizer: torch.optim.Optimizer) -> bool:
     if divides is None:
         return False
     # unless it is fused, torch's square root on a CPU is MKL's, which takes four times as long over zeros
-    return not divides or all(group["eps"] > 0 and (group.get("fused") or _on_gpu(group)) for group in optimizer.param_groups)
+    return not divides or all(
+        group["eps"] > 0 and (group.get("fused") or _on_gpu(group)) for group in optimizer.param_groups
+    )
 
 
 def _on_gpu(group: dict[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """Open the calls that hide linear layers: ``nn.MultiheadAttention`` and the fast path of ``nn.TransformerEncoderLayer``.
 
     F.multi_head_attention_forward(q, k, v, ..., w_in, b_in, ..., w_out, b_out)  =>  the ATen calls that it makes
-    torch._transformer_encoder_layer_fwd(x, ...)                                 =>  layer_norm, linear, attention, linear ...
+    torch._transformer_encoder_layer_fwd(x, ...)                                 =>  layer_norm, linear, attention ...
 
 Dynamo keeps both as one call; the second stands in graphs for inference alone, also in exported programs. Not opened, with a
 reason in the report: the fast path with a mask, nested tensors, and numbers that Dynamo made symbolic (``dynamic=True``).

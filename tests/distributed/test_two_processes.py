@@ -41,7 +41,7 @@ def launch(cases: str, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranks")
-    launch("ddp,fsdp,dtensor,sdgp,plan", path)
+    launch("ddp,fsdp,dtensor,sdgp,plan,split", path)
     launch("resume", path)
     return path
 
@@ -111,10 +111,11 @@ def test_a_restarted_group_ends_where_the_first_did(folder: Path) -> None:
     same(found(folder, "resume")[0]["masks"], found(folder, "ddp")[0]["masks"])
 
 
-def test_a_pruned_model_compiled_under_ddp_trains_as_one_process(folder: Path, worker: Any) -> None:
-    first, second = found(folder, "plan")
+@pytest.mark.parametrize("case", ["plan", "split"])
+def test_a_pruned_model_compiled_under_ddp_trains_as_one_process(folder: Path, worker: Any, case: str) -> None:
+    first, second = found(folder, case)
     same(first["weights"], second["weights"])
-    assert len(first["chosen"]) == 5 and all(first["chosen"])
+    assert len(first["chosen"]) == 5 and all(first["chosen"]) and (case == "plan" or first["parts"] > 1)
     torch._dynamo.reset()
     model = worker.Wide()
     assert all(worker.masked_steps(model, lambda m: m, 0, 1))

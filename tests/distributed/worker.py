@@ -158,6 +158,7 @@ def sdgp(rank: int, world: int, folder: Path) -> dict[str, Any]:
 
 def masked_steps(model: nn.Module, wrap: Any, rank: int, world: int) -> list[bool]:
     """Train four steps with the zeros of a plan held; returns which layers' masks are part of what was compiled."""
+    torch._dynamo.reset()
     result = fxprune.prune(model, torch.zeros(4, 16), sparsity=0.75, inplace=True)
     wrapped = wrap(model)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
@@ -180,7 +181,14 @@ def plan(rank: int, world: int, folder: Path) -> dict[str, Any]:
     return {"weights": full(model), "chosen": chosen}
 
 
-CASES = {"plan": plan, "ddp": ddp, "resume": resume, "fsdp": fsdp, "dtensor": dtensor, "sdgp": sdgp}
+def split(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """The same in graphs that DDP splits at its buckets: parts are compiled when they meet their weights."""
+    model = Wide()
+    chosen = masked_steps(model, lambda m: DistributedDataParallel(m, bucket_cap_mb=1), rank, world)
+    return {"weights": full(model), "chosen": chosen, "parts": len(fxprune.backend.LAST_REPORTS)}
+
+
+CASES = {"split": split, "plan": plan, "ddp": ddp, "resume": resume, "fsdp": fsdp, "dtensor": dtensor, "sdgp": sdgp}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Attention is opened where it hides linear layers: the same values, and layers that prune, run sparse and have gradients."""
+"""Attention is opened where it hides linear layers: the same values, and layers that prune, run sparse, have gradients."""
 
 from __future__ import annotations
 
