@@ -20,15 +20,17 @@ WORKER = Path(__file__).resolve().parent / "worker.py"
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
 
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(WORKER.parent.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
+
+
 def launch(cases: str, folder: Path) -> None:
     """Run both ranks; a rank that fails takes the other down."""
-    root = str(WORKER.parent.parent.parent)
-    environment = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     ranks = [
         subprocess.Popen(
             [sys.executable, str(WORKER), cases, str(folder)],
-            env={**environment, "RANK": str(rank)},
+            env={**environment(), "WORLD_SIZE": "2", "RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -109,6 +111,19 @@ def test_sharded_weights_prune_as_whole_ones(folder: Path, worker: Any) -> None:
 def test_a_restarted_group_ends_where_the_first_did(folder: Path) -> None:
     same(found(folder, "resume")[0]["weights"], found(folder, "ddp")[0]["weights"])
     same(found(folder, "resume")[0]["masks"], found(folder, "ddp")[0]["masks"])
+
+
+def test_a_rank_that_dies_and_restarts_ends_where_the_others_did(folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    done = subprocess.run(
+        [*command, str(WORKER), "killed", str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = found(tmp_path, "killed")
+    assert first["started"] == second["started"] == 5
+    for given in (first, second):
+        same(given["weights"], found(folder, "ddp")[0]["weights"])
+        same(given["masks"], found(folder, "ddp")[0]["masks"])
 
 
 @pytest.mark.parametrize("case", ["plan", "split"])
