@@ -4,8 +4,9 @@
 
 Steps (forward, backward, an optimizer, ``Pruner.step``) of one network are interleaved without a pruner and with one per
 importance. A step is of one of three kinds: one that prunes, one whose gradients Taylor scores add up, any other. The
-median of each kind beside the same steps without a pruner, weighted by how often it comes with a round every so many
-steps, is the amortised overhead; here rounds follow each other faster than that.
+median of each kind beside the same updates without a pruner (optimizer and pruner: forward and backward do not change),
+weighted by how often it comes with a round every so many steps, is the amortised overhead; here rounds follow each other
+faster than that.
 The result is benchmarks/results/<machine>/pruner.json; benchmarks/render_sdgp.py writes docs/sdgp-results.md from it.
 """
 
@@ -87,12 +88,17 @@ class Loop:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, **OPTIMIZERS[optimizer])
         self.pruner = None if pruner is None else pruner(self.model)
 
-    def step(self) -> None:
+    def step(self) -> tuple[float, float]:
+        """Return the milliseconds of the whole step and of its update, in which everything that a pruner does lies."""
+        start = time.perf_counter()
         self.optimizer.zero_grad()
         self.model(self.x).square().mean().backward()
+        middle = time.perf_counter()
         self.optimizer.step()
         if self.pruner is not None:
             self.pruner.step()
+        end = time.perf_counter()
+        return 1e3 * (end - start), 1e3 * (end - middle)
 
 
 def measured(net: str, optimizer: str, rounds: int, every: int) -> list[dict[str, Any]]:
@@ -106,18 +112,20 @@ def measured(net: str, optimizer: str, rounds: int, every: int) -> list[dict[str
 
     loops = {"none": Loop(model, x, optimizer, None)}
     loops |= {name: Loop(model, x, optimizer, pruner(name)) for name in IMPORTANCES}
-    times: dict[str, list[float]] = {name: [] for name in loops}
+    times: dict[str, list[float]] = {name: [] for name in loops}  # of updates
+    steps = []
     for _ in range(rounds * CYCLE):
         for name, loop in loops.items():
-            start = time.perf_counter()
-            loop.step()
-            times[name].append((time.perf_counter() - start) * 1e3)
+            step, update = loop.step()
+            times[name].append(update)
+            if name == "none":
+                steps.append(step)
     rows = []
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     for name in IMPORTANCES:
         costs = overheads(times["none"], times[name], every)
         amortised = sum(ms * count for ms, count in costs.values()) / every
-        plain = statistics.median(times["none"])
+        plain = statistics.median(steps)
         row = {
             "net": net,
             "optimizer": optimizer,

@@ -125,12 +125,12 @@ def _open(node: Node, function: Callable[..., Any]) -> None:
         with node.graph.inserting_before(node):
             new = made[inner] = node.graph.call_function(inner.target, args, kwargs)
         new.meta = {**kept, "example_value": inner.meta["val"]}
-    (result,) = traced.graph.output_node().args
-    result = torch.fx.map_arg(result, made.__getitem__)
+    result: Any = torch.fx.map_arg(traced.graph.output_node().args[0], made.__getitem__)
     if isinstance(result, Node):
         node.replace_all_uses_with(result)
     else:
         for user in [user for user in node.users if user.target is operator.getitem]:
-            user.replace_all_uses_with(result[user.args[1]])
+            position: Any = user.args[1]
+            user.replace_all_uses_with(result[position])
             node.graph.erase_node(user)
     node.graph.erase_node(node)
