@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from fxprune.hold_steps import HeldSteps, clear, local, written
+from fxprune.hold_steps import HeldSteps, clear, written
 
 _WIDTHS = (64, 32, 8)  # of tiles
 _WIDE = 32  # output features that share bits from which on those are int32: an AND of one width is faster
@@ -39,10 +39,14 @@ class Places:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._owners: dict[str, tuple[nn.Module, str]] = {}  # of the names asked for: every step asks for all
 
     def __getitem__(self, name: str) -> nn.Parameter:
-        owner, _, leaf = name.rpartition(".")
-        found = self._modules[owner]._parameters[leaf]
+        if name not in self._owners:
+            owner, _, leaf = name.rpartition(".")
+            self._owners[name] = (self._modules[owner], leaf)
+        module, leaf = self._owners[name]
+        found = module._parameters[leaf]
         assert found is not None
         return found
 
@@ -97,7 +101,7 @@ class Holder:
         for name, mask in self._masks.items():
             parameter = self._places[name]
             known = self._kept.get(name)
-            if known is None or known[0] is not parameter or known[1].device != local(parameter).device:
+            if known is None or known[0] is not parameter or known[1].device != parameter.device:
                 known = self._kept[name] = (parameter, bits(shard(mask, parameter)))
             yield parameter, known[1]
 
@@ -124,7 +128,9 @@ class Holder:
 
     def _kept_of(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
         mine = _parameters(optimizer)
-        return (pair for pair in self.kept() if id(pair[0]) in mine)
+        for pair in self.kept():
+            if id(pair[0]) in mine:
+                yield pair
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
