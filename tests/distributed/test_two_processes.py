@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,19 +26,24 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
 
 
-def launch(cases: str, folder: Path) -> None:
-    """Run both ranks; a rank that fails takes the other down."""
-    ranks = [
+def attempt(cases: str, folder: Path, number: int) -> tuple[list[int], str]:
+    """Run both ranks; returns their exit codes and what they said. A rank that fails takes the other down."""
+    both = [
         subprocess.Popen(
             [sys.executable, str(WORKER), cases, str(folder)],
-            env={**environment(), "WORLD_SIZE": "2", "RANK": str(rank)},
+            env={**environment(), "WORLD_SIZE": "2", "RANK": str(rank), "ATTEMPT": str(number)},
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(error[-3000:] for error in errors)
+    errors = [rank.communicate(timeout=300)[1] for rank in both]
+    return [rank.returncode for rank in both], "\n".join(error[-3000:] for error in errors)
+
+
+def launch(cases: str, folder: Path, number: int = 0) -> None:
+    codes, errors = attempt(cases, folder, number)
+    assert codes == [0, 0], errors
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +120,9 @@ def test_a_restarted_group_ends_where_the_first_did(folder: Path) -> None:
 
 
 def test_a_rank_that_dies_and_restarts_ends_where_the_others_did(folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    done = subprocess.run(
-        [*command, str(WORKER), "killed", str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes, errors = attempt("killed", tmp_path, 0)
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None), errors
+    launch("killed", tmp_path, 1)
     first, second = found(tmp_path, "killed")
     assert first["started"] == second["started"] == 5
     for given in (first, second):

@@ -121,8 +121,8 @@ def resume(rank: int, world: int, folder: Path) -> dict[str, Any]:
 
 
 def killed(rank: int, world: int, folder: Path) -> dict[str, Any]:
-    """Save every step; in step 5 of the first attempt a rank is killed, and ``torchrun`` starts both again."""
-    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    """Save every step; in step 5 of the first attempt a rank is killed, and both are started again."""
+    first = os.environ["ATTEMPT"] == "0"
     model, wrapped, optimizer, pruner = begun()
     for done in range(8, 0, -1):
         if not first and (folder / f"step-{done}" / ".metadata").exists():
@@ -233,7 +233,7 @@ def main() -> None:
     names, folder = sys.argv[1].split(","), Path(sys.argv[2])
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
-    store = "env://" if "TORCHELASTIC_RESTART_COUNT" in os.environ else f"file://{folder}/store-{names[0]}"
+    store = f"file://{folder}/store-{names[0]}-{os.environ['ATTEMPT']}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
     for name in names:
         torch.save(copy.deepcopy(CASES[name](rank, world, folder)), folder / f"{name}-{rank}.pt")
