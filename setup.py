@@ -171,6 +171,7 @@ class PlatformWheel(bdist_wheel):
 
 SOURCES = [
     "csrc/channel_norm.cpp",
+    "csrc/clear_pruned.cpp",
     "csrc/nm_prune.cpp",
     "csrc/ops.cpp",
     "csrc/region.cpp",

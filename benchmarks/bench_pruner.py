@@ -2,10 +2,11 @@
 
     python benchmarks/bench_pruner.py [--rounds 3] [--every 50] [--threads 1] [--out FILE]
 
-Steps (forward, backward, AdamW, ``Pruner.step``) of the same network are interleaved without a pruner and with one per
+Steps (forward, backward, an optimizer, ``Pruner.step``) of one network are interleaved without a pruner and with one per
 importance. A step is of one of three kinds: one that prunes, one whose gradients Taylor scores add up, any other. The
-median of each kind beside the same steps without a pruner, weighted by how often it comes with a round every so many
-steps, is the amortised overhead; here rounds follow each other faster than that.
+median of each kind beside the same updates without a pruner (optimizer and pruner: forward and backward do not change),
+weighted by how often it comes with a round every so many steps, is the amortised overhead; here rounds follow each other
+faster than that.
 The result is benchmarks/results/<machine>/pruner.json; benchmarks/render_sdgp.py writes docs/sdgp-results.md from it.
 """
 
@@ -33,12 +34,14 @@ from torch.nn.parallel import DistributedDataParallel
 import fxprune
 
 SPARSITY, IMPORTANCES = 0.75, ("magnitude", "taylor")
+OPTIMIZERS: dict[str, dict[str, Any]] = {"AdamW": {}, "AdamW, fused": {"fused": True}}
 CYCLE, WINDOW = 16, 10  # steps between two rounds here; those of which Taylor scores are the sum
 RUN = 12  # steps of the comparisons with a resumed run and with two processes
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
     parser.add_argument("--rounds", type=int, default=3, help="pruning rounds that are timed")
     parser.add_argument("--every", type=int, default=50, help="steps between two rounds of the loop that is reported")
     parser.add_argument("--threads", type=int, default=1)
@@ -49,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     record = {
         "threads": args.threads,
         "every": args.every,
-        "rows": [row for net in NETS for row in measured(net, args.rounds, args.every)],
+        "rows": [row for net in args.nets for name in OPTIMIZERS for row in measured(net, name, args.rounds, args.every)],
         "equality": {"resumed": resumed(), "two processes": two_processes()},
         **origin(),
     }
@@ -78,20 +81,27 @@ NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 class Loop:
     """One copy of a network in training, with a pruner or without."""
 
-    def __init__(self, model: nn.Module, x: Tensor, pruner: Callable[[nn.Module], fxprune.Pruner] | None) -> None:
+    def __init__(
+        self, model: nn.Module, x: Tensor, optimizer: str, pruner: Callable[[nn.Module], fxprune.Pruner] | None
+    ) -> None:
         self.model, self.x = copy.deepcopy(model).train(), x
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, **OPTIMIZERS[optimizer])
         self.pruner = None if pruner is None else pruner(self.model)
 
-    def step(self) -> None:
+    def step(self) -> tuple[float, float]:
+        """Return the milliseconds of the whole step and of its update, in which everything that a pruner does lies."""
+        start = time.perf_counter()
         self.optimizer.zero_grad()
         self.model(self.x).square().mean().backward()
+        middle = time.perf_counter()
         self.optimizer.step()
         if self.pruner is not None:
             self.pruner.step()
+        end = time.perf_counter()
+        return 1e3 * (end - start), 1e3 * (end - middle)
 
 
-def measured(net: str, rounds: int, every: int) -> list[dict[str, Any]]:
+def measured(net: str, optimizer: str, rounds: int, every: int) -> list[dict[str, Any]]:
     """Return a row per importance: milliseconds of a step and of each kind's overhead, and bytes."""
     torch.manual_seed(0)
     model, x = NETS[net]()
@@ -100,26 +110,30 @@ def measured(net: str, rounds: int, every: int) -> list[dict[str, Any]]:
     def pruner(importance: str) -> Callable[[nn.Module], fxprune.Pruner]:
         return lambda m: fxprune.Pruner(m, x, sparsity=SPARSITY, schedule=schedule, importance=importance, window=WINDOW)
 
-    loops = {"none": Loop(model, x, None), **{name: Loop(model, x, pruner(name)) for name in IMPORTANCES}}
-    times: dict[str, list[float]] = {name: [] for name in loops}
+    loops = {"none": Loop(model, x, optimizer, None)}
+    loops |= {name: Loop(model, x, optimizer, pruner(name)) for name in IMPORTANCES}
+    times: dict[str, list[float]] = {name: [] for name in loops}  # of updates
+    steps = []
     for _ in range(rounds * CYCLE):
         for name, loop in loops.items():
-            start = time.perf_counter()
-            loop.step()
-            times[name].append((time.perf_counter() - start) * 1e3)
+            step, update = loop.step()
+            times[name].append(update)
+            if name == "none":
+                steps.append(step)
     rows = []
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     for name in IMPORTANCES:
         costs = overheads(times["none"], times[name], every)
         amortised = sum(ms * count for ms, count in costs.values()) / every
-        plain = statistics.median(times["none"])
+        plain = statistics.median(steps)
         row = {
             "net": net,
+            "optimizer": optimizer,
             "importance": name,
             "step ms": round(plain, 3),
             **{kind: round(ms, 3) for kind, (ms, _) in costs.items()},
             "overhead": round(amortised / plain, 5),
-            "bytes": bytes_of(net, name),
+            "bytes": bytes_of(net, optimizer, name),
             "weights": weights,
         }
         print(row, flush=True)
@@ -139,10 +153,10 @@ def overheads(plain: list[float], pruned: list[float], every: int) -> dict[str, 
     return {kind: (statistics.median(more), counts[kind]) for kind, more in kinds.items()}
 
 
-def bytes_of(net: str, importance: str) -> int:
+def bytes_of(net: str, optimizer: str, importance: str) -> int:
     """Return the bytes that a pruner's tensors take after its first round, with Taylor scores of nearly a window."""
     model, x = NETS[net]()
-    loop = Loop(model, x, None)
+    loop = Loop(model, x, optimizer, None)
     for _ in range(3):  # gradients and moments are there
         loop.step()
     before = live_bytes()

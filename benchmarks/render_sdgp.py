@@ -32,11 +32,11 @@ TEXT_SPEED = """One training step (forward, backward, SGD) compiled by us agains
 interleaved; the ratio is the median over the rounds. With "auto" each layer prunes only where pruning and a product that
 skips zeros were measured to be faster than the dense product by `min_speedup`; `layers` counts them, of those that could
 have been pruned. The gain of a layer is its data gradient's, pruning included."""
-TEXT_PRUNER = """What `fxprune.Pruner` adds to a step (forward, backward, AdamW) in eager mode, at 75 % zeros: in most steps
-it zeroes weights and moments, before a round Taylor scores are added up, a round chooses masks. "amortised" is
-the share of the time without a pruner, with a round every {every} steps. The first is a matter of memory bandwidth: it
-reads and writes weights and two moments once, so its share falls with the rows that a step computes. Bytes are those of
-the pruner's tensors before the second round, scores included."""
+TEXT_PRUNER = """What `fxprune.Pruner` adds to a step (forward, backward, optimizer) in eager mode, at 75 % zeros: in most
+steps it zeroes weights and two moments, or with a fused optimizer gradients alone; before a round Taylor scores are added
+up, a round chooses masks. "amortised" is the share of the time without a pruner, with a round every {every} steps. The first
+is a matter of memory bandwidth, so its share falls with the rows that a step computes. Bytes are those of the pruner's
+tensors before the second round, scores included."""
 LAYERS = {
     "perceptron": "The perceptron has layers of 1024 x 1024.",
     "transformer": "The transformer has those of BERT base.",
@@ -129,9 +129,20 @@ def overheads(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         times = (f"{row['other ms']:.1f}", f"{row['window ms']:.1f}", f"{row['round ms']:.1f}")
         share = f"{row['bytes'] / row['weights']:.2f}"
-        lines.append((row["net"], row["importance"], f"{row['step ms']:.1f}", *times, f"{row['overhead']:.1%}", share))
+        lines.append(
+            (
+                row["net"],
+                row["optimizer"],
+                row["importance"],
+                f"{row['step ms']:.1f}",
+                *times,
+                f"{row['overhead']:.1%}",
+                share,
+            )
+        )
     head = (
         "network",
+        "optimizer",
         "importance",
         "step ms",
         "+ ms",

@@ -85,10 +85,9 @@ def train(steps: int) -> None:
 
     torch._dynamo.reset()
     result.plan.hold(optimizer)
-    with torch._dynamo.config.patch(optimize_ddp=False):  # one graph, in which the plan of a weight is found
-        call = torch.compile(DistributedDataParallel(model), backend="hwprune")
-        for step in range(steps, 2 * steps):
-            update(call, optimizer, images, classes, step)
+    call = torch.compile(DistributedDataParallel(model), backend="hwprune")
+    for step in range(steps, 2 * steps):
+        update(call, optimizer, images, classes, step)
     report("fine-tuned with its plan", model, images, classes)
     zeros = (model.second.weight == 0).float().mean().item()
     if dist.get_rank() == 0:

@@ -10,6 +10,7 @@ import copy
 import json
 import logging
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from fxprune.capture import Captured, detect
 from fxprune.compiled import Built, CompiledGraph
 from fxprune.config import Config
 from fxprune.context import BatchSide, Context, Decision, Observer, Shrunk, Sizes
-from fxprune.errors import ConfigError, FxPruneError, RequireSparse, VerificationError
+from fxprune.errors import ConfigError, FxPruneError, NoGradientPruned, RequireSparse, VerificationError
 from fxprune.gradients import gradient_clock, gradient_table, ratio_at, ratios
 from fxprune.left import may_prune
 from fxprune.lowering import calibrate, codegen, library, measure
@@ -39,12 +40,12 @@ from fxprune.lowering.region import form_regions
 from fxprune.match import Match
 from fxprune.passes import FORWARD, Sdgp
 from fxprune.passes.plan import regions, unsupported
-from fxprune.plan import lookup
+from fxprune.plan import generation, lookup
 from fxprune.report import Table
 from fxprune.staircase import Staircase, grouped, staircases
 from fxprune.symbols import Symbols
 from fxprune.target import search
-from fxprune.weights import Weights, is_state, remember_names, states
+from fxprune.weights import Weights, are_hidden, is_state, remember_names, states
 
 log = logging.getLogger(__name__)
 
@@ -119,10 +120,14 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         return Built(run, packs, ctx, ctx.side, _holds(config, training))
 
     def build_later(args: Sequence[Any]) -> Built:
+        if are_hidden(args):
+            return Built(gm.forward, holds=lambda: False)
         state = states(gm, args)
         inputs = [new if fixed else old for new, old, fixed in zip(args, example_inputs, state, strict=True)]
         try:
-            with symbols.restored():
+            with symbols.restored(), warnings.catch_warnings():
+                if hidden:
+                    warnings.simplefilter("ignore", NoGradientPruned)  # other parts may hold the layers
                 symbols.fix([value for value, fixed in zip(inputs, state, strict=True) if fixed])
                 return build(inputs, levels, symbols.sizes(args))
         except Exception:
@@ -130,7 +135,10 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
             return Built(gm.forward)
 
     levels = _levels(gm, example_inputs, config, dense, build) if config.has_target else None
-    return CompiledGraph(gm, build_later, build(example_inputs, levels), example_inputs, freeze=config.freeze)
+    # a part of a model that DDP splits, whose parameters the first call brings: they may have a plan
+    hidden = are_hidden(example_inputs) and generation() > 0
+    first = Built(gm.forward, holds=lambda: False) if hidden else build(example_inputs, levels)
+    return CompiledGraph(gm, build_later, first, example_inputs, freeze=config.freeze)
 
 
 def groups_of(matches: Sequence[Match], config: Config) -> list[list[Staircase]]:
@@ -261,6 +269,8 @@ def _worth_a_look(gm: GraphModule, example_inputs: Sequence[Any], config: Config
     """True when pruning is asked for, or a weight (or a mask beside it) has a plan or a fair share of zeros."""
     if config.prunes or config.dump or (_trains(example_inputs) and ratio_at(config.grad_sparsity, gradient_clock.step)):
         return True
+    if are_hidden(example_inputs):
+        return False
     nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for node, value in zip(nodes, example_inputs, strict=True):
         state = isinstance(value, torch.nn.Parameter) or (isinstance(value, Tensor) and is_state(node))

@@ -28,7 +28,7 @@ TARGETS = ("dX", "dW", "both")
 PRUNINGS = FUNCTIONS
 _RATIO = re.compile(r"(-?\d+):(-?\d+)")
 _STEPS = 20  # whose time the report has
-_EXPECTED = f'"n:m" with 1 <= n < m <= {MOST}, "auto", "auto:n:m", "off", or a dict of them by first step'
+_EXPECTED = f'"n:m" with 1 <= n <= m <= {MOST}, "auto", "auto:n:m", "off", or a dict of them by first step'
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,19 @@ class Ratio:
 
     @classmethod
     def parse(cls, text: Any) -> Ratio | None:
-        """Return the ratio a text names, ``None`` for "off". Raises :class:`~fxprune.errors.ConfigError`."""
+        """Return the ratio a text names, ``None`` for "off" and where all m of m stay.
+
+        Raises :class:`~fxprune.errors.ConfigError`.
+        """
         if text == "off":
             return None
         auto = isinstance(text, str) and text.partition(":")[0] == "auto"
         plain = text.partition(":")[2] or "2:4" if auto else text
         found = _RATIO.fullmatch(plain) if isinstance(plain, str) else None
         n, m = (int(found[1]), int(found[2])) if found else (0, 0)
-        if not 1 <= n < m <= MOST:
+        if not 1 <= n <= m <= MOST:
             raise ConfigError(name="grad_sparsity", given=text, expected=_EXPECTED)
-        return cls(n, m, auto)
+        return None if n == m else cls(n, m, auto)
 
 
 def ratios(given: Any) -> dict[int, Ratio | None]:

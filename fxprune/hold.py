@@ -7,25 +7,22 @@ part of it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+from fxprune.hold_steps import HeldSteps, clear, written
+
 _WIDTHS = (64, 32, 8)  # of tiles
+_WIDE = 32  # output features that share bits from which on those are int32: an AND of one width is faster
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor that every rank holds in full."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor; writing to it writes to the tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def shard(full: Tensor, like: Any) -> Tensor:
@@ -42,10 +39,14 @@ class Places:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._owners: dict[str, tuple[nn.Module, str]] = {}  # of the names asked for: every step asks for all
 
     def __getitem__(self, name: str) -> nn.Parameter:
-        owner, _, leaf = name.rpartition(".")
-        found = self._modules[owner]._parameters[leaf]
+        if name not in self._owners:
+            owner, _, leaf = name.rpartition(".")
+            self._owners[name] = (self._modules[owner], leaf)
+        module, leaf = self._owners[name]
+        found = module._parameters[leaf]
         assert found is not None
         return found
 
@@ -53,15 +54,19 @@ class Places:
 class Holder:
     """Zeroes pruned elements after every optimizer step, until :meth:`release`."""
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, places: Places, masks_gradients: bool) -> None:
         self._places = places
+        self._steps = HeldSteps(masks_gradients)
         self._masks: dict[str, Tensor] = {}
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}  # name: the parameter, this rank's bits
         self.touched = False  # an optimizer that has one of our parameters stepped since this was cleared
         self.foreign = False  # another one did
         self._watched: list[str] = []
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # that have one of our parameters
-        self._hooks = [register_optimizer_step_post_hook(self._stepped)]
+        self._hooks = [
+            register_optimizer_step_pre_hook(self._about_to_step),
+            register_optimizer_step_post_hook(self._stepped),
+        ]
 
     def watch(self, names: Iterator[str]) -> None:
         """Notice steps of the optimizers of these parameters, also before anything is pruned."""
@@ -76,23 +81,27 @@ class Holder:
         """Hold these masks, bool of the whole weights' shapes, from now on."""
         self._masks = dict(masks)
         self._kept = {}
+        self._steps.forget()
         self.project()
         for optimizer in self._optimizers:
-            for parameter, kept in self.kept():
-                zero(optimizer, parameter, kept)
+            clear([(moment, bits) for parameter, bits in self.kept() for moment in written(optimizer, parameter)[1:]])
 
     @torch.no_grad()
     def project(self) -> None:
         """Zero the pruned elements of the weights."""
-        for parameter, kept in self.kept():
-            clear(parameter, kept)
+        clear(self.kept())
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Zero the pruned elements of weights that somebody wrote to since an optimizer's step."""
+        clear([pair for pair in self.kept() if not self._steps.settled(*pair)])
 
     def kept(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yield every pruned parameter with the :func:`bits` of what this rank keeps of it."""
         for name, mask in self._masks.items():
             parameter = self._places[name]
             known = self._kept.get(name)
-            if known is None or known[0] is not parameter or known[1].device != local(parameter).device:
+            if known is None or known[0] is not parameter or known[1].device != parameter.device:
                 known = self._kept[name] = (parameter, bits(shard(mask, parameter)))
             yield parameter, known[1]
 
@@ -101,21 +110,40 @@ class Holder:
             hook.remove()
         self._hooks = []
 
+    @torch.compiler.disable  # a compiled step would find no version of a tensor
     @torch.no_grad()
-    def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    def _about_to_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._steps.before(optimizer, self._kept_of(optimizer), _given(optimizer, args, kwargs))
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        mine = _parameters(optimizer)
         if not any(id(self._places[name]) in mine for name in self._watched):
             self.foreign = True
             return
         self.touched = True
         self._optimizers.add(optimizer)
-        for parameter, kept in self.kept():
-            if id(parameter) in mine:
-                zero(optimizer, parameter, kept)
+        self._steps.after(optimizer, self._kept_of(optimizer), _given(optimizer, args, kwargs))
+
+    def _kept_of(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        mine = _parameters(optimizer)
+        for pair in self.kept():
+            if id(pair[0]) in mine:
+                yield pair
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _given(optimizer: torch.optim.Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a step has arguments, such as a closure."""
+    return any(value is not None and value is not optimizer for value in (*args, *kwargs.values()))
 
 
 def bits(mask: Tensor) -> Tensor:
-    """Return int8 that has all bits where a bool mask (N, ...) is True and none elsewhere.
+    """Return integers that have all bits where a bool mask (N, ...) is True and none elsewhere.
 
     (N / g, 1, ...), where each g output features share them: as many as the tiles of a kernel, or one.
     """
@@ -124,23 +152,5 @@ def bits(mask: Tensor) -> Tensor:
         if len(full) % width == 0:
             blocks = full.unflatten(0, (-1, width))
             if torch.equal(blocks, blocks[:, :1].expand_as(blocks)):
-                return blocks[:, :1].clone()
+                return blocks[:, :1].to(torch.int32 if width >= _WIDE else torch.int8, copy=True)
     return full.unsqueeze(1)
-
-
-def clear(tensor: Tensor, kept: Tensor) -> None:
-    """Zero what ``kept`` has no bits for: an AND of integers, exact over NaN and Inf and without a branch per element."""
-    own = local(tensor)
-    if own.numel() == 0:  # a rank without a part of a small weight
-        return
-    if own.is_complex():
-        own, kept = torch.view_as_real(own), kept.unsqueeze(-1)
-    own.view(_INTEGERS[own.element_size()]).unflatten(0, (len(kept), -1)).bitwise_and_(kept)
-
-
-def zero(optimizer: torch.optim.Optimizer, parameter: Tensor, kept: Tensor) -> None:
-    """Zero pruned elements of a parameter and of everything of its shape that the optimizer keeps for it."""
-    clear(parameter, kept)
-    for value in optimizer.state.get(parameter, {}).values():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            clear(value, kept)

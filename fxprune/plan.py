@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxprune.errors import NothingToPrune
-from fxprune.hold import bits, zero
+from fxprune.hold import bits
+from fxprune.hold_steps import zero
 from fxprune.sparsity.pattern import LayerMask
 
 # parameter -> PrunedWeight; a weak side table, so that the model stays a plain module
 _REGISTRY: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_BITS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter: (PrunedWeight, bits of its mask)
 _GENERATION = [0]  # rises with every registration, so that a graph trained under a mask notices a new one
 
 
@@ -134,9 +136,12 @@ def lookup(parameter: Tensor) -> PrunedWeight | None:
 @torch.no_grad()
 def project_zeros(optimizer: torch.optim.Optimizer) -> None:
     """Zero the pruned elements of every parameter of ``optimizer`` and of its state."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            pruned = lookup(parameter)
-            if pruned is None:
-                continue
-            zero(optimizer, parameter, bits(pruned.mask.to(parameter.device)))
+    zero(optimizer, [(p, _bits(p)) for group in optimizer.param_groups for p in group["params"] if lookup(p) is not None])
+
+
+def _bits(parameter: Tensor) -> Tensor:
+    """Return the bits of what is kept of a pruned parameter, made once for each mask and device."""
+    pruned, known = _REGISTRY[parameter], _BITS.get(parameter)
+    if known is None or known[0] is not pruned or known[1].device != parameter.device:
+        known = _BITS[parameter] = (pruned, bits(pruned.mask.to(parameter.device)))
+    return known[1]

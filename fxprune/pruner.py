@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from fxprune.config import Config
 from fxprune.errors import ConfigError, StateMismatch, WrongOptimizer
-from fxprune.hold import Holder, Places, local, shard, whole
+from fxprune.hold import Holder, Places, shard, whole
+from fxprune.hold_steps import local
 from fxprune.importance import Measured, element_scores
 from fxprune.match import Match
 from fxprune.plan import LayerPlan, Plan, PrunedWeight, register
@@ -96,7 +97,7 @@ class Pruner:
         self._layers: dict[str, LayerPlan] = {}
         self._decided = Decided()
         self._bar = ProgressBar(self.schedule.last)
-        self._holder = Holder(self._places)
+        self._holder = Holder(self._places, masks_gradients=not growth)  # those of pruned weights may say what grows
         self._holder.watch(m.parameter for m in self._matches)
         if self._taylor:
             self._holder.before_step(self._scores.accumulate)
@@ -129,7 +130,9 @@ class Pruner:
         due = self.schedule.is_round(self._step)
         if due:
             self._round()
-        elif not self._holder.touched:
+        elif self._holder.touched:
+            self._holder.undo()
+        else:
             self._holder.project()
         self._holder.touched = self._holder.foreign = False
         self._bar.show(self._step, self.sparsity.get("all", 0.0) if self._bar.visible else 0.0)

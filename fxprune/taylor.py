@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fxprune.errors import ConfigError
-from fxprune.hold import Places, local, shard, whole
+from fxprune.hold import Places, shard, whole
+from fxprune.hold_steps import local
 from fxprune.importance import Measured
 
 

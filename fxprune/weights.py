@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
 from fxprune.graph import example
@@ -198,6 +199,11 @@ def states(gm: GraphModule, inputs: Sequence[Any]) -> list[bool]:
     """Return for each input of a graph whether it is a module's parameter or buffer."""
     nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
     return [is_state(n) or isinstance(value, torch.nn.Parameter) for n, value in zip(nodes, inputs, strict=True)]
+
+
+def are_hidden(inputs: Sequence[Any]) -> bool:
+    """True when parameters are fake: ``DDPOptimizer`` compiles the parts of a model before they meet their weights."""
+    return any(isinstance(value, FakeTensor) and isinstance(value, torch.nn.Parameter) for value in inputs)
 
 
 def _attribute(gm: GraphModule, target: object) -> object:

@@ -71,7 +71,7 @@ class Wish:
             pattern=pruned.pattern,
             shape=tuple(pruned.mask.shape),
             target=self.target,
-            sparsity=1.0 - pruned.mask.float().mean().item(),
+            sparsity=1.0 - int(pruned.mask.count_nonzero()) / max(pruned.mask.numel(), 1),
             note=self.note,
             **tiles(pruned.layer),
         )

@@ -56,6 +56,7 @@ SCHEMAS = (
     "nm_mm(Tensor x, Tensor weight) -> Tensor",
     "skip_zeros_mm(Tensor x, Tensor weight, int dim) -> Tensor",
     "skip_zeros_conv(Tensor x, Tensor weight, int[] padding) -> Tensor",
+    "clear_pruned(Tensor(a!)[] values, Tensor[] kept) -> ()",
     "isa() -> str",
     "set_isa(str name) -> ()",
 )

@@ -25,6 +25,7 @@ from .match_gemm import match_gemm
 from .match_rnn import match_rnn
 from .normalize import normalize
 from .normalize_gemm import normalize_gemm
+from .open_attention import open_attention
 from .plan import plan
 from .refuse_gemm import refuse_gemm
 from .relax_views import relax_views
@@ -38,6 +39,7 @@ from .shrink import shrink
 Pass = Callable[[GraphModule, Context], int]
 
 DETECT: tuple[Pass, ...] = (
+    open_attention,  # the linear layers of nn.MultiheadAttention are calls of their own
     normalize,  # one vocabulary: pre-autograd ATen, no in-place activations
     fold_weights,  # so that a masked weight is one
     normalize_gemm,  # einsum, bmm, baddbmm and addmm with a constant matrix are matmul or linear
@@ -50,7 +52,8 @@ DETECT: tuple[Pass, ...] = (
 )
 
 FORWARD: tuple[Pass, ...] = (
-    normalize,  # first: everything below speaks ATen
+    open_attention,  # first: the linear layers of nn.MultiheadAttention are calls of their own
+    normalize,  # everything below speaks ATen
     fold_weights,  # before everything that asks whether a weight is constant
     normalize_gemm,  # right after: what else multiplies by a constant matrix
     relax_views,  # after in-place activations became functional; before plan, which asks what addresses memory

@@ -20,7 +20,7 @@ from fxprune.errors import ConfigError, NoGradientPruned, NothingToPrune, Unknow
 from tests.oracle import FORCED, integer_model, integers
 from tests.sdgp import Oracle, gradients, watched
 
-MATCHES = "option 'grad_sparsity' got {}; expected \"n:m\" with 1 <= n < m <= 32"
+MATCHES = "option 'grad_sparsity' got {}; expected \"n:m\" with 1 <= n <= m <= 32"
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,6 @@ def pruner(model: nn.Module, **arguments: Any) -> fxprune.Pruner:
 
 REFUSED: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
     "n > m": (lambda m: compiled(m, "3:2")(rows()), BackendCompilerFailed, MATCHES.format("'3:2'")),
-    "n = m": (lambda m: compiled(m, "4:4")(rows()), BackendCompilerFailed, MATCHES.format("'4:4'")),
     "m > 32": (lambda m: compiled(m, "2:33")(rows()), BackendCompilerFailed, MATCHES.format("'2:33'")),
     "n is zero": (lambda m: compiled(m, "0:4")(rows()), BackendCompilerFailed, MATCHES.format("'0:4'")),
     "m is zero": (lambda m: compiled(m, "2:0")(rows()), BackendCompilerFailed, MATCHES.format("'2:0'")),
@@ -120,6 +119,17 @@ def test_a_graph_for_inference_is_as_without_the_option() -> None:
         frozen = mlp().requires_grad_(False)
         assert torch.equal(compiled(frozen)(x.detach()), frozen(x))
     assert not seen.pruned
+
+
+@pytest.mark.parametrize("ratio", ["4:4", "1:1", "32:32", "auto:4:4", "off"])
+def test_all_m_of_m_are_dense_without_a_warning(ratio: str) -> None:
+    model, x = mlp(), rows()
+    with warnings.catch_warnings(), watched() as seen:
+        warnings.simplefilter("error")
+        given = gradients(model, compiled(model, ratio), x)
+    assert not sum(seen.pruned)
+    for name, right in gradients(model, model, x).items():
+        assert torch.equal(given[name], right), name
 
 
 def test_an_exported_program_is_as_without_the_option(tmp_path: Any) -> None:

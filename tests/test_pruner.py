@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fxprune
-from fxprune import CubicSchedule, IterativeSchedule, LinearSchedule, OneShotSchedule, Pruner, backend, hold
+from fxprune import CubicSchedule, IterativeSchedule, LinearSchedule, OneShotSchedule, Pruner, backend, hold, hold_steps
 from fxprune.errors import ConfigError, NothingToPrune, StateMismatch, UnknownLayer, WrongOptimizer
 from fxprune.plan import lookup
 from tests.oracle import FORCED
@@ -91,9 +91,9 @@ def test_what_is_cleared_is_zero_whatever_it_was(dtype: torch.dtype, shared: int
         mask = few.repeat_interleave(shared, 0)
         kept = hold.bits(mask)
         assert kept.shape == (128 // shared, 1, *shape[1:])
-        hold.clear(tensor, kept)
+        hold_steps.clear([(tensor, kept)])
         assert torch.equal(tensor == 0, ~mask)
-    hold.clear(torch.empty(0, 4), hold.bits(torch.empty(0, 4, dtype=torch.bool)))
+    hold_steps.clear([(torch.empty(0, 4), hold.bits(torch.empty(0, 4, dtype=torch.bool)))])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -23,6 +23,7 @@
 
 #include "fxprune/channel_mean.h"
 #include "fxprune/channel_norm_blocks.h"
+#include "fxprune/clear_rows_lanes.h"
 #include "fxprune/depthwise_bf16.h"
 #include "fxprune/depthwise_planes.h"
 #include "fxprune/max_pool_lines.h"

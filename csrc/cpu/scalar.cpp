@@ -1,6 +1,7 @@
 // The kernels in portable C++, for machines without a faster ISA and as the others' yardstick.
 #include "fxprune/channel_mean.h"
 #include "fxprune/channel_norm_blocks.h"
+#include "fxprune/clear_rows_lanes.h"
 #include "fxprune/depthwise_bf16.h"
 #include "fxprune/depthwise_planes.h"
 #include "fxprune/kernels.h"

@@ -215,7 +215,8 @@ def _round_rows(tilings: Sequence[Tiling], counts: Sequence[list[int]], step: in
 
 def row_scores(importance: Tensor, tiling: Tiling, scale: float) -> Tensor:
     """Return (tiles, K): the RMS of each row over the kept output features of its tile."""
-    scaled = importance[tiling.columns].mul_(1.0 / scale)
+    kept = importance if len(tiling.columns) == len(importance) else importance[tiling.columns]
+    scaled = kept * (1.0 / scale)
     squares = tile_view(scaled.square_(), tiling.granularity).sum(1)
     widths = tile_widths(len(tiling.columns), tiling.granularity)[:, None]
     return (squares / widths).sqrt_().mul_(scale)
@@ -235,7 +236,9 @@ def _published_row_scores(importance: Tensor, tiling: Tiling, scale: float) -> T
 def tile_view(matrix: Tensor, granularity: int) -> Tensor:
     """View (N', K) as (tiles, granularity, K); the last tile is padded with zeros."""
     tiles = -(-len(matrix) // granularity)
-    return pad(matrix, (0, 0, 0, tiles * granularity - len(matrix))).reshape(tiles, granularity, matrix.shape[1])
+    if missing := tiles * granularity - len(matrix):
+        matrix = pad(matrix, (0, 0, 0, missing))
+    return matrix.reshape(tiles, granularity, matrix.shape[1])
 
 
 def tile_widths(columns: int, granularity: int) -> Tensor:

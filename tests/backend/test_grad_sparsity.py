@@ -126,7 +126,7 @@ def test_the_state_of_the_clock_repeats_a_step() -> None:
 
 
 def test_a_schedule_compiles_each_ratio_once() -> None:
-    schedule = {0: "off", 2: "2:4", 4: "1:4", 5: "off"}
+    schedule = {0: "off", 2: "2:4", 4: "1:4", 5: "4:4"}
     assert [str(ratio_at(schedule, step)) for step in range(6)] == ["None", "None", "2:4", "2:4", "1:4", "None"]
     assert ratio_at({3: "2:4"}, 2) is None
     model, x = small(), image()
@@ -217,7 +217,7 @@ def test_a_checkpointed_block_keeps_its_own_gradient() -> None:
 
 def test_auto_prunes_only_what_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"0": GradientTimes(3.0, 1.0), "2": GradientTimes(1.0, 3.0, 2.0), "5": GradientTimes(1.01, 1.0)}
-    names = iter(times)
+    names = iter([*times, "0"])  # what won is timed again
     monkeypatch.setattr(MeasureGradient, "__call__", lambda self, *layer: times[next(names)])
     model, x = small(), image().requires_grad_()
     with watched() as seen:
@@ -229,6 +229,19 @@ def test_auto_prunes_only_what_was_measured_to_be_faster(monkeypatch: pytest.Mon
     assert [rows[n]["skipping zeros us"] for n in times] == ["-", "2.0", "-"]
     assert rows["0"]["gain"] == "3.00" and rows["2"]["reason"] == "pruned it is 0.50 times as fast"
     assert "1.66 times as fast as dense" in str(report)  # (3 + 1 + 1.01) / (1 + 1 + 1.01)
+
+
+def test_one_disturbed_measurement_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dense product of "0" was starved the first time; of "2" the lesser gain is reported."""
+    first = {"0": GradientTimes(30.0, 2.0), "2": GradientTimes(4.0, 1.0), "5": GradientTimes(1.0, 2.0)}
+    times = iter([*first.values(), GradientTimes(1.0, 2.0), GradientTimes(3.0, 1.0)])
+    monkeypatch.setattr(MeasureGradient, "__call__", lambda self, *layer: next(times))
+    model, x = small(), image().requires_grad_()
+    with watched() as seen:
+        gradients(model, compiled(model, "auto:1:4", min_speedup=1.02), x)
+    assert seen.pruned == [1] and next(times, None) is None
+    rows = {row["layer"]: row for row in fxprune.gradient_report().to_dict()["rows"]}
+    assert rows["0"]["reason"] == "pruned it is 0.50 times as fast" and rows["2"]["gain"] == "3.00"
 
 
 def test_auto_without_a_gain_is_dense() -> None:

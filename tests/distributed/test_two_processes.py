@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,28 +21,35 @@ WORKER = Path(__file__).resolve().parent / "worker.py"
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
 
-def launch(cases: str, folder: Path) -> None:
-    """Run both ranks; a rank that fails takes the other down."""
-    root = str(WORKER.parent.parent.parent)
-    environment = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    ranks = [
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(WORKER.parent.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
+
+
+def attempt(cases: str, folder: Path, number: int) -> tuple[list[int], str]:
+    """Run both ranks; returns their exit codes and what they said. A rank that fails takes the other down."""
+    both = [
         subprocess.Popen(
             [sys.executable, str(WORKER), cases, str(folder)],
-            env={**environment, "RANK": str(rank)},
+            env={**environment(), "WORLD_SIZE": "2", "RANK": str(rank), "ATTEMPT": str(number)},
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(error[-3000:] for error in errors)
+    errors = [rank.communicate(timeout=300)[1] for rank in both]
+    return [rank.returncode for rank in both], "\n".join(error[-3000:] for error in errors)
+
+
+def launch(cases: str, folder: Path, number: int = 0) -> None:
+    codes, errors = attempt(cases, folder, number)
+    assert codes == [0, 0], errors
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranks")
-    launch("ddp,fsdp,dtensor,sdgp,plan", path)
+    launch("ddp,fsdp,dtensor,sdgp,plan,split", path)
     launch("resume", path)
     return path
 
@@ -111,10 +119,22 @@ def test_a_restarted_group_ends_where_the_first_did(folder: Path) -> None:
     same(found(folder, "resume")[0]["masks"], found(folder, "ddp")[0]["masks"])
 
 
-def test_a_pruned_model_compiled_under_ddp_trains_as_one_process(folder: Path, worker: Any) -> None:
-    first, second = found(folder, "plan")
+def test_a_rank_that_dies_and_restarts_ends_where_the_others_did(folder: Path, tmp_path: Path) -> None:
+    codes, errors = attempt("killed", tmp_path, 0)
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None), errors
+    launch("killed", tmp_path, 1)
+    first, second = found(tmp_path, "killed")
+    assert first["started"] == second["started"] == 5
+    for given in (first, second):
+        same(given["weights"], found(folder, "ddp")[0]["weights"])
+        same(given["masks"], found(folder, "ddp")[0]["masks"])
+
+
+@pytest.mark.parametrize("case", ["plan", "split"])
+def test_a_pruned_model_compiled_under_ddp_trains_as_one_process(folder: Path, worker: Any, case: str) -> None:
+    first, second = found(folder, case)
     same(first["weights"], second["weights"])
-    assert len(first["chosen"]) == 5 and all(first["chosen"])
+    assert len(first["chosen"]) == 5 and all(first["chosen"]) and (case == "plan" or first["parts"] > 1)
     torch._dynamo.reset()
     model = worker.Wide()
     assert all(worker.masked_steps(model, lambda m: m, 0, 1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -75,37 +76,65 @@ def full(model: nn.Module) -> dict[str, Tensor]:
     return {name: fxprune.hold.whole(p.detach()).clone() for name, p in model.named_parameters()}
 
 
-def ddp(rank: int, world: int, folder: Path) -> dict[str, Any]:
-    """Gradual pruning by Taylor scores; the state after three steps is saved for ``resume``."""
+def begun() -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, Any]:
+    """Return a model, the same under DDP, its optimizer and its pruner by Taylor scores."""
     model = net()
     pruner, wrapped = pruned(model), DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
-    steps(wrapped, optimizer, pruner, range(3), rank, world)
+    return model, wrapped, torch.optim.AdamW(wrapped.parameters(), lr=1e-2), pruner
+
+
+def save(wrapped: nn.Module, optimizer: torch.optim.Optimizer, pruner: Any, folder: Path) -> None:
     file = io.BytesIO()
     torch.save(pruner.state_dict(), file)
     state = {"model": get_model_state_dict(wrapped), "optimizer": get_optimizer_state_dict(wrapped, optimizer)}
-    dcp.save({**state, "pruner": file.getvalue()}, checkpoint_id=folder / "checkpoint")
+    dcp.save({**state, "pruner": file.getvalue()}, checkpoint_id=folder)
+
+
+def load(wrapped: nn.Module, optimizer: torch.optim.Optimizer, pruner: Any, folder: Path) -> None:
+    state: dict[str, Any] = {
+        "model": get_model_state_dict(wrapped),
+        "optimizer": get_optimizer_state_dict(wrapped, optimizer),
+        "pruner": b"",
+    }
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(wrapped, state["model"])
+    set_optimizer_state_dict(wrapped, optimizer, state["optimizer"])
+    pruner.load_state_dict(torch.load(io.BytesIO(state["pruner"]), weights_only=True))
+
+
+def ddp(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """Gradual pruning; the state after three steps is saved for ``resume``."""
+    model, wrapped, optimizer, pruner = begun()
+    steps(wrapped, optimizer, pruner, range(3), rank, world)
+    save(wrapped, optimizer, pruner, folder / "checkpoint")
     steps(wrapped, optimizer, pruner, range(3, 8), rank, world)
     return {"weights": full(model), "masks": pruner.state_dict()["masks"]}
 
 
 def resume(rank: int, world: int, folder: Path) -> dict[str, Any]:
     """A new process group goes on from the checkpoint."""
-    model = net()
-    pruner, wrapped = pruned(model), DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
-    state: dict[str, Any] = {
-        "model": get_model_state_dict(wrapped),
-        "optimizer": get_optimizer_state_dict(wrapped, optimizer),
-        "pruner": b"",
-    }
-    dcp.load(state, checkpoint_id=folder / "checkpoint")
-    set_model_state_dict(wrapped, state["model"])
-    set_optimizer_state_dict(wrapped, optimizer, state["optimizer"])
-    pruner.load_state_dict(torch.load(io.BytesIO(state["pruner"]), weights_only=True))
+    model, wrapped, optimizer, pruner = begun()
+    load(wrapped, optimizer, pruner, folder / "checkpoint")
     assert pruner.steps == 3
     steps(wrapped, optimizer, pruner, range(3, 8), rank, world)
     return {"weights": full(model), "masks": pruner.state_dict()["masks"]}
+
+
+def killed(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """Save every step; in step 5 of the first attempt a rank is killed, and both are started again."""
+    first = os.environ["ATTEMPT"] == "0"
+    model, wrapped, optimizer, pruner = begun()
+    for done in range(8, 0, -1):
+        if not first and (folder / f"step-{done}" / ".metadata").exists():
+            load(wrapped, optimizer, pruner, folder / f"step-{done}")
+            break
+    started = pruner.steps
+    for step in range(started, 8):
+        if first and step == 5 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        steps(wrapped, optimizer, pruner, range(step, step + 1), rank, world)
+        save(wrapped, optimizer, pruner, folder / f"step-{step + 1}")
+    return {"weights": full(model), "masks": pruner.state_dict()["masks"], "started": started}
 
 
 def fsdp(rank: int, world: int, folder: Path) -> dict[str, Any]:
@@ -158,6 +187,7 @@ def sdgp(rank: int, world: int, folder: Path) -> dict[str, Any]:
 
 def masked_steps(model: nn.Module, wrap: Any, rank: int, world: int) -> list[bool]:
     """Train four steps with the zeros of a plan held; returns which layers' masks are part of what was compiled."""
+    torch._dynamo.reset()
     result = fxprune.prune(model, torch.zeros(4, 16), sparsity=0.75, inplace=True)
     wrapped = wrap(model)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
@@ -180,14 +210,30 @@ def plan(rank: int, world: int, folder: Path) -> dict[str, Any]:
     return {"weights": full(model), "chosen": chosen}
 
 
-CASES = {"plan": plan, "ddp": ddp, "resume": resume, "fsdp": fsdp, "dtensor": dtensor, "sdgp": sdgp}
+def split(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """The same in graphs that DDP splits at its buckets: parts are compiled when they meet their weights."""
+    model = Wide()
+    chosen = masked_steps(model, lambda m: DistributedDataParallel(m, bucket_cap_mb=1), rank, world)
+    return {"weights": full(model), "chosen": chosen, "parts": len(fxprune.backend.LAST_REPORTS)}
+
+
+CASES = {
+    "killed": killed,
+    "split": split,
+    "plan": plan,
+    "ddp": ddp,
+    "resume": resume,
+    "fsdp": fsdp,
+    "dtensor": dtensor,
+    "sdgp": sdgp,
+}
 
 
 def main() -> None:
     names, folder = sys.argv[1].split(","), Path(sys.argv[2])
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
-    store = f"file://{folder}/store-{names[0]}"
+    store = f"file://{folder}/store-{names[0]}-{os.environ['ATTEMPT']}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
     for name in names:
         torch.save(copy.deepcopy(CASES[name](rank, world, folder)), folder / f"{name}-{rank}.pt")

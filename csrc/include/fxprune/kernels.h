@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "fxprune/channel_norm.h"
+#include "fxprune/clear_rows.h"
 #include "fxprune/depthwise_taps.h"
 #include "fxprune/max_pool.h"
 #include "fxprune/nm_prune.h"

@@ -1,0 +1,164 @@
+"""How pruned elements stay zero over an optimizer's step: by zeroing what it wrote, or what it is about to read.
+
+The update of an elementwise optimizer is zero where gradient, weight and moments are. For those, zeros are written to the
+gradient ahead of the step, a third of the memory that weight and two moments take. Of the others, and where somebody else
+wrote to any of these, weight and moments are zeroed after the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.ops.clear_pruned import reference
+
+_RENEWAL = 32  # steps in which every weight and its moments are zeroed once, whoever wrote to them behind autograd's back
+# by exact class, for a subclass may do anything; with whether it divides by a square root. Adamax, Rprop and ASGD keep state
+# that is not zero where gradients are
+_ELEMENTWISE = {
+    torch.optim.SGD: False,
+    torch.optim.Adam: True,
+    torch.optim.AdamW: True,
+    torch.optim.NAdam: True,
+    torch.optim.RAdam: True,
+    torch.optim.RMSprop: True,
+    torch.optim.Adagrad: True,
+    torch.optim.Adadelta: True,
+}
+
+Kept = Iterable[tuple[Tensor, Tensor]]  # parameters of one optimizer, each with its bits of fxprune.hold
+
+
+@dataclass(frozen=True)
+class _Version:
+    """A tensor after so many of the writes that autograd sees."""
+
+    tensor: Tensor
+    count: int
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Version) and self.tensor is other.tensor and self.count == other.count
+
+
+_Versions = list[_Version]
+
+
+class HeldSteps:
+    """Keeps the pruned elements of parameters zero over the steps of their optimizers.
+
+    masks_gradients: zeros may be written to gradients as well.
+    """
+
+    def __init__(self, masks_gradients: bool) -> None:
+        self._masks_gradients = masks_gradients
+        self._zeroed: dict[Tensor, tuple[Tensor, _Versions]] = {}  # parameter: its bits, and all that was zeroed then
+        self._masked: dict[Tensor, _Versions] = {}  # parameter: the gradient that the step now running reads
+        self._count = 0
+
+    def before(self, optimizer: torch.optim.Optimizer, kept: Kept, arguments: bool) -> None:
+        """Zero gradients where that is enough; call it ahead of a step. arguments: the step has some, such as a closure."""
+        self._masked = {}
+        if not self._masks_gradients or arguments or not _leaves_zeros(optimizer):  # a closure makes new gradients
+            return
+        chosen = []
+        for parameter, bits in kept:
+            was = self._zeroed.get(parameter)
+            if was is None or was[0] is not bits or was[1] != _versions(written(optimizer, parameter)):
+                continue
+            if _plain(parameter):
+                chosen.append((parameter, bits))
+        clear([(parameter.grad, bits) for parameter, bits in chosen if parameter.grad is not None])
+        self._masked = {parameter: _versions(_gradient(parameter)) for parameter, _ in chosen}
+
+    def after(self, optimizer: torch.optim.Optimizer, kept: Kept, arguments: bool) -> None:
+        """Zero what the step may have written; call it after the step."""
+        self._count += 1
+        all_kept, moved = list(kept), []
+        for index, (parameter, bits) in enumerate(all_kept):
+            still = not arguments and self._masked.get(parameter) == _versions(_gradient(parameter))
+            if not still or (self._count + index) % _RENEWAL == 0:
+                moved.append((parameter, bits))
+        zero(optimizer, moved)
+        for parameter, bits in all_kept:
+            self._zeroed[parameter] = (bits, _versions(written(optimizer, parameter)))
+        self._masked = {}
+
+    def settled(self, parameter: Tensor, bits: Tensor) -> bool:
+        """Return whether nobody wrote to a parameter since its pruned elements became zero."""
+        was = self._zeroed.get(parameter)
+        return was is not None and was[0] is bits and was[1][:1] == _versions([parameter])
+
+    def forget(self) -> None:
+        """Zero everything after the next step."""
+        self._zeroed = {}
+
+
+def clear(pairs: Kept) -> None:
+    """Zero what each tensor's bits do not keep: an AND of integers, exact over NaN and Inf."""
+    fast: list[tuple[Tensor, Tensor]] = []
+    for tensor, bits in pairs:
+        own = local(tensor)
+        if own.numel() == 0:  # a rank without a part of a small weight
+            continue
+        if own.is_cpu and own.is_contiguous() and not own.is_complex():
+            fast.append((own, bits))
+        elif own.is_complex():
+            reference([torch.view_as_real(own)], [bits.squeeze(1).unsqueeze(-1)])
+        else:
+            reference([own], [bits.squeeze(1)])
+    if fast:
+        torch.ops.fxprune.clear_pruned([own for own, _ in fast], [bits for _, bits in fast])
+        torch.autograd.graph.increment_version([own for own, _ in fast])
+
+
+def zero(optimizer: torch.optim.Optimizer, kept: Kept) -> None:
+    """Zero pruned elements of parameters and of everything of their shape that the optimizer keeps for them."""
+    clear([(value, bits) for parameter, bits in kept for value in written(optimizer, parameter)])
+
+
+def written(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
+    """Return what a step writes to: a parameter, then the state of its shape."""
+    shape = parameter.shape
+    state = optimizer.state.get(parameter, {}).values()
+    return [parameter, *(value for value in state if isinstance(value, Tensor) and value.shape == shape)]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor; writing to it writes to the tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _leaves_zeros(optimizer: torch.optim.Optimizer) -> bool:
+    """True when the update of zeros is zero, and costs no more than that of other numbers."""
+    divides = _ELEMENTWISE.get(type(optimizer))
+    if divides is None:
+        return False
+    # unless it is fused, torch's square root on a CPU is MKL's, which takes four times as long over zeros
+    return not divides or all(
+        group["eps"] > 0 and (group.get("fused") or _on_gpu(group)) for group in optimizer.param_groups
+    )
+
+
+def _on_gpu(group: dict[str, Any]) -> bool:
+    return all(parameter.is_cuda for parameter in group["params"])
+
+
+def _plain(parameter: Tensor) -> bool:
+    """True when zeros may be written to the gradient, and versions tell who else wrote to parameter and state."""
+    grad = parameter.grad
+    if type(parameter) is not torch.nn.Parameter or grad is None:
+        return type(parameter) is torch.nn.Parameter
+    return type(grad) is Tensor and not grad.requires_grad and not grad.is_sparse and grad.stride() == parameter.stride()
+
+
+def _gradient(parameter: Tensor) -> list[Tensor]:
+    return [] if parameter.grad is None else [parameter.grad]
+
+
+def _versions(tensors: Iterable[Tensor]) -> _Versions:
+    """Return tensors by identity with the number of writes that autograd has seen."""
+    return [_Version(tensor, tensor._version) for tensor in tensors]
