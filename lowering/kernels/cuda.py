@@ -49,7 +49,7 @@ def supports(x: Any, weight: Any = None) -> str | None:
 def dsconv_bytes(channels: int, kernel: int, stride: int) -> int:
     """Return the shared memory that the fused depthwise-separable kernel needs for 8x8 pixels (Dsconv::shared_bytes)."""
     rows, pitch = 7 * stride + kernel, 16 + 8 * stride  # of a staged plane with its halo
-    planes = -(-64 * kernel * kernel * 4 // 16) * 16 + 64 * rows * pitch * 2
+    planes = 64 * (kernel * 16 + 32 if kernel == 3 else kernel * 32 + 16) + 64 * rows * pitch * 2
     ring = 4 * (32 * 64 * 2 + 32 * 4)
     return (channels + 1) * 128 + max(planes, ring)
 
