@@ -88,7 +88,8 @@ def _channel_norm(node: Node, x: Node) -> Node:
     """LayerNorm over dimension 1 of (B, C, H, W), in the operations Inductor fuses into one loop; in float32, as eager's."""
     result = fake(node)
     assert result is not None, node
-    if result.dtype == torch.bfloat16:
+    halves = result.dtype in (torch.bfloat16, torch.float16)
+    if halves:
         x = call(node, aten.to.dtype, x, torch.float32)
     operands = [*node.args[2:], *[None] * 3][:2]
     eps = node.args[4] if len(node.args) > 4 else 1e-5
@@ -99,4 +100,4 @@ def _channel_norm(node: Node, x: Node) -> Node:
     for operand, target in zip(operands, (aten.mul.Tensor, aten.add.Tensor), strict=True):
         if operand is not None:
             y = call(node, target, y, call(node, aten.reshape.default, operand, [*(shape(operand) or ()), 1, 1]))
-    return call(node, aten.to.dtype, y, torch.bfloat16) if result.dtype == torch.bfloat16 else y
+    return call(node, aten.to.dtype, y, result.dtype) if halves else y

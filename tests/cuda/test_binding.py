@@ -19,8 +19,10 @@ from fxprune.lowering.kernels.cuda import OPERATORS
 from torch import Tensor
 
 from fxprune.ops import OPS
+from fxprune.ops import cuda_nm_image as nm_image
 from fxprune.ops import cuda_tile_image as tile_image
 from fxprune.ops.operator import Operator
+from tests.cuda.test_tile_gemm_halved import halved
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA_OPS = [op for op in OPS if op.name in OPERATORS]
@@ -116,3 +118,21 @@ def test_an_image_in_place_of_values(call: Callable[..., Tensor], feature_dim: i
         assert torch.equal(call("tile_gemm", args[0], image, *args[2:]), call("tile_gemm", *args))
         with pytest.raises(RuntimeError, match="values must have"):
             call("tile_gemm", args[0], image[:-1], *args[2:])
+
+
+@pytest.mark.parametrize("feature_dim", (1, -1))
+def test_an_image_of_values_kept_two_in_four(call: Callable[..., Tensor], feature_dim: int) -> None:
+    for sample in next(op for op in OPS if op.name == "tile_gemm").samples():
+        if sample[10] != feature_dim:
+            continue
+        x, values, index, tile_ptr, columns, *rest = cast(sample, torch.bfloat16)
+        values = halved(values, tile_ptr, rest[4], len(columns), torch.Generator().manual_seed(0))
+        image = nm_image.build(values, tile_ptr, rest[4], len(columns))
+        dense = call("tile_gemm", x, values, index, tile_ptr, columns, *rest)
+        torch.testing.assert_close(call("tile_gemm", x, image, index, tile_ptr, columns, *rest), dense)
+        with pytest.raises(RuntimeError, match="values must have"):
+            call("tile_gemm", x, image[:-1], index, tile_ptr, columns, *rest)
+        window = ([1, 1], [1, 1], [0, 0], [1, 1])
+        if x.dim() == 4 and rest[2] is None:
+            with pytest.raises(RuntimeError, match="values must have the type of x"):
+                call("tile_conv", x, image, index, tile_ptr, columns, *rest[:2], *rest[3:5], *window, 1, "none")
