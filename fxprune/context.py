@@ -156,7 +156,7 @@ class Context:
     def bias(self, match: Match) -> Node | None:
         """Return a match's bias as our kernels take it: on the CPU not rounded, where that is known, on a GPU in x's type."""
         bias = match.bias
-        return bias if bias is None or match.value.is_cuda else self.float_bias.get(bias, bias)
+        return bias if bias is None or match.on_gpu else self.float_bias.get(bias, bias)
 
     def decision(self, match: Match) -> Decision | None:
         return next((d for d in self.decisions if d.match is match), None)

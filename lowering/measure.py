@@ -94,7 +94,7 @@ class Measure:
         if inputs is not None:
             pair = [self.predict(*as_linear(weight)) for weight in (inputs, (match, mask))]
             return predicted(pair, cost.hint(match.geometry.x[0]))
-        if match.value.is_cuda:  # the cost model knows CPUs: without a measurement a GPU's layer stays dense
+        if match.on_gpu:  # the cost model knows CPUs: without a measurement a GPU's layer stays dense
             timing = cost.predict(match, mask, "avx512")
             return replace(timing, sparse=max(timing.sparse, timing.dense))
         if not library.available():

@@ -164,7 +164,7 @@ def _form(match: Match, mask: torch.Tensor, planned: LayerMask | None, covers: b
 def _may_be_halved(match: Match, ctx: Context) -> bool:
     """True where a product on sparse tensor cores is a form of the layer: of a GPU, in 16 bits, without a window."""
     halves = match.value.dtype in (torch.float16, torch.bfloat16)
-    return ctx.inference and match.value.is_cuda and halves and match.kind in ("linear", "pointwise")
+    return ctx.inference and match.on_gpu and halves and match.kind in ("linear", "pointwise")
 
 
 def regions(convs: list[Match]) -> Iterable[list[Match]]:

@@ -64,7 +64,7 @@ def packed(match: Match, layer: LayerMask, ctx: Context, prefix: str, whole: Ten
 
     def build(weight: Tensor) -> tuple[Tensor, ...]:
         operands = tile.operands(match.matrix(weight), layer.mask, layer.tiling)
-        images = ctx.inference and (match.kind != "conv" or match.value.is_cuda)
+        images = ctx.inference and (match.kind != "conv" or match.on_gpu)
         if not images:
             return tuple(operands)
         try:

@@ -102,4 +102,3 @@ def test_the_fastest_way_multiplies() -> None:
         assert (layer.skips, layer.by_library) == (skips, by_library)
         assert ("by a library" in str(gradient_table([layer], "2:4"))) == by_library
     assert GradientLayer("fc", 1, "dense", GradientTimes(3.0, 2.0, 1.5, 1.0)).by_library is False
-

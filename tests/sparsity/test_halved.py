@@ -81,16 +81,16 @@ def test_the_measurement_decides(monkeypatch: pytest.MonkeyPatch, faster: bool) 
         return Timing(1.0 if layer.halved == faster else 2.0, 3.0, 3.0, measured=True)
 
     match: Any = SimpleNamespace(
-        kind="linear", recurrent=None, tile_width=lambda g: g, geometry=SimpleNamespace(groups=1),
-        value=SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=CUDA),
+        kind="linear", recurrent=None, on_gpu=True, tile_width=lambda g: g, geometry=SimpleNamespace(groups=1),
+        value=SimpleNamespace(dtype=torch.bfloat16),
     )  # fmt: skip
     ctx: Any = SimpleNamespace(inference=True, measure=measure)
     monkeypatch.setattr(plan, "_native", lambda *_: 128)
     monkeypatch.setattr(plan, "_refusal", lambda *_: None)
     form = plan._form(match, planned.mask, planned, True, ctx)
     assert form is not None and form.halved == faster and {True, False} <= set(seen)
-    for changed in ({"dtype": torch.float32}, {"is_cuda": False}):  # no such product there
-        match.value.__dict__.update(changed)
+    for gpu, dtype in ((True, torch.float32), (False, torch.bfloat16)):  # no such product there
+        match.on_gpu, match.value.dtype = gpu, dtype
         seen.clear()
         plan._form(match, planned.mask, planned, True, ctx)
         assert True not in seen
