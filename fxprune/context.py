@@ -154,7 +154,7 @@ class Context:
             observer(number, name, gm, self)
 
     def bias(self, match: Match) -> Node | None:
-        """Return a match's bias as our kernels take it: on the CPU not rounded, where that is known, on a GPU in x's type."""
+        """Return a match's bias as our kernels take it: in x's type on a GPU, elsewhere not rounded, where that is known."""
         bias = match.bias
         return bias if bias is None or match.on_gpu else self.float_bias.get(bias, bias)
 
