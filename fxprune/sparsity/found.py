@@ -54,10 +54,10 @@ def halved(mask: Tensor, width: int, planned: LayerMask | None = None, drops: bo
     TVW's own tiles, those that fit the mask most closely, or all rows (plain 2:4).
     """
     covers = [tile.infer(mask, width, drop_columns=drops), tile.keep_all((mask.shape[0], mask.shape[1]), width)]
-    if planned is not None and planned.tiling.rows is not None:
-        tiling = planned.tiling
-        whole = tile.Tile().mask(tiling, list(tiling.rows))
-        covers.insert(0, LayerMask(tiling, whole, tuple(tiling.rows.sum(1).tolist())))
+    rows = None if planned is None else planned.tiling.rows
+    if planned is not None and rows is not None:
+        whole = tile.Tile().mask(planned.tiling, list(rows))
+        covers.insert(0, LayerMask(planned.tiling, whole, tuple(rows.sum(1).tolist())))
     return next((replace(cover, halved=True) for cover in covers if _is_halved(mask, cover)), None)
 
 

@@ -9,8 +9,8 @@ Whether the one that is right is also fast, ``lowering/measure_gradient.py`` dec
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def multiply(x: Tensor, weight: Tensor, product: Product) -> Tensor:
     return product(kept, F.pad(weight, (0, -n % 8, 0, -k % _ALIGN)).contiguous())[:rows, :n].contiguous()
 
 
-@functools.cache
+@cache
 def missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why a library's products are not used on a GPU, ``None`` when they are right there."""
     if dtype not in HALVES:
@@ -68,7 +68,7 @@ def probe(product: Product, device: torch.device, dtype: torch.dtype) -> str | N
             right = nm_mm.reference(x.cpu().float(), weight.cpu().float())
             if not torch.equal(multiply(x, weight, product).cpu().float(), right):
                 return "its product of integers is wrong"
-            if not torch.equal(_replayed(lambda x=x, w=weight: multiply(x, w, product), device).cpu().float(), right):
+            if not torch.equal(_replayed(partial(multiply, x, weight, product), device).cpu().float(), right):
                 return "its product is wrong when a CUDA graph replays it"
     except Exception as error:  # a library may be missing, refuse the card, or refuse to be captured
         lines = str(error).splitlines() or [type(error).__name__]

@@ -130,6 +130,7 @@ def test_supports_names_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert cuda.supports(half, half) is None
     assert cuda.supports(half, half.to(torch.uint8)) is None  # an image of a packed weight
+    assert cuda.supports(half, half.to(torch.int8)) is None  # one of a weight kept two in four
     assert "got uint8" in str(cuda.supports(half.to(torch.uint8), half))
     assert "needs a GPU, got cpu" in str(cuda.supports(cpu, cpu))
     assert "got float64" in str(cuda.supports(double, double))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gpu import place, test_convolutions, test_nm_mm, test_nm_prune, test_operators, test_small
+from tests.gpu import place, test_convolutions, test_nm_mm, test_nm_prune, test_operators, test_small, test_two_in_four
 from tests.gpu import test_tile_gradients as gradients
 
 FLOAT = torch.float32
@@ -44,6 +44,12 @@ def test_gradients_of_tiles_are_built_right() -> None:
         gradients.test_gemm(shape, FLOAT)
     for shape in gradients.CONVOLUTIONS[:4]:
         gradients.test_convolution(shape, FLOAT)
+
+
+def test_weights_kept_two_in_four_are_built_right() -> None:
+    test_two_in_four.test_tile_gemm(*test_two_in_four.SHAPES[0], torch.bfloat16)
+    with pytest.raises(pytest.skip.Exception, match="cutlass: needs a GPU, got cpu"):
+        test_two_in_four.test_libraries("cutlass", torch.bfloat16)
 
 
 def test_sparse_products_are_built_right() -> None:

@@ -63,9 +63,10 @@ template <class T, int K, int S, int Rows, bool Pool = false>
 struct DepthwiseTiles {
   using Args = DepthwiseArgs;
   using Tile = DepthwiseTile<T, K, S, Rows>;
-  // A block less where the window of a thread alone takes over 80 registers of 4 bytes.
+  // A block less where the window of a thread alone takes over 80 registers.
   static constexpr int kRows = Rows, kThreads = 128,
-                       kBlocks = Rows == 8 || (S == 2 && (K == 7 || Pool)) ? 2 : 3;
+                       kBlocks =
+                           Rows == 8 || (S == 2 && (K == 7 || Pool || sizeof(T) == 4)) ? 2 : 3;
   static constexpr int kPack = Tile::kPack, kPad = K / 2;
   static constexpr int kSkip = Tile::kLeft - kPad;  // staged columns before a thread's window
   static constexpr int kWindow = (kDepthwiseColumns - 1) * S + K;
@@ -205,7 +206,7 @@ struct DepthwiseTiles {
     float pooled = 0.0f;
     FXPRUNE_UNROLLED
     for (int o = 0; o < Rows; ++o) {
-      if (o == 0 || row + o < a.out_h) {
+      if (row + o < a.out_h) {
         const int64_t at = (out_plane * a.out_h + row + o) * a.out_w + column;
         const float* of_row = sums + o * kDepthwiseColumns;
         store(a, static_cast<T*>(a.out) + at, a.out_w - column, of_row);

@@ -14,7 +14,7 @@ namespace fxprune::gpu {
 template <class T, int Features>
 struct TileGemmHalved {
   using Args = TileGemmArgs;
-  static constexpr int kThreads = 128, kBlocks = 3, kStages = 4;
+  static constexpr int kThreads = 128, kBlocks = Features == 128 ? 3 : 2, kStages = 4;
   static constexpr int kPanels = Features / kPanel, kTokens = 128 / kPanels;
   static constexpr int kWeightBytes = kPanels * kHalvedPanelBytes;
   static constexpr int kStageBytes = kWeightBytes + kTokens / kPanel * kPanelBytes;
