@@ -65,7 +65,8 @@ cuda-check: $(READY)
 	$(PY) -m pytest tests/cuda -m "not fuzz"
 	$(PY) tools/cuda_resources.py
 
-gpu: $(READY)
+# With an interpreter of one's own there is nothing to prepare: the command builds within its time.
+gpu: $(if $(FXPRUNE_PYTHON),,$(READY))
 	$(PY) tools/gpu.py $(ARGS)
 
 docs: $(READY)

@@ -104,7 +104,7 @@ class BuildExt(build_ext):
         def compiled(source: str) -> Path:
             return self.compile(commands[Path(source).suffix], Path(source), objects)
 
-        with ThreadPoolExecutor(max_workers=2) as pool:
+        with ThreadPoolExecutor(max_workers=min(8, max(2, os.cpu_count() or 2))) as pool:
             built = list(pool.map(compiled, ext.sources))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)

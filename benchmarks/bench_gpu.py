@@ -27,13 +27,21 @@ from gpu_fusions import fusion_rows
 from gpu_timing import Rivals, Row, micros, row, share
 from torch import Tensor
 
+from fxprune.ops import cuda_nm_image as nm_image
 from fxprune.ops import cuda_tile_image as tile_image
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = ("ceilings", "depthwise", "gemm", "fusions", "models")
+DEVICE = "cuda"  # a dry run (tests/cuda/test_gpu_suite.py) sets another
+# the share of the time that a section may take: what one leaves, and all of it in the end, is the models'
+SECTIONS = {"ceilings": 0.1, "depthwise": 0.15, "gemm": 0.2, "fusions": 0.15, "models": 1.0}
 # Speed-ups over dense predicted from the roofline, by (layer, kept share): whole-model floors at batch 32 at 80 % of the
 # tensor cores' rate for GEMMs, instruction counts for depthwise.
 PREDICTED_GEMM = {0.5: 1.46, 0.3: 2.06}
+# whole models over fused dense kernels at batch 32: what pruning alone moves the floor by
+PREDICTED_MODEL = {
+    "mobilenetv2_100": {0.5: 1.01, 0.7: 1.01}, "efficientnet_b0": {0.5: 1.02, 0.7: 1.02},
+    "convnext_tiny": {0.5: 1.22, 0.7: 1.30}, "convnext_base": {0.5: 1.37, 0.7: 1.59}, "bert_base": {0.5: 1.46, 0.7: 2.06},
+}  # fmt: skip
 PREDICTED_DEPTHWISE = {(7, 0.3): 2.0, (7, 0.5): 1.6, (5, 0.3): 1.17, (5, 0.5): 1.17, (3, 0.3): 1.0, (3, 0.5): 1.0}
 
 
@@ -65,11 +73,15 @@ def main() -> int:
             if name not in options.only.split(","):
                 continue
             report[name] = []
+            last = time.monotonic()
+            stop = min(end, last + SECTIONS[name] * options.seconds)
             for row in rows():
                 report[name].append(row)
                 print(json.dumps(row), flush=True)
                 write(report, options.out)
-                if time.monotonic() > end:
+                now, before = time.monotonic(), last
+                last = now
+                if now + (now - before) > stop:  # the next row may take as long
                     report["left_out"].append(f"the rest of {name}: no time left")
                     break
     print(f"bench_gpu: wrote {write(report, options.out)}")
@@ -113,9 +125,9 @@ def write(report: dict[str, Any], out: str | None) -> Path:
 
 def measure_ceilings() -> dict[str, float]:
     """Return copy in TB/s (read and written), matmul in TFLOP/s, and the microseconds of an empty kernel in a graph."""
-    big = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    other, tiny = torch.empty_like(big), torch.zeros(1, device="cuda")
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    big = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
+    other, tiny = torch.empty_like(big), torch.zeros(1, device=DEVICE)
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     calls = {"copy": lambda: other.copy_(big), "matmul": lambda: a @ b, "launch": lambda: tiny.add_(1)}
     times = {name.partition(" ")[0]: us for name, us in micros(calls).items()}
     copy, matmul = 2 * big.numel() / times["copy"] * 1e-6, 2 * 8192**3 / times["matmul"] * 1e-6
@@ -144,9 +156,9 @@ def depthwise_row(
         mask[channel, torch.randperm(k * k, generator=gen)[:taps]] = True
     for tap in range(k * k):
         words[:, 0] |= mask[:, tap].long() << tap
-    weight = (torch.randn(c, k * k, generator=gen) * mask).to("cuda", dtype)
-    x, words = torch.randn(b, c, side, side, device="cuda").to(dtype), words.cuda()
-    bias, dense, pad = torch.zeros(c, device="cuda", dtype=dtype), weight.view(c, 1, k, k), k // 2
+    weight = (torch.randn(c, k * k, generator=gen) * mask).to(DEVICE, dtype)
+    x, words = torch.randn(b, c, side, side, device=DEVICE).to(dtype), words.to(DEVICE)
+    bias, dense, pad = torch.zeros(c, device=DEVICE, dtype=dtype), weight.view(c, 1, k, k), k // 2
     last, dense_last = (t.contiguous(memory_format=torch.channels_last) for t in (x, dense))
     window = [[k, k], [stride] * 2, [pad] * 2, [1, 1]]
     rivals = Rivals()
@@ -194,14 +206,14 @@ def gemm_rows(ceilings: dict[str, float]) -> Iterator[Row]:
 def gemm_row(m: int, k: int, n: int, keep: float, g: int, dtype: torch.dtype, ceilings: dict[str, float]) -> Row:
     gen = torch.Generator().manual_seed(0)
     kept, tiles = round(k * keep), -(-n // g)
-    index = torch.cat([torch.randperm(k, generator=gen)[:kept].sort().values for _ in range(tiles)]).int().cuda()
-    ptr = (torch.arange(tiles + 1) * kept).int().cuda()
-    columns = torch.arange(n).int().cuda()
+    index = torch.cat([torch.randperm(k, generator=gen)[:kept].sort().values for _ in range(tiles)]).int().to(DEVICE)
+    ptr = (torch.arange(tiles + 1) * kept).int().to(DEVICE)
+    columns = torch.arange(n).int().to(DEVICE)
     values = torch.randn(kept * n).to(dtype)
-    image = tile_image.build(values, ptr.cpu(), g, n).cuda()  # as inference packs it
-    x = torch.randn(1, k, m, device="cuda").to(dtype)  # feature-major
+    image = values.to(DEVICE) if dtype == torch.float32 else tile_image.build(values, ptr.cpu(), g, n).to(DEVICE)
+    x = torch.randn(1, k, m, device=DEVICE).to(dtype)  # feature-major
     rows = x[0].t().contiguous()
-    weight = torch.randn(n, k, device="cuda").to(dtype)
+    weight = torch.randn(n, k, device=DEVICE).to(dtype)
     packed = (image, index, ptr, columns, None, None, None, n, g)
     rivals = Rivals()
     rivals.add("ours", lambda: lambda: torch.ops.fxprune.tile_gemm(x, *packed, 1, "none"))
@@ -209,19 +221,40 @@ def gemm_row(m: int, k: int, n: int, keep: float, g: int, dtype: torch.dtype, ce
     rivals.add("matmul feature-major", lambda: lambda: weight @ x[0])
     rivals.add("cuSPARSELt 2:4", lambda: semi_structured(weight, rows))
     rivals.add("QuACK", lambda: quack(rows, weight))
-    row_major = Rivals()
-    row_major.add("ours", lambda: lambda: torch.ops.fxprune.tile_gemm(rows, *packed, -1, "none"))
+    rivals.add("grouped_mm", lambda: grouped(rows, index, ptr, weight, g))
+    others = Rivals()
+    others.add("row-major", lambda: lambda: torch.ops.fxprune.tile_gemm(rows, *packed, -1, "none"))
+    if dtype != torch.float32:
+        halved = two_in_four(values, ptr.cpu(), g, n)
+        others.add("two in four", lambda: lambda: torch.ops.fxprune.tile_gemm(x, halved, *packed[1:], 1, "none"))
     flops = 2.0 * m * values.numel()
     found = row(
         f"gemm m{m} {k}->{n} keep {keep:.0%} g{g} {str(dtype)[6:]}", rivals, PREDICTED_GEMM[keep],
         matmul_share=lambda us: share(flops / us * 1e-6, ceilings["matmul_tflop_s"]),
     )  # fmt: skip
-    return {**found, "row_major_us": {k: round(v, 2) for k, v in micros(row_major.calls).items()}}
+    return {**found, "others_us": {k: round(v, 2) for k, v in micros(others.calls).items()}}
+
+
+def two_in_four(values: Tensor, ptr: Tensor, g: int, n: int) -> Tensor:
+    """Return the image of two in four of the values of whole tiles, for sparse tensor cores: half of the products."""
+    halved = values.view(n // g, -1, g).clone()
+    halved[:, 2::4], halved[:, 3::4] = 0, 0
+    image = nm_image.build(halved.flatten(), ptr, g, n)
+    assert image is not None
+    return image.to(DEVICE)
+
+
+def grouped(rows: Tensor, index: Tensor, ptr: Tensor, weight: Tensor, g: int) -> Callable[[], Tensor]:
+    """Return the tiles as groups of PyTorch's grouped product, rows of x gathered before."""
+    kept = int(ptr[1])
+    gathered = torch.stack([rows[:, part.long()] for part in index.split(kept)])
+    dense = torch.stack([weight[t * g : (t + 1) * g, :kept] for t in range(len(ptr) - 1)]).transpose(1, 2)
+    return lambda: torch._grouped_mm(gathered, dense)
 
 
 def semi_structured(weight: Tensor, rows: Tensor) -> Callable[[], Tensor]:
     """Return the 2:4 product of PyTorch, where the card and the build have it."""
-    mask = torch.tensor([1, 1, 0, 0], device="cuda", dtype=weight.dtype).repeat(weight.shape[1] // 4)
+    mask = torch.tensor([1, 1, 0, 0], device=DEVICE, dtype=weight.dtype).repeat(weight.shape[1] // 4)
     sparse = torch.sparse.to_sparse_semi_structured(weight * mask)
     return lambda: F.linear(rows, sparse)
 
@@ -234,11 +267,21 @@ def quack(rows: Tensor, weight: Tensor) -> Callable[[], Tensor]:
 
 
 def model_rows() -> Iterator[Row]:
-    for name in ("mobilenetv2_100", "efficientnet_b0", "convnext_tiny", "bert_base"):
-        for dtype in (torch.bfloat16,):
-            for batch in (32, 1, 256):
-                for sparsity in (0.5, 0.0, 0.7):
-                    yield model_row(name, batch, sparsity, dtype)
+    """What matters most comes first: each model once before any of them again."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for batch, sparsity in (
+            (32, 0.5),
+            (1, 0.5),
+            (256, 0.5),
+            (32, 0.7),
+            (32, 0.0),
+            (1, 0.7),
+            (256, 0.7),
+            (1, 0.0),
+            (256, 0.0),
+        ):
+            for name in PREDICTED_MODEL:
+                yield model_row(name, batch, sparsity, dtype)
 
 
 def model_row(name: str, batch: int, sparsity: float, dtype: torch.dtype) -> Row:
@@ -251,8 +294,8 @@ def model_row(name: str, batch: int, sparsity: float, dtype: torch.dtype) -> Row
     if sparsity:
         model = fxprune.prune(model, inputs_of(1), sparsity=sparsity).model
     inputs = inputs_of(batch)
-    model = model.cuda().to(dtype).eval()
-    given = tuple(t.cuda().to(dtype) if t.is_floating_point() else t.cuda() for t in inputs)
+    model = model.to(DEVICE).to(dtype).eval()
+    given = tuple(t.to(DEVICE).to(dtype) if t.is_floating_point() else t.to(DEVICE) for t in inputs)
     channels_last = all(t.dim() == 4 for t in given)
     rivals.add("ours", lambda: compiled(model, given, backend="hwprune", options={"mode": "max-autotune-no-cudagraphs"}))
     rivals.add("eager", lambda: lambda: model(*given))
@@ -260,7 +303,9 @@ def model_row(name: str, batch: int, sparsity: float, dtype: torch.dtype) -> Row
     if channels_last:
         last = tuple(t.contiguous(memory_format=torch.channels_last) for t in given)
         rivals.add("inductor nhwc", lambda: compiled(model, last, mode="max-autotune-no-cudagraphs"))
-    return row(f"{name} b{batch} sparsity {sparsity:.0%} {str(dtype)[6:]}", rivals, None)
+    return row(
+        f"{name} b{batch} sparsity {sparsity:.0%} {str(dtype)[6:]}", rivals, PREDICTED_MODEL.get(name, {}).get(sparsity)
+    )
 
 
 def compiled(model: torch.nn.Module, given: tuple[Tensor, ...], **how: Any) -> Callable[[], Any]:

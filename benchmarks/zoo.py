@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 Inputs = tuple[Tensor, ...]
 
+LARGE = ("convnext_base",)  # of the GPU benchmark alone
 VISION = ("mobilenetv2_100", "mobilenetv3_small_100", "efficientnet_b0", "convnext_tiny", "resnet18")
 # name -> BertConfig fields that differ from BERT base, and tokens
 BERT: dict[str, tuple[dict[str, Any], int]] = {
@@ -60,7 +61,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
         "image_size": 64,
     },
 }
-NAMES = (*VISION, *BERT, *TIMM, *TRANSFORMERS)
+NAMES = (*VISION, *LARGE, *BERT, *TIMM, *TRANSFORMERS)
 
 
 def build(name: str, seed: int = 0) -> tuple[nn.Module, Callable[[int], Inputs]]:

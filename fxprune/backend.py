@@ -49,7 +49,8 @@ from fxprune.weights import Weights, are_hidden, is_state, remember_names, state
 
 log = logging.getLogger(__name__)
 
-_BF16_TOLERANCE = 2.0**-5  # what `verify` allows a bfloat16 output: a few roundings of the largest value
+# what `verify` allows a 16-bit output: a few roundings of the largest value
+_HALF_TOLERANCE = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}
 
 
 def hwprune(
@@ -111,7 +112,8 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         joint = None
         if ctx.gradient_ratio is not None:
             skips = frozenset(layer.number for layer in ctx.gradients if layer.skips)
-            joint = Sdgp(ctx.gradient_ratio, config.grad_pruning, config.grad_target, skips)
+            library = frozenset(layer.number for layer in ctx.gradients if layer.by_library)
+            joint = Sdgp(ctx.gradient_ratio, config.grad_pruning, config.grad_target, skips, library)
         constant = [ctx.weights.value(n) is not None for n in clone.graph.nodes if n.op == "placeholder"]
         symbols.fix(packs)
         compiled = codegen.compile_rest(clone, [*inputs, *packs], constant, config, joint)
@@ -328,7 +330,7 @@ def _verify_numerically(
     for a, b in zip(flat_expected, flat_given, strict=True):
         scale = a.abs().max().clamp_min(1e-12) if a.numel() else 1.0
         error = ((a - b).abs().max() / scale).item() if a.numel() else 0.0
-        most = max(config.tolerance, _BF16_TOLERANCE) if a.dtype == torch.bfloat16 else config.tolerance
+        most = max(config.tolerance, _HALF_TOLERANCE.get(a.dtype, 0.0))
         if not error <= most and a.is_floating_point():
             expected_text = f"at most {most:g} relative to the largest value"
             raise VerificationError(stage=stage, what="output differs", given=f"{error:.3g}", expected=expected_text)

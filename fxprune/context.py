@@ -154,9 +154,9 @@ class Context:
             observer(number, name, gm, self)
 
     def bias(self, match: Match) -> Node | None:
-        """Return a match's bias as our kernels take it: not rounded, where that is known."""
+        """Return a match's bias as our kernels take it: in x's type on a GPU, elsewhere not rounded, where that is known."""
         bias = match.bias
-        return None if bias is None else self.float_bias.get(bias, bias)
+        return bias if bias is None or match.on_gpu else self.float_bias.get(bias, bias)
 
     def decision(self, match: Match) -> Decision | None:
         return next((d for d in self.decisions if d.match is match), None)

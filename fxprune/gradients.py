@@ -134,22 +134,28 @@ gradient_clock = GradientClock()
 class GradientTimes:
     """Microseconds of one data gradient. pruned: pruning and a dense product; skipping: pruning and one that skips zeros.
 
-    skipping is ``None`` where no such kernel exists.
+    skipping is ``None`` where no such kernel exists. library: the same by a library's product, where one is right.
     """
 
     dense: float
     pruned: float
     skipping: float | None = None
+    library: float | None = None
 
     @property
     def skips(self) -> bool:
         """Whether skipping zeros is the faster way to multiply."""
-        return self.skipping is not None and self.skipping < self.pruned
+        return self.best < self.pruned
+
+    @property
+    def by_library(self) -> bool:
+        """Whether a library's product is the fastest way to skip zeros."""
+        return self.skips and self.library == self.best
 
     @property
     def best(self) -> float:
-        """The faster of both ways to prune."""
-        return self.pruned if self.skipping is None else min(self.pruned, self.skipping)
+        """The fastest of the ways to prune."""
+        return min(t for t in (self.pruned, self.skipping, self.library) if t is not None)
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,11 @@ class GradientLayer:
         """Whether the product of the data gradient skips the zeros."""
         return self.reason is None and self.times is not None and self.times.skips
 
+    @property
+    def by_library(self) -> bool:
+        """Whether that product is a library's."""
+        return self.skips and self.times is not None and self.times.by_library
+
     def __str__(self) -> str:
         return f"{self.name}: {'pruned' if self.reason is None else 'dense, ' + self.reason}"
 
@@ -182,11 +193,13 @@ def gradient_table(layers: Sequence[GradientLayer], ratio: object, step: tuple[f
     for layer in layers:
         cells = ("-",) * 4
         if (times := layer.times) is not None:
-            skipping = "-" if times.skipping is None else f"{times.skipping:.1f}"
+            skips = [t for t in (times.skipping, times.library) if t is not None]
+            skipping = f"{min(skips):.1f}" if skips else "-"
             cells = (f"{times.dense:.1f}", f"{times.pruned:.1f}", skipping, f"{times.dense / times.best:.2f}")
             dense += times.dense
             spent += times.dense if layer.reason else times.best
         reads = "dense" if layer.reason else "pruned, skipping zeros" if layer.skips else "pruned"
+        reads += " by a library" if layer.by_library else ""
         rows.append((layer.name, reads, *cells, layer.reason or ""))
     head = ("layer", "data gradient reads", "dense us", "pruned us", "skipping zeros us", "gain", "reason")
     summary = {"all data gradients that were timed": f"{dense / spent:.2f} times as fast as dense"} if spent else {}

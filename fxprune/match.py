@@ -92,6 +92,11 @@ class Match:
         return self.node.args[position] if given else None  # type: ignore[return-value, index]
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether the layer runs on a GPU. What is derived from its weight is built on the CPU all the same."""
+        return self.value.is_cuda
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
         """(C, KH*KW) of a depthwise weight, (N, K) of a GEMM weight, K = C/groups * KH * KW of a convolution's."""
         n, k = self.value.shape[0], self.value.numel() // max(self.value.shape[0], 1)

@@ -156,7 +156,7 @@ class Weights:
                 for buffer, new in zip(entry.buffers, self._built(entry.build, entry.inputs), strict=True):
                     if new.shape != buffer.shape or new.dtype != buffer.dtype:
                         raise StructureChanged
-                    if buffer.is_floating_point() or buffer.dtype == torch.uint8:  # values, or an image of them
+                    if buffer.is_floating_point() or buffer.dtype in (torch.uint8, torch.int8):  # values, or an image
                         buffer.copy_(new)
                     elif not torch.equal(buffer, new):
                         raise StructureChanged

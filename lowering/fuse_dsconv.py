@@ -53,6 +53,9 @@ def _fused(node: Node) -> tuple[Any, ...] | None:
         return None
     if sole_user(first) is not node or mutation_between(first, node):
         return None
+    packed = fake(node.args[1])
+    if packed is not None and packed.dtype == torch.int8:  # kept two in four, for a kernel of its own
+        return None
     x, weight, taps, bias, *window = first.args[:8]
     value = fake(x)
     if value is None or value.device.type != "cuda" or value.dtype not in (torch.float16, torch.bfloat16):
@@ -64,8 +67,8 @@ def _fused(node: Node) -> tuple[Any, ...] | None:
     if dsconv_bytes(value.shape[1], kernel, stride) > shared_memory(value.device):
         return None
     activations = [n.args[at] if len(n.args) > at else "none" for n, at in ((first, 8), (node, 11))]
-    packed, outer, shape = node.args[1:5], node.args[5:7], node.args[8:10]
-    return (x, weight, taps, bias, *packed, *outer, *window, *shape, *activations)
+    operands, outer, shape = node.args[1:5], node.args[5:7], node.args[8:10]
+    return (x, weight, taps, bias, *operands, *outer, *window, *shape, *activations)
 
 
 def _faster(node: Node, args: tuple[Any, ...], ctx: Context, compare: Compare) -> bool:

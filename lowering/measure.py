@@ -74,6 +74,7 @@ class Measure:
         window = (g.kernel, g.stride, g.padding, g.dilation, g.groups)
         where = "" if match.value.device.type == "cpu" else torch.cuda.get_device_name(match.value.device)
         on = (where, str(match.value.dtype)) if where or match.value.dtype != torch.float32 else ()
+        on = (*on, "halved") if mask is not None and mask.halved else on
         return repr((match.kind, shape, match.matrix_shape, *window, unit, round(kept * 20), *on))
 
     def _time(self, match: Match, mask: LayerMask | None, inputs: Weight | None) -> tuple[list[float], bool]:
@@ -93,7 +94,7 @@ class Measure:
         if inputs is not None:
             pair = [self.predict(*as_linear(weight)) for weight in (inputs, (match, mask))]
             return predicted(pair, cost.hint(match.geometry.x[0]))
-        if match.value.is_cuda:  # the cost model knows CPUs: without a measurement a GPU's layer stays dense
+        if match.on_gpu:  # the cost model knows CPUs: without a measurement a GPU's layer stays dense
             timing = cost.predict(match, mask, "avx512")
             return replace(timing, sparse=max(timing.sparse, timing.dense))
         if not library.available():
@@ -125,7 +126,7 @@ def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> 
         parts = [(layer.rest.mask, layer.rest.tiling), (layer.mask & ~layer.rest.mask, layer.tiling)]
     calls = []
     for kept, tiling in parts:
-        packed = tile.imaged(tile.operands(matrix, kept, tiling), tiling, x.device)
+        packed = tile.imaged(tile.operands(matrix, kept, tiling), tiling, x.device, layer.halved)
         calls.append(([t.to(x.device) for t in packed], tiling.granularity))
 
     def run() -> Tensor:

@@ -16,6 +16,7 @@ from ..gradients import GradientTimes, Ratio
 from ..graph import argument, aten, fake, is_call
 from ..ops import nm_mm
 from . import library
+from .kernels import libraries
 from .measure import ROUNDS, interleave
 
 _PRODUCTS = (aten.linear.default, aten.mm.default, aten.matmul.default, aten.addmm.default)
@@ -60,8 +61,11 @@ class MeasureGradient:
                 lambda: product(grad),
                 lambda: skipping(grad if itself else prune()),
             ]
-            (pruned, plain, skipped), _ = interleave(runs, self._rounds)
-        return GradientTimes(plain, pruned, skipped)
+            if by_library := grad.dtype != torch.float32 and libraries.chosen(grad.device, grad.dtype) is not None:
+                matrix = torch.ops.fxprune_library.nm_mm
+                runs.append(lambda: matrix((grad if itself else prune()).reshape(-1, grad.shape[-1]), weight))
+            (pruned, plain, *skipped), _ = interleave(runs, self._rounds)
+        return GradientTimes(plain, pruned, skipped[0], skipped[1] if by_library else None)
 
     @property
     def _rounds(self) -> int:

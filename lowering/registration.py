@@ -8,6 +8,7 @@ import torch
 
 from ..ops import OPS, clear_pruned, marks
 from . import library
+from .kernels import libraries
 from .kernels.cpu import REFERENCE_ONLY
 
 _LOCK = threading.Lock()
@@ -26,4 +27,4 @@ def register() -> None:
             torch.library.register_autograd(op.qualname, op.backward, setup_context=op.setup_context, lib=lib)
             if not compiled or op.name in REFERENCE_ONLY:
                 lib.impl(op.name, op.reference, "CompositeExplicitAutograd")
-        _DONE.extend((lib, marks.define(), clear_pruned.define(compiled)))
+        _DONE.extend((lib, marks.define(), clear_pruned.define(compiled), libraries.define()))

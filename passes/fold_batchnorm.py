@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from ..context import Context
 from ..graph import argument, aten, call, is_call, mutation_between, replace, sole_user
+from ..sparsity.pattern import FLOATS
 from .match_conv import CONVOLUTIONS
 
 
@@ -44,7 +45,7 @@ def _operands(conv: Node, norm: Node) -> tuple[list[Node], list[bool]]:
 def _constant(conv: Node, norm: Node, ctx: Context) -> bool:
     tensors = [ctx.weights.value(n) for n in _operands(conv, norm)[0]]
     fixed = not isinstance(argument(norm, "eps"), Node)  # with dynamic=True a float may be an input
-    return fixed and all(t is not None and t.dtype in (torch.float32, torch.bfloat16) for t in tensors)
+    return fixed and all(t is not None and t.dtype in FLOATS for t in tensors)
 
 
 def _fold(conv: Node, norm: Node, ctx: Context) -> None:

@@ -98,8 +98,9 @@ def _channel_norm(node: Node, x: Node, ctx: Context) -> Node:
 
 def _spelled_out(node: Node, x: Node, weight: Any, bias: Any, eps: Any) -> Node:
     """In the operations Inductor fuses into one loop; in float32, as eager's."""
-    half = fake(node).dtype == torch.bfloat16  # type: ignore[union-attr]
-    if half:
+    dtype = fake(node).dtype  # type: ignore[union-attr]
+    halves = dtype in (torch.bfloat16, torch.float16)
+    if halves:
         x = call(node, aten.to.dtype, x, torch.float32)
     mean = call(node, aten.mean.dim, x, [1], True)
     centred = call(node, aten.sub.Tensor, x, mean)
@@ -108,4 +109,4 @@ def _spelled_out(node: Node, x: Node, weight: Any, bias: Any, eps: Any) -> Node:
     for operand, target in ((weight, aten.mul.Tensor), (bias, aten.add.Tensor)):
         if operand is not None:
             y = call(node, target, y, call(node, aten.reshape.default, operand, [*(shape(operand) or ()), 1, 1]))
-    return call(node, aten.to.dtype, y, torch.bfloat16) if half else y
+    return call(node, aten.to.dtype, y, dtype) if halves else y

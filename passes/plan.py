@@ -22,7 +22,7 @@ from ..match import Match
 from ..plan import PrunedWeight, lookup
 from ..planner import choose_masks, pattern_of
 from ..sparsity import dcp, refit, tile
-from ..sparsity.found import describe, forms
+from ..sparsity.found import describe, forms, halved
 from ..sparsity.pattern import LayerMask, any_nonzero
 from ..staircase import choose_levels
 from .plan_rnn import Found, decide_recurrent, recurrent_layers
@@ -152,6 +152,8 @@ def _form(match: Match, mask: torch.Tensor, planned: LayerMask | None, covers: b
     native = _native(match, ctx)
     widths = [match.tile_width(g) for g in (native, 2 * native, 4 * native, 128)]
     candidates = forms(mask, widths, planned, covers, _drops(match))
+    if covers and _may_be_halved(match, ctx):
+        candidates += filter(None, [halved(mask, match.tile_width(native), planned, _drops(match))])
     if not candidates:
         return None
     single = match.kind in ("pointwise", "conv") and candidates[0].tiling.granularity == 1
@@ -164,6 +166,12 @@ def _form(match: Match, mask: torch.Tensor, planned: LayerMask | None, covers: b
         if ctx.measure(match, whole).sparse < ctx.measure(match, best).sparse:
             return None
     return best
+
+
+def _may_be_halved(match: Match, ctx: Context) -> bool:
+    """True where a product on sparse tensor cores is a form of the layer: of a GPU, in 16 bits, without a window."""
+    halves = match.value.dtype in (torch.float16, torch.bfloat16)
+    return ctx.inference and match.on_gpu and halves and match.kind in ("linear", "pointwise")
 
 
 def regions(convs: list[Match]) -> Iterable[list[Match]]:
@@ -267,6 +275,7 @@ def _decision(match: Match, mask: LayerMask | None, chosen: bool, timing: Timing
     gain = timing.dense / max(timing.sparse, 1e-9)
     if not why:
         why = f"{gain:.2f}x of dense" + ("" if timing.measured else " (predicted)")
+        why += ", two in four on sparse tensor cores" if mask is not None and mask.halved else ""
         why = why if chosen else f"kept dense: {why}"
     kernel = f"{_OPERATOR[match.kind]}" if chosen else "dense"
     return Decision(match, mask, chosen, why, timing, pattern, kernel)

@@ -35,7 +35,7 @@ def _rewrite(decision: Decision, ctx: Context) -> None:
 
     def build(weight: Tensor) -> tuple[Tensor, ...]:
         matrix = match.matrix(weight) * kept.to(weight.dtype)
-        return matrix if weight.is_cuda else matrix.float(), words  # the CPU kernels' type for any activations
+        return matrix if match.on_gpu else matrix.float(), words  # the CPU kernels' type for any activations
 
     if ctx.inference:
         weight, taps = ctx.weights.derive(

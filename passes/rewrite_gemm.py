@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..context import Context, Decision
+from ..errors import TileMismatch
 from ..graph import aten, call, replace
 from ..match import Match
 from ..sparsity import tile
 from ..sparsity.pattern import LayerMask
+from ..weights import StructureChanged
 from .rewrite_depthwise import exact
 
 _TILE_GEMM = torch.ops.fxprune.tile_gemm.default
@@ -62,7 +64,12 @@ def packed(match: Match, layer: LayerMask, ctx: Context, prefix: str, whole: Ten
 
     def build(weight: Tensor) -> tuple[Tensor, ...]:
         operands = tile.operands(match.matrix(weight), layer.mask, layer.tiling)
-        return tuple(tile.imaged(operands, layer.tiling, match.value.device) if ctx.inference else operands)
+        if not ctx.inference:
+            return tuple(operands)
+        try:
+            return tuple(tile.imaged(operands, layer.tiling, match.value.device, layer.halved))
+        except TileMismatch as error:  # a weight that changed keeps more than two in four
+            raise StructureChanged from error
 
     labels = [f"{prefix}_{name}" for name in tile.OPERANDS]
     if ctx.inference:

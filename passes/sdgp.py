@@ -34,6 +34,7 @@ _OUTPUT = torch.ops.fxprune_mark.output.default
 _PRUNE = torch.ops.fxprune.nm_prune.default
 _SKIP = torch.ops.fxprune.skip_zeros_mm.default
 _HALVES = torch.ops.fxprune.nm_mm.default
+_LIBRARY = torch.ops.fxprune_library.nm_mm.default
 _SKIP_CONV = torch.ops.fxprune.skip_zeros_conv.default
 _BACKWARD = aten.convolution_backward.default
 _PRODUCTS = (aten.mm.default, aten.bmm.default)
@@ -67,17 +68,19 @@ class Sdgp:
     """The pass and its settings; ``identity`` belongs into every cache key.
 
     skips: the numbers of the layers whose data gradient multiplies by skipping zeros, where it is a product of matrices.
+    library: those among them that multiply by a library's product, on a GPU.
     """
 
     ratio: Ratio
     function: str
     target: str
     skips: frozenset[int] = frozenset()
+    library: frozenset[int] = frozenset()
 
     @property
     def identity(self) -> str:
         source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-        return f"sdgp-{self.ratio}-{self.function}-{self.target}-{sorted(self.skips)}-{source}"
+        return f"sdgp-{self.ratio}-{self.function}-{self.target}-{sorted(self.skips)}-{sorted(self.library)}-{source}"
 
     def __call__(self, graph: Graph) -> int:
         """Rewrite a joint graph; returns the number of gradients pruned."""
@@ -118,7 +121,8 @@ class _Layer:
             elif use.data in self.wants and use.data and self._halves(use.node, use.position):
                 prunes = nm_mm.prunes(self.settings.function, *self._ratio)
                 given = self._replay(use, self.mark if prunes else None)
-                product = _insert(use.node, _HALVES, (given, use.node.args[1]))
+                target = _LIBRARY if self.number in self.settings.library else _HALVES
+                product = _insert(use.node, target, (given, use.node.args[1]))
                 use.node.replace_all_uses_with(product)
                 use.node.graph.erase_node(use.node)
                 changed += 1

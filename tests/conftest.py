@@ -17,7 +17,7 @@ CACHES = Path(tempfile.mkdtemp(prefix="fxprune-tests-"))
 
 # before torch and fxprune are imported: both read these once
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHES / "inductor")
-os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ["XDG_CACHE_HOME"] = str(CACHES / "xdg")
 # A thread that waits sleeps: with spinning, one busy neighbour on two cores makes every parallel region 100x slower.
 # Waking costs time, so no test may expect one kernel to be faster than another.

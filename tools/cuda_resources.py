@@ -4,8 +4,9 @@
 
 Compiles the CUDA library for all its targets (only what changed) and reads the assembler's report: registers, stack and
 spilled bytes by kernel and target. Where cuobjdump is found it also counts machine instructions (HGMMA, HMMA, LDGSTS,
-bulk copies, local memory). More registers than the table allows, any spill, or an expected instruction that is gone
-is a failure; --write records what is there. Needs nvcc, no GPU.
+bulk copies, local memory), and those that a depthwise kernel executes per output with every tap kept. More registers
+than the table allows, any spill, an expected instruction that is gone, or more per output than the targets is a failure;
+--write records what is there. Needs nvcc, no GPU; cuobjdump and nvdisasm also come as PyPI packages.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "csrc/cuda/resources.json"
@@ -30,6 +32,7 @@ EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {
     "TileGemmResident": {"sm_90a": ("HMMA", "LDGSTS", "LDSM"), "sm_80": ("HMMA", "LDGSTS", "LDSM")},
     "TileGemmFfma": {"sm_90a": ("FFMA", "LDGSTS"), "sm_80": ("FFMA", "LDGSTS")},
     "Dsconv": {"sm_90a": ("HMMA", "LDGSTS", "LDSM", "FFMA"), "sm_80": ("HMMA", "LDGSTS", "LDSM", "FFMA")},
+    "TileGemmHalved": {"sm_90a": ("HMMA", "LDGSTS", "LDSM"), "sm_80": ("HMMA", "LDGSTS", "LDSM")},
     "DepthwiseTiles": {"sm_90a": ("FFMA", "LDGSTS"), "sm_80": ("FFMA", "LDGSTS")},
 }
 for _element in ("Bfloat", "Half"):
@@ -43,7 +46,10 @@ for _kernel in ("TileInputGradient", "TileWeightGradient"):
         EXPECTED[f"{_kernel}-{_element}"] = EXPECTED["TileGemmMma"]
     EXPECTED[f"{_kernel}-float"] = EXPECTED["TileGemmFfma"]
 FORBIDDEN = ("LDL", "STL")
-Row = dict[str, int]
+# DepthwiseTiles with stride 1 in 16 bits, by (window, rows of a thread): instructions per output, every tap kept
+PER_OUTPUT = {("3", "4"): 16.0, ("5", "8"): 30.0, ("7", "8"): 55.0}
+DEPTHWISE = re.compile(r"DepthwiseTiles-(Bfloat|Half)-(\d)-1-(\d)-0 sm_90a")
+Row = dict[str, Any]
 
 
 def main() -> int:
@@ -133,7 +139,11 @@ def kernel_name(mangled: str) -> str:
 def count_instructions(tool: str, objects: list[Path]) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     for path in objects:
-        text = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
+        beside = os.pathsep.join((os.environ.get("PATH", ""), str(Path(tool).parent)))  # it calls nvdisasm
+        done = subprocess.run([tool, "-sass", path], capture_output=True, text=True, env={**os.environ, "PATH": beside})
+        if done.returncode != 0:
+            raise SystemExit(f"cuda-resources: {tool} -sass {path.name}: {(done.stderr or done.stdout).strip()[-300:]}")
+        text = done.stdout
         rows.update(parse_sass(text))
     return rows
 
@@ -141,18 +151,43 @@ def count_instructions(tool: str, objects: list[Path]) -> dict[str, Row]:
 def parse_sass(text: str) -> dict[str, Row]:
     """Count the instructions of COUNTED by "kernel target"."""
     counts: dict[str, Counter[str]] = {}
+    code: dict[str, list[str]] = {}
     target, key = "", ""
     for line in text.splitlines():
         if arch := re.match(r"arch = (\S+)", line):
             target = arch[1]
         elif function := re.search(r"Function : (\S+)", line):
             key = f"{kernel_name(function[1])} {target}"
-            counts[key] = Counter()
+            counts[key], code[key] = Counter(), []
         elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", line):
+            code[key].append(line.partition("*/")[2].partition(";")[0].strip())
             name = next((n for n in COUNTED if instruction[1].startswith(n)), None)
             if name and key:
                 counts[key][name] += 1
-    return {key: {name: c[name] for name in COUNTED} for key, c in counts.items()}
+    rows: dict[str, Row] = {key: {name: c[name] for name in COUNTED} for key, c in counts.items()}
+    for key, lines in code.items():
+        if found := DEPTHWISE.fullmatch(key):
+            outputs = int(found[3]) * 8
+            rows[key]["per_output"] = round(executed(lines, int(found[2]) ** 2 * outputs) / outputs, 1)
+    return rows
+
+
+def executed(code: list[str], products: int) -> int:
+    """Return the instructions from the last barrier to the last of so many multiply-adds, no branch over a tap taken.
+
+    Instructions are 16 bytes each. What follows, activation and stores, is not counted.
+    """
+    at = max(i for i, line in enumerate(code) if line.startswith("BAR.SYNC")) + 1
+    count = 0
+    while products and at < len(code):
+        line = code[at]
+        count, at = count + 1, at + 1
+        products -= line.startswith("FFMA")
+        if jump := re.match(r"BRA (?:`\()?0x([0-9a-f]+)", line):
+            at = int(jump[1], 16) // 16
+    if products:
+        raise SystemExit("cuda-resources: the product of a depthwise kernel does not look as expected")
+    return count
 
 
 def compare(found: dict[str, Row], table: dict[str, Row], counted: bool) -> list[str]:
@@ -169,6 +204,10 @@ def compare(found: dict[str, Row], table: dict[str, Row], counted: bool) -> list
         if counted:
             problems += [f"{key}: {row[name]} {name}, none are allowed" for name in FORBIDDEN if row.get(name)]
             problems += [f"{key}: no {name}" for name in expected(key) if not row.get(name)]
+        if (shape := DEPTHWISE.fullmatch(key)) and "per_output" in row:
+            most = PER_OUTPUT.get((shape[2], shape[3]), row["per_output"])
+            if row["per_output"] > most:
+                problems.append(f"{key}: {row['per_output']} instructions per output, the target is {most}")
     return problems
 
 

@@ -110,7 +110,7 @@ Tensor tile_gemm(const Tensor& x_in, const Tensor& values_in, const Tensor& inde
   STD_TORCH_CHECK(feature_major || !gate_in.has_value(), "gate needs feature_dim=1");
   const Structure structure(index, tile_ptr, columns, granularity, x_in);
   structure.check_features(out_features);
-  PackedValues weights(values_in, structure, x_in);
+  PackedValues weights(values_in, structure, x_in, true);
   const int64_t axis = feature_major ? 1 : rank - 1;
   std::vector<int64_t> shape(rank);
   for (int64_t i = 0; i < rank; ++i) shape[i] = i == axis ? out_features : x_in.size(i);

@@ -129,20 +129,24 @@ struct Structure {
 };
 
 // The weights of a structure: packed values of x's type, or the image of them that 16-bit kernels
-// read, where it was made when the weight was packed.
+// read, where it was made when the weight was packed: uint8, or int8 for weights kept two in four.
 struct PackedValues {
   gpu::TileImage layout;
   bool is_image;
   Tensor values;
   OptionalTensor derived;
 
-  PackedValues(const Tensor& given, const Structure& structure, const Tensor& x)
+  // halves: whether the kernel takes the image of weights kept two in four.
+  PackedValues(const Tensor& given, const Structure& structure, const Tensor& x,
+               bool halves = false)
       : layout{structure.tiles, structure.rows, structure.granularity},
         is_image(type_of(x) != element_types().float32 &&
-                 type_of(given) == aoti_torch_dtype_uint8()),
-        values(is_image ? list_input(given, "values", x, aoti_torch_dtype_uint8(), "uint8")
+                 (type_of(given) == aoti_torch_dtype_uint8() ||
+                  (halves && type_of(given) == aoti_torch_dtype_int8()))),
+        values(is_image ? list_input(given, "values", x, type_of(given), "an image")
                         : like_input(given, "values", x)) {
     if (is_image) {
+      layout.halved = type_of(given) == aoti_torch_dtype_int8();
       check_shape(values, "values", {layout.bytes()});
     } else {
       structure.check_values(values);
@@ -153,6 +157,7 @@ struct PackedValues {
   // missing.
   void fill(gpu::TileGemmArgs* a, void* stream) {
     a->values = values.const_data_ptr();
+    a->halved = layout.halved;
     if (type_of(values) == element_types().float32) return;
     if (!is_image) {
       derived = empty_like(values, {layout.bytes()}, aoti_torch_dtype_uint8());

@@ -107,10 +107,12 @@ const char* fxprune_sim_tile_image(const void* values, const int32_t* tile_ptr, 
 }
 
 // tensors: x, values, image, index, tile_ptr, columns, bias, residual, gate, out. sizes: batch, m,
-// k, n, kept, rows, granularity, tiles, activation, whether sm_90a kernels may run, processors.
+// k, n, kept, rows, granularity, tiles, activation, whether sm_90a kernels may run, processors,
+// whether the image is that of weights kept two in four.
 const char* fxprune_sim_tile_gemm(int type, void* const* tensors, const int64_t* sizes) {
   return guarded([&] {
-    const TileGemmArgs a = tile_args(tensors, sizes);
+    TileGemmArgs a = tile_args(tensors, sizes);
+    a.halved = sizes[11] != 0;
     const Gpu gpu{sizes[9] != 0, static_cast<int>(sizes[10])};
     Simulator simulator;
     with_type(type, [&](auto t) { tile_gemm<decltype(t)>(simulator, a, gpu); });

@@ -33,6 +33,9 @@ T load_shared(const void* from) {
   sim::read_shared(&value, from, sizeof(T));
   return value;
 }
+inline Quad load_shared_anew(const void* from) {
+  return load_shared<Quad>(from);
+}
 template <class T>
 void store_shared(void* to, T value) {
   sim::write_shared(to, &value, sizeof(T));

@@ -8,6 +8,7 @@ blocks of 64 K rows in panels of 64 output features, 16-byte chunks swizzled. Gi
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _ROWS, _PANEL, _PANEL_BYTES, _TABLE_ALIGN = 64, 64, 64 * 64 * 2, 1024
@@ -20,12 +21,12 @@ def build(values: Tensor, tile_ptr: Tensor, granularity: int, kept: int) -> Tens
     counts = (tile_ptr[1:] - tile_ptr[:-1]).long()
     blocks = (counts + _ROWS - 1) // _ROWS
     first = torch.cat([blocks.new_zeros(1), blocks.cumsum(0)])
-    order = torch.argsort(counts, descending=True, stable=True)
-    table_bytes = -(-(2 * tiles + 1) * 4 // _TABLE_ALIGN) * _TABLE_ALIGN
+    head = table(tile_ptr)
+    table_bytes = len(head)
     block_bytes = -(-granularity // _PANEL) * _PANEL_BYTES
     most_blocks = int(tile_ptr[-1]) // _ROWS + tiles
     image = torch.zeros(table_bytes + most_blocks * block_bytes, dtype=torch.uint8)
-    image[: 4 * (2 * tiles + 1)].view(torch.int32).copy_(torch.cat([order, first]))
+    image[:table_bytes] = head
     elements, at = image[table_bytes:].view(torch.int16), 0
     for t in range(tiles):
         width, rows = min(granularity, kept - t * granularity), int(counts[t])
@@ -35,3 +36,11 @@ def build(values: Tensor, tile_ptr: Tensor, granularity: int, kept: int) -> Tens
         elements[byte.reshape(-1) // 2] = values[at : at + rows * width].view(torch.int16)
         at += rows * width
     return image
+
+
+def table(tile_ptr: Tensor) -> Tensor:
+    """Return what is in front of an image's blocks, uint8: the tiles by falling number of rows, the first block of each."""
+    counts = (tile_ptr[1:] - tile_ptr[:-1]).long()
+    first = F.pad(((counts + _ROWS - 1) // _ROWS).cumsum(0), (1, 0))
+    numbers = torch.cat([torch.argsort(counts, descending=True, stable=True), first]).int().view(torch.uint8)
+    return F.pad(numbers, (0, -len(numbers) % _TABLE_ALIGN))

@@ -13,8 +13,9 @@ Args = tuple[Any, ...]
 
 
 def widened(*tensors: Tensor | None) -> list[Any]:
-    """Return bfloat16 tensors as float32, the precision of every sum; others as they are."""
-    return [t.float() if t is not None and t.dtype == torch.bfloat16 else t for t in tensors]
+    """Return 16-bit tensors as float32, the precision of every sum; others as they are."""
+    halves = (torch.bfloat16, torch.float16)
+    return [t.float() if t is not None and t.dtype in halves else t for t in tensors]
 
 
 def without_gradient(name: str) -> tuple[Callable[..., None], Callable[..., Any]]:

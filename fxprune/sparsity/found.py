@@ -7,8 +7,10 @@ keeps more than the mask, never less, so the function stays the same.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxprune.sparsity import tile
@@ -44,6 +46,31 @@ def forms(
         found.append((_COST[1] * kept(mask), elements(mask)))
     found.sort(key=lambda pair: pair[0])
     return [form for cost, form in found[:_MOST] if cost <= _WITHIN * max(found[0][0], 1.0)]
+
+
+def halved(mask: Tensor, width: int, planned: LayerMask | None = None, drops: bool = True) -> LayerMask | None:
+    """Return tiles that cover a mask (N, K) and of whose rows each feature uses at most two in four; ``None`` without such.
+
+    TVW's own tiles, those that fit the mask most closely, or all rows (plain 2:4).
+    """
+    covers = [tile.infer(mask, width, drop_columns=drops), tile.keep_all((mask.shape[0], mask.shape[1]), width)]
+    rows = None if planned is None else planned.tiling.rows
+    if planned is not None and rows is not None:
+        whole = tile.Tile().mask(planned.tiling, list(rows))
+        covers.insert(0, LayerMask(planned.tiling, whole, tuple(rows.sum(1).tolist())))
+    return next((replace(cover, halved=True) for cover in covers if _is_halved(mask, cover)), None)
+
+
+def _is_halved(mask: Tensor, cover: LayerMask) -> bool:
+    if bool((mask & ~cover.mask).any()):
+        return False
+    for t in range(cover.tiling.tiles):
+        members = cover.tiling.members(t)
+        used = mask[members][:, cover.mask[members[0]]]
+        groups = F.pad(used, (0, -used.shape[1] % 4)).unflatten(1, (-1, 4))
+        if bool((groups.sum(2) > 2).any()):
+            return False
+    return True
 
 
 def describe(mask: Tensor, native: int, drops: bool = True) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fxprune.config import Config
 from fxprune.errors import PackedFormatError
 
-FLOATS = (torch.float32, torch.bfloat16)  # what packed weights are
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what packed weights are; the last one on GPUs
 
 
 def kept(mask: Tensor) -> int:
@@ -88,6 +88,7 @@ class LayerMask:
     ``tiling``: the tiles of the kept output features. ``mask``: bool of ``tiling.shape``, True = kept.
     ``counts``: kept units per tile. ``note``: what recalibration did ("9u8o: over"), or "".
     ``rest``: elements of ``mask`` beside the tiles, which a second kernel adds; ``None`` when there are none.
+    ``halved``: of every four consecutive rows of a tile a feature uses at most two, and sparse tensor cores skip the others.
     """
 
     tiling: Tiling
@@ -95,6 +96,7 @@ class LayerMask:
     counts: tuple[int, ...]
     note: str = ""
     rest: LayerMask | None = None
+    halved: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fxprune.errors import TileMismatch
-from fxprune.ops import cuda_tile_image, tile_image
+from fxprune.ops import cuda_nm_image, cuda_tile_image, tile_image
 from fxprune.sparsity.pattern import (
     Ask,
     Counts,
@@ -204,10 +204,19 @@ def operands(matrix: Tensor, mask: Tensor, tiling: Tiling) -> list[Tensor]:
     return [tensors[name] for name in OPERANDS]
 
 
-def imaged(operands: list[Tensor], tiling: Tiling, device: torch.device) -> list[Tensor]:
-    """Return the operands (on the CPU) with 16-bit values as the image that the kernels of ``device`` multiply by."""
+def imaged(operands: list[Tensor], tiling: Tiling, device: torch.device, halved: bool = False) -> list[Tensor]:
+    """Return the operands (on the CPU) with 16-bit values as the image that the kernels of ``device`` multiply by.
+
+    halved: that of values kept two in four. Raises :class:`TileMismatch` where they are not.
+    """
     values, index, pointer, columns = operands
-    if device.type == "cuda" and values.dtype in (torch.float16, torch.bfloat16):
+    if halved:
+        image = cuda_nm_image.build(values, pointer, tiling.granularity, len(columns))
+        if image is None:
+            reason = "a feature uses more than two of four rows of its tile"
+            raise mismatch(tiling.shape, tiling.granularity, reason, "Keep two of four.")
+        values = image
+    elif device.type == "cuda" and values.dtype in (torch.float16, torch.bfloat16):
         values = cuda_tile_image.build(values, pointer, tiling.granularity, len(columns))
     elif device.type == "cpu" and values.dtype == torch.bfloat16:
         values = tile_image.image(values, pointer, columns, tiling.granularity)

@@ -310,7 +310,7 @@ def require_packable(weight: Tensor, mask: Tensor, tiling: Tiling) -> None:
 def require_dtype(weight: Tensor, tiling: Tiling) -> None:
     """Raise :class:`TileMismatch` unless the weight is of the packed format's dtype."""
     if weight.dtype not in FLOATS:
-        reason = f"its dtype is {weight.dtype} and the packed format holds float32 or bfloat16"
+        reason = f"its dtype is {weight.dtype} and the packed format holds float32, bfloat16 or float16"
         raise mismatch(weight.shape, tiling.granularity, reason, "Convert it with .float().")
 
 

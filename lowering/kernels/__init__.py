@@ -10,10 +10,10 @@ import torch
 from ...context import Unit
 from ...graph import fake
 from ...match import Match
-from . import cpu, cuda, reference
+from . import cpu, cuda, libraries, reference
 from .impl import Impl
 
-TABLES: tuple[tuple[Impl, ...], ...] = (cpu.IMPLS, cuda.IMPLS, reference.IMPLS)  # in order of preference
+TABLES: tuple[tuple[Impl, ...], ...] = (cpu.IMPLS, cuda.IMPLS, libraries.IMPLS, reference.IMPLS)  # in order of preference
 
 
 class KernelTables:

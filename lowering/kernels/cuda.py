@@ -22,6 +22,7 @@ OPERATORS = (
 _WIDE = Unit(granularity=128, k_step=32, column_step=64)
 UNITS = {"depthwise": Unit(granularity=32), "pointwise": _WIDE, "conv": _WIDE, "linear": _WIDE, "rnn": _WIDE}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_IMAGES = (torch.uint8, torch.int8)  # of packed weights, the second one of those kept two in four
 OLDEST = (8, 0)  # compute capability of the code in the library
 
 
@@ -31,10 +32,10 @@ def supports(x: Any, weight: Any = None) -> str | None:
         if isinstance(tensor, torch.Tensor):
             if tensor.device.type != "cuda":
                 return f"needs a GPU, got {tensor.device.type}"
-            if tensor.dtype not in DTYPES and not (tensor is weight and tensor.dtype == torch.uint8):  # a tile image
+            if tensor.dtype not in DTYPES and not (tensor is weight and tensor.dtype in _IMAGES):
                 return f"needs float32, float16 or bfloat16, got {str(tensor.dtype).removeprefix('torch.')}"
     if isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor):
-        if weight.dtype not in (x.dtype, torch.uint8):
+        if weight.dtype not in (x.dtype, *_IMAGES):
             return f"needs x and the weight in one type, got {x.dtype} and {weight.dtype}"
         if x.device != weight.device:
             return f"needs x and the weight on one GPU, got {x.device} and {weight.device}"
@@ -49,7 +50,7 @@ def supports(x: Any, weight: Any = None) -> str | None:
 def dsconv_bytes(channels: int, kernel: int, stride: int) -> int:
     """Return the shared memory that the fused depthwise-separable kernel needs for 8x8 pixels (Dsconv::shared_bytes)."""
     rows, pitch = 7 * stride + kernel, 16 + 8 * stride  # of a staged plane with its halo
-    planes = -(-64 * kernel * kernel * 4 // 16) * 16 + 64 * rows * pitch * 2
+    planes = 64 * (kernel * 16 + 32 if kernel == 3 else kernel * 32 + 16) + 64 * rows * pitch * 2
     ring = 4 * (32 * 64 * 2 + 32 * 4)
     return (channels + 1) * 128 + max(planes, ring)
 

@@ -23,6 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fxprune.ops import cuda_nm_image
 from fxprune.ops.activation import NAMES
 from fxprune.ops.nm_prune import FUNCTIONS
 
@@ -208,11 +209,12 @@ def tile_gemm(
     x: Tensor, values: Tensor, index: Tensor, tile_ptr: Tensor, columns: Tensor, bias: Tensor | None,
     residual: Tensor | None, gate: Tensor | None, n: int, granularity: int, activation: str = "none", *,
     hopper: bool = False, processors: int = 3, seed: int = 0, plant: Plant = Plant.NONE, shift: int = 0,
+    halved: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Feature-major ``fxprune::tile_gemm`` on the simulator; x: (B, K, M) -> (B, N, M)."""
+    """Feature-major ``fxprune::tile_gemm`` on the simulator; x: (B, K, M) -> (B, N, M). halved: through mma.sp."""
     out = shifted(torch.full((x.shape[0], n, x.shape[2]), float("nan"), dtype=x.dtype), shift)
     packed = (values, index, tile_ptr, columns, bias, residual, gate)
-    numbers = (NAMES.index(activation), int(hopper), processors)
+    numbers = (NAMES.index(activation), int(hopper), processors, int(halved))
     return _tiles("tile_gemm", x, packed, out, (x.shape[2], x.shape[1], n), granularity, numbers, seed, plant)
 
 
@@ -242,8 +244,12 @@ def _tiles(
     """
     values, index, tile_ptr, columns = packed[:4]
     assert values is not None and index is not None and tile_ptr is not None and columns is not None
-    image = None
-    if x.dtype != torch.float32:
+    granularity, image = min(granularity, max(len(columns), 1)), None  # as the operator does
+    if name == "tile_gemm" and numbers[-1]:
+        image = cuda_nm_image.build(values, tile_ptr, granularity, len(columns))
+        assert image is not None, "more than two in four are kept"
+        image = shifted(image, 0)  # 16-byte copies begin there
+    elif x.dtype != torch.float32:
         image = tile_image(values, tile_ptr, len(index), granularity, len(columns))
     read = (x, values, image, *packed[1:])
     begin(seed, plant, read, (out,))

@@ -67,6 +67,26 @@ def test_worse_kernels_are_reported(tool: ModuleType) -> None:
     assert "gone" in tool.compare({}, {key: good}, True)[0]
 
 
+def test_instructions_per_output_are_counted_and_held(tool: ModuleType) -> None:
+    code = [
+        "FFMA before",
+        "BAR.SYNC.DEFER_BLOCKING 0x0",
+        "@!P0 BRA 0x60",
+        "FFMA R0, R1, R2, R3",
+        "BRA 0x60",
+        "LDS skipped",
+        "FFMA",
+    ]
+    assert tool.executed(code, 2) == 4
+    with pytest.raises(SystemExit, match="does not look as expected"):
+        tool.executed(code, 3)
+    key = "DepthwiseTiles-Half-7-1-8-0 sm_90a"
+    row = {"stack": 0, "spilled": 0, "registers": 80, "FFMA": 9, "LDGSTS": 1, "per_output": 55.0}
+    assert tool.compare({key: row}, {key: row}, True) == []
+    (problem,) = tool.compare({key: {**row, "per_output": 55.2}}, {key: row}, True)
+    assert "55.2 instructions per output, the target is 55.0" in problem
+
+
 def test_every_kernel_is_in_the_table(tool: ModuleType) -> None:
     """One row per kernel and target, without a spill; the tensor-core kernels have their instructions."""
     table = tool.json.loads(tool.TABLE.read_text())
@@ -130,6 +150,7 @@ def test_supports_names_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert cuda.supports(half, half) is None
     assert cuda.supports(half, half.to(torch.uint8)) is None  # an image of a packed weight
+    assert cuda.supports(half, half.to(torch.int8)) is None  # one of a weight kept two in four
     assert "got uint8" in str(cuda.supports(half.to(torch.uint8), half))
     assert "needs a GPU, got cpu" in str(cuda.supports(cpu, cpu))
     assert "got float64" in str(cuda.supports(double, double))

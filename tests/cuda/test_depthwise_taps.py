@@ -73,6 +73,16 @@ def test_many_images_share_a_block() -> None:
         check((batch, 2, 7, 7), (3, 3), (1, 1), (1, 1), seed=2)
 
 
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+@pytest.mark.parametrize("kernel", (5, 7))
+def test_eight_rows_a_thread(kernel: int, dtype: torch.dtype) -> None:
+    """Where there are threads enough: small planes of many images, and more than one tile of a large one."""
+    for number, (batch, plane) in enumerate(((130, (7, 7)), (33, (14, 15)), (1, (62, 136)))):
+        geometry = ((kernel, kernel), (1, 1), (kernel // 2, kernel // 2))
+        for keep in (0.4, 1.0):
+            check((batch, 1, *plane), *geometry, dtype=dtype, keep=keep, activation="relu6", seed=SEEDS[number])
+
+
 def test_planes_larger_than_a_tile() -> None:
     for dtype in ELEMENTS:
         check((1, 1, 37, 136), (3, 3), (1, 1), (1, 1), dtype=dtype)

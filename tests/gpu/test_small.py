@@ -11,7 +11,7 @@ from fxprune.lowering.kernels.cuda import OPERATORS
 from fxprune.ops import OPS
 from fxprune.ops.nm_prune import FUNCTIONS
 from fxprune.ops.operator import Operator
-from tests.gpu import test_convolutions, test_nm_mm, test_nm_prune, test_operators, test_tile_gradients
+from tests.gpu import test_convolutions, test_nm_mm, test_nm_prune, test_operators, test_tile_gradients, test_two_in_four
 from tests.gpu.place import DTYPES, on_gpu
 
 # the operators that no test below calls
@@ -51,6 +51,8 @@ def test_samples(op: Operator, dtype: torch.dtype) -> None:
 
 
 def test_sparse_products() -> None:
+    for shape in test_two_in_four.SHAPES[:3]:
+        test_two_in_four.test_tile_gemm(*shape, torch.float16)
     for shape in test_nm_mm.SHAPES[1:5]:
         test_nm_mm.test_products(shape, torch.bfloat16)
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fxprune.lowering import measure_gradient
+from fxprune.lowering.kernels import libraries
 from fxprune.lowering.measure_gradient import MeasureGradient
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -135,6 +137,32 @@ def test_sparse_tensor_cores(shape: tuple[int, ...], function: str, monkeypatch:
     assert expected.keys() == given.keys()
     for name, right in expected.items():
         assert right is None or torch.equal(given[name], right), name
+
+
+@pytest.mark.parametrize("right", (True, False))
+def test_a_library_multiplies_where_it_is_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch, right: bool) -> None:
+    """The measurement is the real one, on the CPU; of the times alone the library's is made the best."""
+    model, x = integer_model(nn.Linear(16, 12)).bfloat16(), integers(5, 16, seed=7).bfloat16().requires_grad_()
+    expected, _ = run(model, x)
+    monkeypatch.setattr(
+        nm_mm, "runs", lambda x, weight, n, m: (n, m) == (2, 4) and x.dtype == weight.dtype == torch.bfloat16
+    )
+    product = libraries.PRODUCTS["cusparselt"] if not right else lambda a, b: (a.float() @ b.float()).to(a.dtype)
+    monkeypatch.setattr(libraries, "PRODUCTS", {"given": product})
+    monkeypatch.setattr(libraries, "missing", lambda name, device, dtype: libraries.probe(product, device, dtype))
+    timed: list[int] = []
+
+    def times(runs: Any, rounds: int) -> Any:
+        timed.append(len(runs))
+        assert all(torch.equal(call(), runs[2]()) for call in runs[3:])
+        return [4.0, 5.0, 3.0, 2.0][: len(runs)], True
+
+    monkeypatch.setattr(measure_gradient, "interleave", times)
+    given, operators = run(model, x, autotune="fast")
+    assert timed == [4 if right else 3]
+    assert operators["fxprune_library.nm_mm.default"] == right and operators[HALVES] == (not right)
+    for name, value in expected.items():
+        assert value is None or torch.equal(given[name], value), name
 
 
 def test_what_the_sparse_tensor_cores_take() -> None:

@@ -29,18 +29,17 @@ FXPRUNE_GPU void activate(Activation activation, float (&v)[N]) {
       return;
     case Activation::kRelu:
       FXPRUNE_UNROLLED
-      for (int i = 0; i < N; ++i) v[i] = v[i] < 0.0f ? 0.0f : v[i];
+      for (int i = 0; i < N; ++i) v[i] = larger(v[i], 0.0f);
       return;
     case Activation::kRelu6:
       FXPRUNE_UNROLLED
-      for (int i = 0; i < N; ++i) v[i] = v[i] < 0.0f ? 0.0f : v[i] > 6.0f ? 6.0f : v[i];
+      for (int i = 0; i < N; ++i) v[i] = smaller(larger(v[i], 0.0f), 6.0f);
       return;
     case Activation::kHardswish:
     case Activation::kHardsigmoid:
       FXPRUNE_UNROLLED
       for (int i = 0; i < N; ++i) {
-        const float gate = v[i] + 3.0f;
-        const float clamped = gate < 0.0f ? 0.0f : gate > 6.0f ? 6.0f : gate;
+        const float clamped = smaller(larger(v[i] + 3.0f, 0.0f), 6.0f);
         v[i] = (activation == Activation::kHardswish ? v[i] * clamped : clamped) * (1.0f / 6.0f);
       }
       return;

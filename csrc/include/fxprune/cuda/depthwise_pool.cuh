@@ -52,7 +52,7 @@ struct PlaneMeans {
 // Sums per plane that depthwise_pool() needs room for.
 inline int64_t pool_parts(DepthwiseArgs a) {
   if (!has_tiles(a)) return 1;
-  set_tiles(&a, DepthwiseTiles<Half, 3, 1>::kThreads);
+  set_tiles(&a, DepthwiseTiles<Half, 3, 1, 4>::kThreads, tile_rows(a, true));
   return int64_t{a.tiles_x} * a.tiles_y;
 }
 

@@ -24,7 +24,7 @@ struct DsconvArgs {
 template <class T, int K, int S>
 struct Dsconv {
   using Args = DsconvArgs;
-  using Planes = DepthwiseTiles<T, K, S>;
+  using Planes = DepthwiseTiles<T, K, S, 4>;
   using Tile = typename Planes::Tile;
   static constexpr int kThreads = 128, kBlocks = 2;
   static constexpr int kSide = 8, kChannels = 64;  // of outputs; of a staged chunk
@@ -36,7 +36,7 @@ struct Dsconv {
   static_assert(Planes::kThreads == kThreads, "the planes are staged by all threads of the block");
 
   static FXPRUNE_BOTH int plane_bytes() { return Tile::rows(2) * Tile::pitch(1) * 2; }
-  static FXPRUNE_BOTH int tap_bytes() { return (kChannels * K * K * 4 + 15) / 16 * 16; }
+  static FXPRUNE_BOTH int tap_bytes() { return kChannels * Planes::kTapBytes; }
   // The panel, with a row of zeros behind its last channel; then the staged planes, or the ring of
   // weights.
   static FXPRUNE_BOTH int64_t panel_bytes(int64_t channels) { return (channels + 1) * kRowBytes; }
@@ -69,32 +69,25 @@ struct Dsconv {
         Planes::template stage<sizeof(T)>(a, planes, plane, count, first_row, first_column);
       }
       copy_commit();
-      const T* weight = static_cast<const T*>(a.weight) + first * K * K;
-      for (int i = thread(); i < count * K * K; i += kThreads) {
-        store_shared<float>(taps + 4 * i, to_float(load_global<T>(weight + i)));
+      for (int i = thread(); i < count * Planes::kTapWords; i += kThreads) {
+        const int c = i / Planes::kTapWords;
+        Planes::stage_taps(a, taps + c * Planes::kTapBytes, first + c, i % Planes::kTapWords);
       }
       copy_wait<0>();
       barrier();
       const int c = thread() / 2, part = thread() % 2;
       if (c < count) {
         const int64_t channel = first + c;
-        const uint64_t mask = load_global<uint64_t>(a.taps + channel);
-        const float start = a.bias == nullptr
-                                ? 0.0f
-                                : to_float(load_global<T>(static_cast<const T*>(a.bias) + channel));
-        float sums[kDepthwiseRows][kDepthwiseColumns];
-        FXPRUNE_UNROLLED
-        for (int i = 0; i < kDepthwiseRows * kDepthwiseColumns; ++i) sums[i / 8][i % 8] = start;
+        float sums[Planes::kRows * kSide];
         const int pitch = Tile::pitch(1) * 2;
-        Planes::multiply(planes + c * plane_bytes() + part * kDepthwiseRows * S * pitch, pitch,
-                         taps + c * K * K * 4, static_cast<uint32_t>(mask),
-                         static_cast<uint32_t>(mask >> 32), sums);
+        Planes::multiply(planes + c * plane_bytes() + part * Planes::kRows * S * pitch, pitch,
+                         taps + c * Planes::kTapBytes, sums);
+        activate(a.activation, sums);
         FXPRUNE_UNROLLED
-        for (int o = 0; o < kDepthwiseRows; ++o) {
-          activate(a.activation, sums[o]);
-          const int chunk = part * kDepthwiseRows + o;
-          store_shared<Quad>(shared_memory() + panel_at(static_cast<int>(channel), chunk),
-                             Pack<T>::pack(sums[o]));
+        for (int o = 0; o < Planes::kRows; ++o) {
+          store_shared<Quad>(
+              shared_memory() + panel_at(static_cast<int>(channel), part * Planes::kRows + o),
+              Pack<T>::pack(sums + o * kSide));
         }
       }
     }

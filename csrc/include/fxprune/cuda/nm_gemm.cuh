@@ -7,13 +7,11 @@
 // float, on mma.sp.
 #pragma once
 
+#include "fxprune/cuda/nm_multiply.cuh"
 #include "fxprune/cuda/nm_select.cuh"
-#include "fxprune/cuda/sparse.cuh"
 #include "fxprune/cuda/tile_gemm_args.cuh"
 
 namespace fxprune::gpu {
-
-constexpr int kNmBlock = 64;  // k of a stage; packed rows are padded to it
 
 struct NmGemmArgs {
   const void* x;
@@ -115,13 +113,10 @@ template <class T>
 struct NmGemm {
   using Args = NmGemmArgs;
   static constexpr int kThreads = 128, kBlocks = 3, kRows = 128, kColumns = kPanel, kStages = 4;
-  static constexpr int kLeftBytes = kRows * 64, kRightBytes = kPanelBytes;
-  static constexpr int kPlaceBytes = kRows / 16 * 128;
+  static constexpr int kLeftBytes = kRows * kKeptRowBytes, kRightBytes = kPanelBytes;
+  static constexpr int kPlaceBytes = kRows / 16 * kPlaceBlockBytes;
   static constexpr int kStageBytes = kLeftBytes + kRightBytes + kPlaceBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;
-
-  // 16-byte chunk c of packed row r, 64 bytes each: free of bank conflicts for ldmatrix.
-  static FXPRUNE_GPU int left_offset(int r, int c) { return r * 64 + (c ^ (r / 2 % 4)) * 16; }
 
   static FXPRUNE_GPU void fill(const Args& a, int64_t row, int64_t column, int64_t k_block,
                                char* stage) {
@@ -133,7 +128,7 @@ struct NmGemm {
     FXPRUNE_UNROLLED
     for (int i = 0; i < kRows / kLeftStep; ++i) {
       const bool real = row + r + i * kLeftStep < a.rows;
-      copy_async<16>(stage + left_offset(r + i * kLeftStep, c), real ? packed : a.packed, real);
+      copy_async<16>(stage + kept_offset(r + i * kLeftStep, c), real ? packed : a.packed, real);
       packed += kLeftStep * 64 * a.k_blocks();
     }
     if (thread() < kRows / 16 * 8) {
@@ -167,40 +162,6 @@ struct NmGemm {
     }
   }
 
-  // Warps: 2 along rows of 64, 2 along columns of 32.
-  static FXPRUNE_GPU void multiply(const char* stage, float (&sums)[4][4][4]) {
-    const int lane = thread() % 32, warp = thread() / 32, row = warp / 2 * 64,
-              column = warp % 2 * 32;
-    uint32_t places[4];
-    FXPRUNE_UNROLLED
-    for (int i = 0; i < 4; ++i) {
-      places[i] =
-          load_shared<uint32_t>(stage + kLeftBytes + kRightBytes + (row / 16 + i) * 128 + lane * 4);
-    }
-    multiply_half<0>(stage, row, column, places, sums);
-    multiply_half<1>(stage, row, column, places, sums);
-  }
-
-  template <int Half32>
-  static FXPRUNE_GPU void multiply_half(const char* stage, int row, int column,
-                                        const uint32_t (&places)[4], float (&sums)[4][4][4]) {
-    const int lane = thread() % 32;
-    uint32_t b[4][4];
-    FXPRUNE_UNROLLED
-    for (int j = 0; j < 4; ++j) {
-      load_matrices_transposed(
-          b[j], stage + kLeftBytes + panel_offset(32 * Half32 + lane, column + 8 * j));
-    }
-    FXPRUNE_UNROLLED
-    for (int i = 0; i < 4; ++i) {
-      uint32_t x[4];
-      load_matrices(x, stage + left_offset(row + 16 * i + lane % 16, 2 * Half32 + lane / 16));
-      FXPRUNE_UNROLLED
-      for (int j = 0; j < 4; ++j)
-        multiply_sparse_16x8x32<T, Half32>(sums[i][j], x, b[j], places[i]);
-    }
-  }
-
   static FXPRUNE_GPU void run(const Args& a) {
     const int64_t across = (a.n + kColumns - 1) / kColumns;
     const int64_t row = block(0) / across * kRows, column = block(0) % across * kColumns;
@@ -216,7 +177,11 @@ struct NmGemm {
       const int64_t next = i + kStages - 1;
       if (next < stages) fill(a, row, column, next, shared_memory() + next % kStages * kStageBytes);
       copy_commit();
-      multiply(shared_memory() + i % kStages * kStageBytes, sums);
+      const char* stage = shared_memory() + i % kStages * kStageBytes;
+      // Warps: 2 along rows of 64, 2 along columns of 32.
+      multiply_kept<T>(stage + thread() / 64 * 64 * kKeptRowBytes,
+                       stage + kLeftBytes + kRightBytes + thread() / 64 * 4 * kPlaceBlockBytes,
+                       stage + kLeftBytes, thread() / 32 % 2 * 32, sums);
     }
     copy_wait<0>();
 

@@ -88,6 +88,28 @@ FXPRUNE_GPU float to_float(Half x) {
 #endif
 }
 
+// The larger and the smaller of two, NaN if one of them is (fmaxf() and fminf() would drop it),
+// each in one instruction: comparing and choosing becomes branches where many follow each other.
+FXPRUNE_GPU float larger(float a, float b) {
+#ifdef __CUDACC__
+  float c;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+#else
+  return a < b ? b : a != a ? a : b != b ? b : a;
+#endif
+}
+
+FXPRUNE_GPU float smaller(float a, float b) {
+#ifdef __CUDACC__
+  float c;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+#else
+  return a > b ? b : a != a ? a : b != b ? b : a;
+#endif
+}
+
 // Rounds to nearest, ties to even.
 template <class T>
 FXPRUNE_GPU T from_float(float x);

@@ -41,6 +41,14 @@ template <class T>
 FXPRUNE_GPU T load_shared(const void* from) {
   return *static_cast<const T*>(from);
 }
+// As load_shared<Quad>(), but never merged with another load of the same bytes.
+FXPRUNE_GPU Quad load_shared_anew(const void* from) {
+  Quad quad;
+  asm volatile("ld.volatile.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(quad.word[0]), "=r"(quad.word[1]), "=r"(quad.word[2]), "=r"(quad.word[3])
+               : "r"(shared_address(from)));
+  return quad;
+}
 template <class T>
 FXPRUNE_GPU void store_shared(void* to, T value) {
   *static_cast<T*>(to) = value;

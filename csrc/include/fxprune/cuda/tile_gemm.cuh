@@ -3,6 +3,7 @@
 #pragma once
 
 #include "fxprune/cuda/tile_gemm_ffma.cuh"
+#include "fxprune/cuda/tile_gemm_halved.cuh"
 #include "fxprune/cuda/tile_gemm_mma.cuh"
 #include "fxprune/cuda/tile_gemm_narrow.cuh"
 #include "fxprune/cuda/tile_gemm_resident.cuh"
@@ -111,6 +112,12 @@ void tile_gemm(Launcher& launcher, TileGemmArgs a, const Gpu& gpu) {
   set_vector<T>(&a, a.x);
   tile_rest<T>(launcher, a);
   if (a.tiles == 0) return;
+  if constexpr (uses_image<T>()) {
+    if (a.halved && a.layout().panels() % 2 == 0) {
+      return launch_items<TileGemmHalved<T, 128>>(launcher, a, 128, INT64_MAX);
+    }
+    if (a.halved) return launch_items<TileGemmHalved<T, 64>>(launcher, a, 64, INT64_MAX);
+  }
   if (is_narrow<T>(a)) return tile_gemm_narrow<T>(launcher, a);
   if constexpr (uses_image<T>()) {
     if (is_resident<T>(a)) return tile_gemm_resident<T>(launcher, a, gpu.processors);

@@ -35,9 +35,10 @@ struct TileGemmArgs {
   int64_t batch, m, k, n, kept, rows, granularity, tiles;
   Activation activation;
   bool vector;  // 16-byte accesses to rows of x, residual and out are aligned
+  bool halved;  // the image is that of weights kept two in four
   TileWindow window;
 
-  FXPRUNE_BOTH TileImage layout() const { return {tiles, rows, granularity}; }
+  FXPRUNE_BOTH TileImage layout() const { return {tiles, rows, granularity, halved}; }
 };
 
 // One block of results: `features` of a tile from its column `first` on, tokens of one image.
@@ -73,7 +74,7 @@ FXPRUNE_GPU const char* item_blocks(const TileGemmArgs& a, const TileItem& item)
   const int32_t* table = static_cast<const int32_t*>(a.image);
   const int64_t before = load_global<int32_t>(table + a.tiles + item.tile);
   return static_cast<const char*>(a.image) + a.layout().table_bytes() +
-         before * a.layout().block_bytes() + item.first / kPanel * kPanelBytes;
+         before * a.layout().block_bytes() + item.first / kPanel * a.layout().panel_bytes();
 }
 
 // Gives each lane of four neighbours (t = lane%4) eight columns in a row: of v[4][2], columns

@@ -9,6 +9,10 @@
 //           that wgmma calls K-major rows with a 128-byte swizzle, and free of bank conflicts for
 //           ldmatrix
 //
+// The image of weights of which each feature keeps at most two in four consecutive K rows of its
+// tile (`halved`) has other panels: the kept elements of 64 features and their places, in the
+// layout of nm_multiply.cuh. It is derived on the host alone (fxprune/ops/cuda_nm_image.py).
+//
 // Only the structure's shapes are needed to size it, so that nothing is read back from the GPU.
 #pragma once
 
@@ -17,13 +21,16 @@
 namespace fxprune::gpu {
 
 constexpr int kBlockRows = 64, kPanel = 64, kPanelBytes = kBlockRows * kPanel * 2;
+constexpr int kHalvedPanelBytes = kPanelBytes / 2 + kPanel * kBlockRows / 8;  // and 2 bits each
 
 struct TileImage {
   int64_t tiles, rows, granularity;  // rows: kept K rows of all tiles together
+  bool halved = false;
 
   FXPRUNE_BOTH int64_t panels() const { return (granularity + kPanel - 1) / kPanel; }
   FXPRUNE_BOTH int64_t table_bytes() const { return ((2 * tiles + 1) * 4 + 1023) / 1024 * 1024; }
-  FXPRUNE_BOTH int64_t block_bytes() const { return panels() * kPanelBytes; }
+  FXPRUNE_BOTH int64_t panel_bytes() const { return halved ? kHalvedPanelBytes : kPanelBytes; }
+  FXPRUNE_BOTH int64_t block_bytes() const { return panels() * panel_bytes(); }
   // Each tile wastes less than a block.
   FXPRUNE_BOTH int64_t most_blocks() const { return rows / kBlockRows + tiles; }
   FXPRUNE_BOTH int64_t bytes() const { return table_bytes() + most_blocks() * block_bytes(); }
