@@ -14,6 +14,7 @@
 #include "run_block.h"
 #include "run_block_bf16.h"
 #include "run_norm.h"
+#include "run_pool.h"
 #include "run_products.h"
 #include "run_split.h"
 
@@ -53,7 +54,7 @@ class Region {
 
   // The room of one image's values and, behind it, of the sums of split products.
   int64_t bytes(int64_t pool) const {
-    return program_.arena() * static_cast<int64_t>(sizeof(T)) +
+    return program_.plan().arena() * static_cast<int64_t>(sizeof(T)) +
            sums(pool) * static_cast<int64_t>(sizeof(float));
   }
 
@@ -92,7 +93,7 @@ class Region {
 
   void run_image(int64_t image, T* arena, int64_t pool) const {
     const std::vector<Step>& steps = program_.steps();
-    for (size_t s = 0; s < program_.tail(); ++s) {
+    for (size_t s = 0; s < program_.plan().tail(); ++s) {
       if (runs_block(s, image, arena, pool)) {
         s += steps[s].block - 1;
       } else if (steps[s].feeds_next) {
@@ -107,7 +108,7 @@ class Region {
 
   void run_tail(int64_t pool) const {
     const std::vector<Step>& steps = program_.steps();
-    for (size_t s = program_.tail(); s < steps.size(); ++s) {
+    for (size_t s = program_.plan().tail(); s < steps.size(); ++s) {
       TileGemmOf<T> a = product(steps[s], 0, nullptr);
       a.m = program_.batch();
       if (a.m > 0 && a.n > 0) run_tile_gemm(a, false, pool);
@@ -165,7 +166,7 @@ class Region {
       if (a.m == 0 || a.n == 0) return;
       if constexpr (!kBf16) {
         if (splits_k(a, step.feature_major, pool))
-          return run_tile_gemm_split(a, arena + program_.arena(), pool);
+          return run_tile_gemm_split(a, arena + program_.plan().arena(), pool);
       }
       run_tile_gemm(a, step.feature_major, pool);
     } else if (step.code == Step::kPool) {

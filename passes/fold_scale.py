@@ -66,7 +66,11 @@ def _fold(layer: Node, permute: Node | None, features: int, scale: Any, product:
     operands = [n for n in (weight, bias, source) if n is not None]
     tensors = [ctx.weights.value(n) for n in operands]
     count = (shape(weight) or (0,))[0]
-    if len(aligned) != len(result) or along not in ([features], []) or any(t is None or t.dtype != torch.float32 for t in tensors):
+    if (
+        len(aligned) != len(result)
+        or along not in ([features], [])
+        or any(t is None or t.dtype != torch.float32 for t in tensors)
+    ):
         return False
     if aligned[features] != count:  # one number for all, or a single feature: no scale per feature
         return False

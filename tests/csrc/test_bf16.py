@@ -191,7 +191,9 @@ def test_regions_run_the_operators(seed: int) -> None:
     before = torch.get_num_threads()
     try:
         for name in every_isa(BF16_ISAS):
-            expected = region.interpret(x, part, code, outputs, OPS.depthwise_taps, OPS.tile_gemm, OPS.tile_conv, OPS.channel_norm)
+            expected = region.interpret(
+                x, part, code, outputs, OPS.depthwise_taps, OPS.tile_gemm, OPS.tile_conv, OPS.channel_norm
+            )
             for threads in (1, 2):
                 torch.set_num_threads(threads)
                 for a, b in zip(OPS.region(x, weights, layout, code, outputs), expected, strict=True):

@@ -1,0 +1,232 @@
+// What a region knows of its values and steps before it runs: which steps run together, and where
+// each value lies.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "arena.h"
+#include "check.h"
+#include "run.h"
+#include "run_bf16.h"
+#include "run_conv.h"
+
+namespace fxprune {
+
+using Shape = std::vector<int64_t>;  // without the batch
+constexpr int64_t kMostNumbers = int64_t{1}
+                                 << 40;  // of one value and image, so that no sum of them overflows
+
+inline int64_t floats(const Shape& shape) {
+  int64_t size = 1;
+  for (int64_t s : shape) {
+    STD_TORCH_CHECK(!__builtin_mul_overflow(size, s, &size) && size <= kMostNumbers,
+                    "a value of a region is too large");
+  }
+  return size;
+}
+
+// Equal, or a channel vector beside an image of one pixel.
+inline bool same_value(const Shape& a, const Shape& b) {
+  return a == b || (a[0] == b[0] && floats(a) == a[0] && floats(b) == b[0]);
+}
+
+template <class T>
+struct ValueOf {
+  Shape shape;
+  int64_t uses = 0;
+  int64_t last_use = -1;  // step, or the number of steps for a result
+  int64_t offset = -1;    // in the arena, for values that are neither input nor result
+  int64_t gap = 0;        // numbers between two features' pixels there
+  T* base = nullptr;      // of image 0, where images follow each other: inputs, results, rows
+};
+
+template <class T>
+struct StepOf {
+  enum Code { kDepthwise, kGemm, kMean, kConv, kPool, kNorm } code;
+  int64_t x, residual = -1, gate = -1, out;
+  DepthwiseTapsOf<T> depthwise{};
+  TileGemmOf<T> gemm{};
+  TileConvOf<T> conv{};
+  MaxPoolOf<T> pool{};
+  ChannelNormOf<T> norm{};
+
+  Activation& activation() {
+    return code == kDepthwise ? depthwise.activation
+           : code == kGemm    ? gemm.activation
+                              : conv.activation;
+  }
+  bool feature_major = false;
+  bool feeds_next =
+      false;          // its result is the next step's input and nothing else's, and is never stored
+  int64_t block = 0;  // steps from this one on that may run as one, band by band (run_block.h)
+};
+
+// T: float or Bf16.
+template <class T>
+class RegionPlan {
+ public:
+  using Value = ValueOf<T>;
+  using Step = StepOf<T>;
+  static constexpr bool kBf16 = std::is_same_v<T, Bf16>;
+
+  // Fills in what values and steps say of their places; both must outlive it.
+  RegionPlan(std::vector<Value>* values, std::vector<Step>* steps, int64_t batch)
+      : values_(*values), steps_(*steps), batch_(batch) {
+    fuse();
+    align();
+    find_tail();
+    place();
+  }
+
+  int64_t arena() const { return arena_; }  // numbers, per image
+  size_t tail() const { return tail_; }     // the steps from here on run for all images at once
+
+ private:
+  // PW -> DW pairs whose expanded value has no other reader, and blocks of steps.
+  void fuse() {
+    for (size_t s = 0; s + 1 < steps_.size(); ++s) {
+      Step& step = steps_[s];
+      const Step& next = steps_[s + 1];
+      const bool pair =
+          step.code == Step::kGemm && next.code == Step::kDepthwise && feeds(step, next);
+      const bool plain =
+          step.feature_major && step.residual < 0 && step.gate < 0 && step.gemm.m > 0;
+      step.feeds_next = pair && plain && can_expand_depthwise(step.gemm);
+      // The pair runs as one, so its result must not take the room of its input.
+      step.block = block_at(s);
+      const int64_t last = std::max<int64_t>(step.feeds_next, step.block - 1);
+      values_[step.x].last_use = std::max<int64_t>(values_[step.x].last_use, s + last);
+    }
+  }
+
+  // Steps of the block that begins at `s`: an expanding pair and the product that reads it; a
+  // convolution, the depthwise one that reads it, and its product if there is one; or two products.
+  int64_t block_at(size_t s) const {
+    const Step& step = steps_[s];
+    if (are_products(s)) return 2;
+    // In bfloat16 a larger convolution is a step of its own.
+    const bool conv =
+        !kBf16 && step.code == Step::kConv && step.residual < 0 && step.conv.tiles > 0;
+    if (!(step.feeds_next || conv) || s + 1 == steps_.size()) return 0;
+    const Step& next = steps_[s + 1];
+    if (!feeds(step, next) || next.code != Step::kDepthwise || !next.depthwise.vectorised() ||
+        next.depthwise.channels == 0 || next.depthwise.out_h * next.depthwise.out_w == 0)
+      return 0;
+    if (s + 2 < steps_.size()) {
+      const Step& last = steps_[s + 2];
+      if (feeds(next, last) && last.code == Step::kGemm && last.gate < 0 && takes_gaps(last) &&
+          last.gemm.n > 0)
+        return 3;
+    }
+    return conv ? 2 : 0;
+  }
+  // Two 1x1 convolutions, unless the second one begins a block of its own.
+  bool are_products(size_t s) const {
+    const Step &step = steps_[s], &next = steps_[s + 1];
+    if (!feeds(step, next) || step.residual >= 0 || step.gate >= 0 || next.gate >= 0) return false;
+    for (const Step* product : {&step, &next})
+      if (product->code != Step::kGemm || !takes_gaps(*product) || product->gemm.n == 0)
+        return false;
+    return s + 2 == steps_.size() || steps_[s + 2].code != Step::kDepthwise ||
+           !feeds(next, steps_[s + 2]);
+  }
+  // True where `next` reads the result of `step`, and nobody else does.
+  bool feeds(const Step& step, const Step& next) const {
+    const Value& v = values_[step.out];
+    return next.x == step.out && v.uses == 1 && v.base == nullptr;
+  }
+
+  // Features begin at cache lines where every kernel that reads or writes the value can do with
+  // that: vectors then do not straddle two lines.
+  void align() {
+    for (const Step& step : steps_) {
+      Value& v = values_[step.out];
+      const int64_t pixels = v.shape.size() == 3 ? v.shape[1] * v.shape[2] : 0;
+      if (v.base == nullptr && pixels > kLine) v.gap = (kLine - pixels % kLine) % kLine;
+    }
+    for (const Step& step : steps_) {
+      if (takes_gaps(step)) continue;
+      for (const int64_t id : {step.x, step.residual, step.out})
+        if (id >= 0) values_[id].gap = 0;
+    }
+  }
+  static bool takes_gaps(const Step& step) {
+    return step.code == Step::kDepthwise || step.code == Step::kPool || step.code == Step::kNorm ||
+           (step.code == Step::kGemm && step.feature_major && !runs_panel(step.gemm));
+  }
+  static bool runs_panel(const TileShape& gemm) {
+    return !kBf16 && uses_panel(gemm, true, kernels().width);
+  }
+  static int64_t numbers(const Value& v) {
+    return floats(v.shape) + (v.shape.empty() ? 0 : v.shape[0] * v.gap);
+  }
+
+  // Values of the tail are rows that follow each other, image by image, in a room of their own.
+  void find_tail() {
+    tail_ = steps_.size();
+    if (batch_ == 1) return;
+    const auto multiplies_rows = [](const Step& s) {
+      return s.code == Step::kGemm && !s.feature_major && s.gate < 0;
+    };
+    while (tail_ > 0 && multiplies_rows(steps_[tail_ - 1])) --tail_;
+    std::vector<std::pair<int64_t, int64_t>> rows;  // value, offset
+    int64_t size = 0;
+    for (size_t s = tail_; s < steps_.size(); ++s) {
+      for (const int64_t id : {steps_[s].x, steps_[s].residual, steps_[s].out}) {
+        if (id < 0 || values_[id].base != nullptr || values_[id].offset == kRow) continue;
+        values_[id].offset = kRow;
+        rows.emplace_back(id, size);
+        size += (batch_ * floats(values_[id].shape) + kLine - 1) / kLine * kLine;
+      }
+    }
+    if (rows.empty()) return;
+    room_ = std::make_unique<Arena>(size * static_cast<int64_t>(sizeof(T)));
+    for (const auto& [id, offset] : rows) values_[id].base = room_->template data<T>() + offset;
+  }
+
+  // Offsets by first fit: a value's room is free again after its last use. Results of depthwise
+  // steps have a zone of their own, which is cut by feature alike from step to step: a core writes
+  // where it wrote before, and need not take the lines from another one.
+  void place() {
+    for (const bool depthwise : {false, true}) plan_zone(depthwise);
+  }
+
+  void plan_zone(bool depthwise) {
+    struct Room {
+      int64_t offset, size, until;
+    };
+    const int64_t start = arena_;
+    std::vector<Room> taken;  // by offset
+    for (size_t s = 0; s < steps_.size(); ++s) {
+      Value& v = values_[steps_[s].out];
+      if ((steps_[s].code == Step::kDepthwise) != depthwise) continue;
+      if (v.base != nullptr || steps_[s].feeds_next) continue;
+      const int64_t now = static_cast<int64_t>(s), size = (numbers(v) + kLine - 1) / kLine * kLine;
+      taken.erase(
+          std::remove_if(taken.begin(), taken.end(), [&](const Room& r) { return r.until < now; }),
+          taken.end());
+      int64_t offset = start;
+      auto at = taken.begin();
+      for (; at != taken.end() && at->offset - offset < size; ++at) offset = at->offset + at->size;
+      taken.insert(at, {offset, size, std::max(v.last_use, now)});
+      v.offset = offset;
+      arena_ = std::max(arena_, offset + size);
+    }
+  }
+
+  static constexpr int64_t kLine = 64 / sizeof(T);  // numbers of a cache line
+  static constexpr int64_t kRow = -2;               // an offset: in the room of the tail
+
+  std::vector<Value>& values_;
+  std::vector<Step>& steps_;
+  int64_t batch_, arena_ = 0;
+  size_t tail_ = 0;
+  std::unique_ptr<Arena> room_;
+};
+
+}  // namespace fxprune
