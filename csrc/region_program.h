@@ -231,7 +231,7 @@ class RegionProgram {
   }
 
   Shape read_norm(Step* step, const Shape& shape, const std::vector<int64_t>& arg) {
-    STD_TORCH_CHECK(shape.size() >= 2, "norm needs (C, *spatial) values");
+    STD_TORCH_CHECK(!shape.empty(), "norm needs (C, *spatial) values");
     ChannelNormOf<T>& a = step->norm;
     a.channels = shape[0], a.size = floats(shape) / std::max<int64_t>(shape[0], 1);
     a.weight = bias(arg[1], a.channels), a.bias = bias(arg[2], a.channels);

@@ -64,6 +64,15 @@ def test_step_between_products(isa: str, size: tuple[int, int]) -> None:
             torch.testing.assert_close(given, right, rtol=1e-5, atol=1e-4)
 
 
+def test_step_behind_pooling(isa: str) -> None:
+    """A channel vector is an image of one pixel."""
+    weights = bundle([torch.randn(2, 20, generator=generator(2))[0]])
+    code = [region.MEAN, 1, 0, region.NORM, 4, 1, 0, -1, region.bits_of(1e-6)]
+    case = ([integers(generator(1), 3, 20, 4, 4)], *weights, code, [2])
+    for given, right in zip(OPS.region(*case), region.reference(*case), strict=True):
+        torch.testing.assert_close(given, right, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("record", ([1, -1, -1, -1], [0, 99, -1, 0], [0, -1, -1, 0x7F800000], [0, -1, -1], [9, -1, -1, 0]))
 def test_corrupted_steps_are_refused(record: list[int]) -> None:
     with pytest.raises(RuntimeError):
