@@ -44,6 +44,8 @@ def broken(value: Any, gen: random.Random) -> Any:
         return gen.choice(["none", "relu", "", "nonsense"])
     if isinstance(value, int):
         return gen.choice([value + 1, value - 1, 0, -1, -value, (1 << 40) + value, (1 << 62) + value, -(1 << 62)])
+    if isinstance(value, float):
+        return gen.choice([-value, 0.0, float("nan"), float("inf"), 1e300])
     if isinstance(value, list):
         copy = list(value)
         how = gen.randrange(4)
