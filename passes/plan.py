@@ -156,16 +156,12 @@ def _form(match: Match, mask: torch.Tensor, planned: LayerMask | None, covers: b
         candidates += filter(None, [halved(mask, match.tile_width(native), planned, _drops(match))])
     if not candidates:
         return None
-    single = match.kind in ("pointwise", "conv") and candidates[0].tiling.granularity == 1
-    if match.recurrent is not None or _refusal(match, candidates[0], ctx) or (len(candidates) == 1 and not single):
+    if covers and match.kind in ("pointwise", "conv") and candidates[0].tiling.granularity == 1:
+        # no cover is much narrower than the layer; wide tiles that keep everything may beat single elements all the same
+        candidates.append(tile.keep_all(match.matrix_shape, match.tile_width(native)))
+    if len(candidates) == 1 or match.recurrent is not None or _refusal(match, candidates[0], ctx):
         return candidates[0]
-    best = min(candidates, key=lambda layer: ctx.measure(match, layer).sparse)
-    if best.tiling.granularity == 1 and single:
-        # in a group that wins, wide tiles that keep everything would run as well, and may be faster
-        whole = tile.keep_all(match.matrix_shape, match.tile_width(native))
-        if ctx.measure(match, whole).sparse < ctx.measure(match, best).sparse:
-            return None
-    return best
+    return min(candidates, key=lambda layer: ctx.measure(match, layer).sparse)
 
 
 def _may_be_halved(match: Match, ctx: Context) -> bool:
