@@ -68,10 +68,12 @@ def _convertible(node: Node) -> bool:
 
 def _rewrite(start: Node, inner: list[Node], exits: list[Node], ctx: Context) -> int:
     moved: dict[Any, Any] = {start: start.args[0]}
+    around = [start.args[0], *inner, *(user for node in exits for user in node.users)]
+    one_call = ctx.inference and any(map(_is_ours, around))
     for node in inner:
         x = moved[node.args[0]]
         if is_call(node, aten.layer_norm.default):
-            moved[node] = _channel_norm(node, x, ctx)
+            moved[node] = _channel_norm(node, x, one_call)
         elif is_call(node, torch.ops.fxprune.tile_gemm.default):
             operands = [x, *node.args[1:]]
             operands[_FEATURE_DIM] = 1
@@ -85,13 +87,17 @@ def _rewrite(start: Node, inner: list[Node], exits: list[Node], ctx: Context) ->
     return 1 + len(exits)
 
 
-def _channel_norm(node: Node, x: Node, ctx: Context) -> Node:
-    """LayerNorm over dimension 1 of (B, C, H, W): one operator on a CPU, outside training."""
+def _is_ours(node: Any) -> bool:
+    return isinstance(node, Node) and getattr(node.target, "namespace", "") == "fxprune"
+
+
+def _channel_norm(node: Node, x: Node, one_call: bool) -> Node:
+    """LayerNorm over dimension 1 of (B, C, H, W): one operator beside our kernels on a CPU, outside training."""
     result = fake(node)
     assert result is not None, node
     weight, bias = [*node.args[2:], *[None] * 3][:2]
     eps = node.args[4] if len(node.args) > 4 else 1e-5
-    if ctx.inference and isinstance(eps, float) and result.device.type == "cpu" and result.dtype in _KERNELS:
+    if one_call and isinstance(eps, float) and result.device.type == "cpu" and result.dtype in _KERNELS:
         return call(node, torch.ops.fxprune.channel_norm.default, x, weight, bias, eps)
     return _spelled_out(node, x, weight, bias, eps)
 

@@ -199,7 +199,7 @@ def generic_corruptions(name: str) -> dict[str, Callable[[Packed], Packed]]:
             bad[f"{key} = {value!r}"] = _set(key, value)
     for key in TENSORS[name]:
         bad[f"no {key}"] = lambda p, key=key: replace(p, tensors={k: v for k, v in p.tensors.items() if k != key})
-        bad[f"{key} dtype"] = _edit(key, lambda t: t.to(torch.float16))
+        bad[f"{key} dtype"] = _edit(key, lambda t: t.to(torch.float64))
         bad[f"{key} rank"] = _edit(key, lambda t: t[None])
         bad[f"{key} truncated"] = _edit(key, lambda t: t[:-1])
         bad[f"{key} extended"] = _edit(key, lambda t: torch.cat([t, t[-1:]]))
