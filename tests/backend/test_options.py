@@ -53,7 +53,7 @@ LEGAL: dict[str, list[Any]] = {
     "mode": [None, "default", "max-autotune"],
     "inductor": [{}, {"max_autotune": True}],
     "tensorrt": [{}, {"min_block_size": 1}],
-    "grad_sparsity": [None, "off", "2:4", "1:32", "auto", "auto:4:8", {0: "off", 100: "2:4"}, {}],
+    "grad_sparsity": [None, "off", "2:4", "1:32", "4:4", "auto", "auto:4:8", {0: "off", 100: "2:4"}, {}],
     "grad_pruning": ["magnitude", "rescaled_magnitude", "group_rescaled_magnitude", "random", "mvue"],
     "grad_target": ["dX", "dW", "both"],
 }
@@ -93,7 +93,6 @@ ILLEGAL: dict[str, list[Any]] = {
         "2:33",
         "0:4",
         "-1:4",
-        "4:4",
         "2-4",
         "auto:4",
         "",
