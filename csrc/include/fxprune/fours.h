@@ -43,7 +43,6 @@ struct Fours {
   static Reg sixth(Reg x) { return each(V::sixth, x); }
   static Reg max(Reg x, Reg y) { return each(V::max, x, y); }
   static Reg min(Reg x, Reg y) { return each(V::min, x, y); }
-  static Reg round(Reg x) { return each(V::round, x); }
   static Reg scale(Reg x, Reg n) { return each(V::scale, x, n); }
   static Reg fma(Reg x, Reg y, Reg z) {
     return {V::fma(x.a, y.a, z.a), V::fma(x.b, y.b, z.b), V::fma(x.c, y.c, z.c),

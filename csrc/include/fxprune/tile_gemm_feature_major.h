@@ -201,8 +201,8 @@ struct FeatureMajor {
   }
 
   template <Source S>
-  static constexpr std::array<void (*)(const Strip&, int), 4> edges() {
-    return {{&edge<1, S>, &edge<2, S>, &edge<3, S>, &edge<4, S>}};
+  static constexpr std::array<void (*)(const Strip&, int), 2> edges() {
+    return {{&edge<1, S>, &edge<2, S>}};
   }
 
   static constexpr int kMostEdge = kW >= 8 ? 2 : 0;

@@ -40,9 +40,6 @@ struct Avx2 : PortableBf16<Avx2>, PortableLists<Avx2> {
   static Reg highest(Reg a, Reg b) {
     return _mm256_blendv_ps(max(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   }
-  static Reg round(Reg a) {
-    return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  }
   // a * 2^n for integral n in [-252, 254]. Two factors, because 2^n itself may not be
   // representable.
   static Reg scale(Reg a, Reg n) {

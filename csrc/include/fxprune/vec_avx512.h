@@ -68,9 +68,6 @@ struct Avx512Vectors {
   static Reg highest(Reg a, Reg b) {
     return _mm512_mask_mov_ps(max(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
   }
-  static Reg round(Reg a) {
-    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  }
   static Reg scale(Reg a, Reg n) { return _mm512_scalef_ps(a, n); }  // a * 2^n, n integral
 
   // How many of the first n <= kWidth integers are below `limit`.
