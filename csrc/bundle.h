@@ -8,40 +8,42 @@
 
 #include <cstddef>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "check.h"
 
 namespace fxprune {
 
-class Bundle {
+// Where weights lie, whatever they hold.
+class BundleLayout {
  public:
-  Bundle(const std::vector<Tensor>& weights, const std::vector<int64_t>& layout) {
-    STD_TORCH_CHECK(weights.size() <= kMost, "weights must be at most ", kMost, " tensors, got ",
-                    weights.size());
-    std::vector<Room> rooms;
-    for (const Tensor& t : weights) rooms.push_back(room(t));
+  // types: of the tensors.
+  BundleLayout(const std::vector<int64_t>& layout, const std::vector<int32_t>& types) {
+    STD_TORCH_CHECK(types.size() <= kMost, "weights must be at most ", kMost, " tensors, got ",
+                    types.size());
+    std::vector<int64_t> widths;
+    for (const int32_t type : types) widths.push_back(width_of(type));
+    std::vector<int64_t> next(types.size());  // numbers
+    needed_.resize(types.size());
     parts_.reserve(layout.size());
     for (const int64_t entry : layout) {
       const size_t number = entry & 3;
       const int64_t size = entry >> 3;
-      STD_TORCH_CHECK(size >= 0 && number < rooms.size(), "layout holds ", entry,
-                      ", which is no size and tensor of ", rooms.size());
-      Room& r = rooms[number];
-      STD_TORCH_CHECK(size <= r.left, "part ", parts_.size(), " of the layout goes beyond the ",
-                      "end of its tensor");
-      parts_.push_back({r.data, r.type, size, (entry & 4) != 0});
-      const int64_t line = kLine / r.width,
-                    step = std::min(r.left, (size + line - 1) / line * line);
-      r.data += step * r.width, r.left -= step;
+      STD_TORCH_CHECK(size >= 0 && size <= kMostNumbers && number < types.size(), "layout holds ",
+                      entry, ", which is no size and tensor of ", types.size());
+      parts_.push_back(
+          {number, types[number], next[number] * widths[number], size, (entry & 4) != 0});
+      needed_[number] = next[number] + size;
+      STD_TORCH_CHECK(needed_[number] <= kMostNumbers, "the weights of a layout are too large");
+      const int64_t line = kLine / widths[number];
+      next[number] = (needed_[number] + line - 1) / line * line;
     }
   }
 
-  bool is_bf16(int64_t id) const { return part(id).type == element_types().bfloat16; }
-  bool is_image(int64_t id) const { return part(id).image; }
-
+  // Numbers of a weight of type T.
   template <class T>
-  Span<T> get(int64_t id, const char* name) const {
+  int64_t size(int64_t id, const char* name) const {
     const Part& p = part(id);
     const ElementTypes& types = element_types();
     const auto [type, text] = std::is_same_v<T, float>     ? std::pair(types.float32, "float32")
@@ -49,44 +51,31 @@ class Bundle {
                               : std::is_same_v<T, int32_t> ? std::pair(types.int32, "int32")
                                                            : std::pair(types.int64, "int64");
     STD_TORCH_CHECK(p.type == type, name, " must be ", text, ", weight ", id, " is not");
-    return {reinterpret_cast<const T*>(p.data), p.size};
+    return p.size;
   }
-  // A weight that must have `size` numbers.
-  template <class T>
-  Span<T> get(int64_t id, const char* name, int64_t size) const {
-    const Span<T> found = get<T>(id, name);
-    STD_TORCH_CHECK(found.size == size, name, " must hold ", size, " numbers, got ", found.size);
-    return found;
-  }
+  bool is_bf16(int64_t id) const { return part(id).type == element_types().bfloat16; }
+  bool is_image(int64_t id) const { return part(id).image; }
+  int64_t size(int64_t id) const { return part(id).size; }
 
  private:
+  friend class Bundle;
   struct Part {
-    const std::byte* data;
+    size_t tensor;
     int32_t type;
+    int64_t offset;  // bytes
     int64_t size;
     bool image;
   };
-  // What is left of a tensor.
-  struct Room {
-    const std::byte* data;
-    int32_t type;
-    int64_t width, left;
-  };
   static constexpr size_t kMost = 4;
-  static constexpr int64_t kLine = 64;
+  static constexpr int64_t kLine = 64, kMostNumbers = int64_t{1} << 40;
 
-  static Room room(const Tensor& t) {
+  static int64_t width_of(int32_t type) {
     const ElementTypes& types = element_types();
-    const int32_t type = type_of(t);
-    const int64_t width = type == types.int64                            ? 8
-                          : type == types.bfloat16                       ? 2
-                          : type == types.float32 || type == types.int32 ? 4
-                                                                         : 0;
-    STD_TORCH_CHECK(width > 0, "weights must be float32, bfloat16, int32 and int64 tensors");
-    STD_TORCH_CHECK(t.is_cpu(), "weights must be on the CPU");
-    STD_TORCH_CHECK(t.dim() == 1 && t.is_contiguous(),
-                    "weights must be contiguous with one dimension, got shape ", shape_of(t));
-    return {static_cast<const std::byte*>(t.const_data_ptr()), type, width, t.numel()};
+    if (type == types.int64) return 8;
+    if (type == types.float32 || type == types.int32) return 4;
+    STD_TORCH_CHECK(type == types.bfloat16,
+                    "weights must be float32, bfloat16, int32 and int64 tensors");
+    return 2;
   }
 
   const Part& part(int64_t id) const {
@@ -96,6 +85,34 @@ class Bundle {
   }
 
   std::vector<Part> parts_;
+  std::vector<int64_t> needed_;  // numbers of each tensor
+};
+
+// The weights of a call. Types of tensors and of weights are those of the layout.
+class Bundle {
+ public:
+  Bundle(const BundleLayout& layout, const std::vector<Tensor>& weights) : layout_(layout) {
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const Tensor& t = weights[i];
+      STD_TORCH_CHECK(t.is_cpu(), "weights must be on the CPU");
+      STD_TORCH_CHECK(t.dim() == 1 && t.is_contiguous(),
+                      "weights must be contiguous with one dimension, got shape ", shape_of(t));
+      STD_TORCH_CHECK(t.numel() >= layout.needed_[i], "the layout goes beyond the end of weights[",
+                      i, "], which must hold ", layout.needed_[i], " numbers, got ", t.numel());
+      data_.push_back(static_cast<const std::byte*>(t.const_data_ptr()));
+    }
+  }
+
+  const BundleLayout& layout() const { return layout_; }
+  template <class T>
+  Span<T> get(int64_t id) const {
+    const BundleLayout::Part& p = layout_.part(id);
+    return {reinterpret_cast<const T*>(data_[p.tensor] + p.offset), p.size};
+  }
+
+ private:
+  const BundleLayout& layout_;
+  std::vector<const std::byte*> data_;
 };
 
 }  // namespace fxprune

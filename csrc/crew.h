@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <stdexcept>
 #include <thread>
 
 namespace fxprune {
@@ -29,7 +30,7 @@ class Crew {
     // contiguous range, then what the others have left. Returns when all are done.
     template <class F>
     void share(int64_t count, const F& f) {
-      if (at_ >= crew_.sections_) std::terminate();  // a run met more sections than it announced
+      if (at_ >= crew_.sections_) throw std::logic_error("a crew met too many sections");
       Count* counts = &crew_.counts_[at_++ * (crew_.members_ + 1)];
       int64_t mine = 0;
       for (int64_t step = 0; step < crew_.members_ && !crew_.failed(); ++step) {

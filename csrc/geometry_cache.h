@@ -1,4 +1,4 @@
-// Tables that follow from sizes alone are computed once for each set of sizes, not once a call.
+// What follows from sizes alone is computed once for each set of sizes, not once a call.
 #pragma once
 
 #include <cstddef>
@@ -13,11 +13,11 @@ namespace fxprune {
 using Geometry = std::vector<int64_t>;  // every size that the tables depend on
 
 // Tables: immutable once made.
-template <class Tables>
+template <class Tables, class Key = Geometry>
 class GeometryCache {
  public:
   template <class F>
-  std::shared_ptr<const Tables> get(const Geometry& key, const F& make) {
+  std::shared_ptr<const Tables> get(const Key& key, const F& make) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (const auto found = tables_.find(key); found != tables_.end()) return found->second;
@@ -32,7 +32,7 @@ class GeometryCache {
  private:
   static constexpr size_t kMost = 512;
   std::mutex mutex_;
-  std::map<Geometry, std::shared_ptr<const Tables>> tables_;
+  std::map<Key, std::shared_ptr<const Tables>> tables_;
 };
 
 }  // namespace fxprune

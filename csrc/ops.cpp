@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "check.h"
+#include "check_packed.h"
 #include "fxprune/kernels.h"
 #include "fxprune/tile_pack.h"
 #include "parallel.h"
@@ -359,7 +359,7 @@ STABLE_TORCH_LIBRARY(fxprune, m) {
       "int out_features, "
       "int in_features) -> Tensor");
   m.def(
-      "region(Tensor[] x, Tensor[] weights, int[] layout, int[] program, int[] outputs) -> "
+      "region(Tensor[] x, Tensor[] weights, str layout, str program, int[] outputs) -> "
       "Tensor[]");
   m.def(
       "rnn_steps(Tensor gates, Tensor h, Tensor? c, Tensor values, Tensor index, Tensor tile_ptr, "

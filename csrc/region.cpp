@@ -1,16 +1,23 @@
 // fxprune::region: a chain of operators as one call, from a program of step records
-// (region_program.h).
+// (region_program.h), which is read once for each set of sizes.
 //
 // Intermediate values live in an arena with planned offsets and never become tensors. With at least
 // one image per thread, every thread takes whole images through the whole program, so that nothing
 // waits and an image's values stay in its core's cache; otherwise images run one after the other,
 // each step cut over the threads, which stay together for the whole call. Steps at the end that
 // multiply one row an image (a classifier) wait for all images: their weights are then read once.
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "arena.h"
+#include "geometry_cache.h"
 #include "parallel.h"
 #include "region_program.h"
+#include "region_weights.h"
 #include "run_block.h"
 #include "run_block_bf16.h"
 #include "run_norm.h"
@@ -25,14 +32,17 @@ template <class T>
 class Region {
   using Program = RegionProgram<T>;
   using Step = typename Program::Step;
-  using Value = typename Program::Value;
 
  public:
-  explicit Region(const Program& program) : program_(program) {}
+  // bases: of image 0 of every value, null where it is in the arena.
+  Region(const Program& program, const RegionWeights<T>& weights, const std::vector<T*>& bases)
+      : program_(program), weights_(weights), bases_(bases) {}
 
   void run() const {
     const int64_t pool = torch::stable::get_num_threads(), batch = program_.batch();
+    const int64_t steps = static_cast<int64_t>(program_.steps().size());
     if (batch >= pool && pool > 1) {
+      run_crew(pool, 1, [&] { for_each_unit(steps, pool, [&](int64_t s) { weights_.check(s); }); });
       for_each_unit(batch, pool, [&](int64_t image) {
         Arena arena(bytes(1));
         run_image(image, arena.data<T>(), 1);
@@ -40,9 +50,10 @@ class Region {
       run_tail(pool);
     } else {
       Arena arena(bytes(pool));
-      const int64_t steps = static_cast<int64_t>(program_.steps().size());
       run_crew(pool, batch * steps * kSections, [&] {
-        for (int64_t image = 0; image < batch; ++image) run_image(image, arena.data<T>(), pool);
+        for (int64_t image = 0; image < batch; ++image)
+          run_image(image, arena.data<T>(), pool, image == 0);
+        check(program_.plan().tail(), steps);
         run_tail(pool);
       });
     }
@@ -60,7 +71,7 @@ class Region {
 
   T* at(int64_t id, int64_t image, T* arena) const {
     const Value& v = program_.values()[id];
-    return v.base != nullptr ? v.base + image * floats(v.shape) : arena + v.offset;
+    return bases_[id] != nullptr ? bases_[id] + image * floats(v.shape) : arena + v.offset;
   }
 
   int64_t gap(int64_t id) const { return id < 0 ? 0 : program_.values()[id].gap; }
@@ -68,6 +79,7 @@ class Region {
   // The product of a step, ready to run.
   TileGemmOf<T> product(const Step& step, int64_t image, T* arena) const {
     TileGemmOf<T> a = step.gemm;
+    weights_.attach(step, &a);
     a.x = at(step.x, image, arena), a.out = at(step.out, image, arena);
     if (step.residual >= 0) a.residual = at(step.residual, image, arena);
     if (step.gate >= 0) a.gate = at(step.gate, image, arena);
@@ -76,9 +88,21 @@ class Region {
   }
   DepthwiseTapsOf<T> depthwise(const Step& step, int64_t image, T* arena) const {
     DepthwiseTapsOf<T> a = step.depthwise;
+    weights_.attach(step, &a);
     a.x = at(step.x, image, arena), a.out = at(step.out, image, arena);
     a.x_gap = gap(step.x), a.out_gap = gap(step.out);
     return a;
+  }
+  TileConvOf<T> convolution(const Step& step, int64_t image, T* arena) const {
+    TileConvOf<T> a = step.conv;
+    weights_.attach(step, &a);
+    a.x = at(step.x, image, arena), a.out = at(step.out, image, arena);
+    if (step.residual >= 0) a.residual = at(step.residual, image, arena);
+    return a;
+  }
+
+  void check(size_t begin, size_t end) const {
+    for (size_t s = begin; s < end; ++s) weights_.check(s);
   }
 
   // Floats that hold the sums of split products, whichever are.
@@ -91,9 +115,12 @@ class Region {
     return 0;
   }
 
-  void run_image(int64_t image, T* arena, int64_t pool) const {
+  // first: whether what the steps read is still to be checked.
+  void run_image(int64_t image, T* arena, int64_t pool, bool first = false) const {
     const std::vector<Step>& steps = program_.steps();
     for (size_t s = 0; s < program_.plan().tail(); ++s) {
+      const int64_t together = std::max<int64_t>({steps[s].block, steps[s].feeds_next + 1, 1});
+      if (first) check(s, s + together);
       if (runs_block(s, image, arena, pool)) {
         s += steps[s].block - 1;
       } else if (steps[s].feeds_next) {
@@ -136,8 +163,7 @@ class Region {
       const bool conv = step->code == Step::kConv;
       const TileGemm expand = conv ? TileGemm{} : product(*step, image, arena),
                      project = step->block == 3 ? product(step[2], image, arena) : TileGemm{};
-      TileConv window = step->conv;
-      window.x = at(step->x, image, arena);
+      const TileConv window = conv ? convolution(*step, image, arena) : TileConv{};
       const FusedBlock block = {conv ? nullptr : &expand, conv ? &window : nullptr,
                                 depthwise(step[1], image, arena),
                                 step->block == 3 ? &project : nullptr};
@@ -175,35 +201,84 @@ class Region {
       run_max_pool(a, pool);
     } else if (step.code == Step::kNorm) {
       ChannelNormOf<T> a = step.norm;
+      weights_.attach(step, &a);
       a.x = x, a.out = out, a.x_gap = gap(step.x), a.out_gap = gap(step.out);
       run_channel_norm(a, pool);
     } else {
-      TileConvOf<T> a = step.conv;
-      a.x = x, a.out = out;
-      if (step.residual >= 0) a.residual = at(step.residual, image, arena);
+      const TileConvOf<T> a = convolution(step, image, arena);
       if (a.n > 0) run_tile_conv(a, pool);
     }
   }
 
   const Program& program_;
+  const RegionWeights<T>& weights_;
+  const std::vector<T*>& bases_;
 };
 
+// All that a program depends on.
+using ProgramKey = std::tuple<const Kernels*, std::vector<int64_t>, std::string, std::string>;
+
 template <class T>
-std::vector<Tensor> run_region(const std::vector<Tensor>& x, const Bundle& weights,
-                               const std::vector<int64_t>& program,
-                               const std::vector<int64_t>& outputs) {
-  RegionProgram<T> read(x, weights, program, outputs);
-  Region<T>(read).run();
-  return read.take_results();
+std::shared_ptr<const RegionProgram<T>> program_of(const std::vector<Tensor>& x,
+                                                   const std::vector<Tensor>& packed, Text layout,
+                                                   Text text, const std::vector<int64_t>& outputs) {
+  static GeometryCache<RegionProgram<T>, ProgramKey> cache;
+  std::vector<int64_t> sizes = {static_cast<int64_t>(x.size()),
+                                static_cast<int64_t>(packed.size())};
+  std::vector<Shape> shapes;
+  for (const Tensor& t : x) {
+    STD_TORCH_CHECK(t.dim() >= 2 && t.size(0) == x[0].size(0),
+                    "every region input must have shape (B, C, *) with one B, got ", shape_of(t));
+    Shape& shape = shapes.emplace_back();
+    for (int64_t d = 0; d < t.dim(); ++d) shape.push_back(t.size(d));
+    sizes.push_back(t.dim());
+    sizes.insert(sizes.end(), shape.begin(), shape.end());
+  }
+  std::vector<int32_t> types;
+  for (const Tensor& t : packed) types.push_back(type_of(t));
+  sizes.insert(sizes.end(), types.begin(), types.end());
+  sizes.insert(sizes.end(), outputs.begin(), outputs.end());
+  const ProgramKey key = {&kernels(), std::move(sizes), std::move(layout.value),
+                          std::move(text.value)};
+  return cache.get(key, [&] {
+    return std::make_shared<RegionProgram<T>>(shapes, types, std::get<2>(key), std::get<3>(key),
+                                              outputs);
+  });
 }
 
-std::vector<Tensor> region_cpu(std::vector<Tensor> x, std::vector<Tensor> packed,
-                               std::vector<int64_t> layout, std::vector<int64_t> program,
-                               std::vector<int64_t> outputs) {
+template <class T>
+std::vector<Tensor> run_region(const std::vector<Tensor>& x, const std::vector<Tensor>& packed,
+                               Text layout, Text text, const std::vector<int64_t>& outputs) {
+  std::vector<Tensor> inputs, results;
+  for (const Tensor& t : x)
+    inputs.push_back(std::is_same_v<T, Bf16> ? bf16_input(t, "x") : float_input(t, "x"));
+  const auto program = program_of<T>(x, packed, std::move(layout), std::move(text), outputs);
+  const Bundle bundle(program->layout(), packed);
+  const RegionWeights<T> weights(*program, bundle);
+  std::vector<T*> bases(program->values().size());
+  for (size_t i = 0; i < inputs.size(); ++i) bases[i] = const_cast<T*>(data<T>(inputs[i]));
+  for (const int64_t id : outputs) {
+    Shape shape = program->values()[id].shape;
+    shape.insert(shape.begin(), program->batch());
+    bases[id] =
+        static_cast<T*>(results.emplace_back(empty_output(inputs[0], shape)).mutable_data_ptr());
+  }
+  std::optional<Arena> rows;
+  if (const int64_t count = program->plan().rows()) rows.emplace(count * sizeof(T));
+  for (size_t i = 0; i < bases.size(); ++i) {
+    const Value& v = program->values()[i];
+    if (v.place == Value::kRows) bases[i] = rows->template data<T>() + v.offset;
+  }
+  Region<T>(*program, weights, bases).run();
+  return results;
+}
+
+std::vector<Tensor> region_cpu(std::vector<Tensor> x, std::vector<Tensor> packed, Text layout,
+                               Text program, std::vector<int64_t> outputs) {
   STD_TORCH_CHECK(!x.empty(), "region needs at least one input");
-  const Bundle weights(packed, layout);
-  return is_bf16(x[0], "x") ? run_region<Bf16>(x, weights, program, outputs)
-                            : run_region<float>(x, weights, program, outputs);
+  return is_bf16(x[0], "x")
+             ? run_region<Bf16>(x, packed, std::move(layout), std::move(program), outputs)
+             : run_region<float>(x, packed, std::move(layout), std::move(program), outputs);
 }
 
 }  // namespace

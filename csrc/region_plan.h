@@ -4,12 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
-#include "arena.h"
 #include "check.h"
 #include "run.h"
 #include "run_bf16.h"
@@ -35,20 +33,26 @@ inline bool same_value(const Shape& a, const Shape& b) {
   return a == b || (a[0] == b[0] && floats(a) == a[0] && floats(b) == b[0]);
 }
 
-template <class T>
-struct ValueOf {
+struct Value {
   Shape shape;
   int64_t uses = 0;
   int64_t last_use = -1;  // step, or the number of steps for a result
-  int64_t offset = -1;    // in the arena, for values that are neither input nor result
-  int64_t gap = 0;        // numbers between two features' pixels there
-  T* base = nullptr;      // of image 0, where images follow each other: inputs, results, rows
+  int64_t gap = 0;        // numbers between two features' pixels in the arena
+  enum Place {
+    kArena,    // one image's, at `offset`
+    kRows,     // of the tail: image by image, at `offset` of a room of their own
+    kOutside,  // an input or a result: image by image
+  } place = kArena;
+  int64_t offset = -1;
 };
 
 template <class T>
 struct StepOf {
   enum Code { kDepthwise, kGemm, kMean, kConv, kPool, kNorm } code;
   int64_t x, residual = -1, gate = -1, out;
+  // Weights in the bundle, -1 where there is none.
+  int64_t values = -1;  // of a depthwise step and of a norm: the weight
+  int64_t index = -1, tile_ptr = -1, columns = -1, taps = -1, bias = -1;
   DepthwiseTapsOf<T> depthwise{};
   TileGemmOf<T> gemm{};
   TileConvOf<T> conv{};
@@ -70,7 +74,6 @@ struct StepOf {
 template <class T>
 class RegionPlan {
  public:
-  using Value = ValueOf<T>;
   using Step = StepOf<T>;
   static constexpr bool kBf16 = std::is_same_v<T, Bf16>;
 
@@ -84,6 +87,7 @@ class RegionPlan {
   }
 
   int64_t arena() const { return arena_; }  // numbers, per image
+  int64_t rows() const { return rows_; }    // numbers, of the values of the tail
   size_t tail() const { return tail_; }     // the steps from here on run for all images at once
 
  private:
@@ -138,7 +142,7 @@ class RegionPlan {
   // True where `next` reads the result of `step`, and nobody else does.
   bool feeds(const Step& step, const Step& next) const {
     const Value& v = values_[step.out];
-    return next.x == step.out && v.uses == 1 && v.base == nullptr;
+    return next.x == step.out && v.uses == 1 && v.place == Value::kArena;
   }
 
   // Features begin at cache lines where every kernel that reads or writes the value can do with
@@ -147,7 +151,7 @@ class RegionPlan {
     for (const Step& step : steps_) {
       Value& v = values_[step.out];
       const int64_t pixels = v.shape.size() == 3 ? v.shape[1] * v.shape[2] : 0;
-      if (v.base == nullptr && pixels > kLine) v.gap = (kLine - pixels % kLine) % kLine;
+      if (v.place == Value::kArena && pixels > kLine) v.gap = (kLine - pixels % kLine) % kLine;
     }
     for (const Step& step : steps_) {
       if (takes_gaps(step)) continue;
@@ -174,19 +178,14 @@ class RegionPlan {
       return s.code == Step::kGemm && !s.feature_major && s.gate < 0;
     };
     while (tail_ > 0 && multiplies_rows(steps_[tail_ - 1])) --tail_;
-    std::vector<std::pair<int64_t, int64_t>> rows;  // value, offset
-    int64_t size = 0;
     for (size_t s = tail_; s < steps_.size(); ++s) {
       for (const int64_t id : {steps_[s].x, steps_[s].residual, steps_[s].out}) {
-        if (id < 0 || values_[id].base != nullptr || values_[id].offset == kRow) continue;
-        values_[id].offset = kRow;
-        rows.emplace_back(id, size);
-        size += (batch_ * floats(values_[id].shape) + kLine - 1) / kLine * kLine;
+        if (id < 0 || values_[id].place != Value::kArena) continue;
+        values_[id].place = Value::kRows;
+        values_[id].offset = rows_;
+        rows_ += (batch_ * floats(values_[id].shape) + kLine - 1) / kLine * kLine;
       }
     }
-    if (rows.empty()) return;
-    room_ = std::make_unique<Arena>(size * static_cast<int64_t>(sizeof(T)));
-    for (const auto& [id, offset] : rows) values_[id].base = room_->template data<T>() + offset;
   }
 
   // Offsets by first fit: a value's room is free again after its last use. Results of depthwise
@@ -205,7 +204,7 @@ class RegionPlan {
     for (size_t s = 0; s < steps_.size(); ++s) {
       Value& v = values_[steps_[s].out];
       if ((steps_[s].code == Step::kDepthwise) != depthwise) continue;
-      if (v.base != nullptr || steps_[s].feeds_next) continue;
+      if (v.place != Value::kArena || steps_[s].feeds_next) continue;
       const int64_t now = static_cast<int64_t>(s), size = (numbers(v) + kLine - 1) / kLine * kLine;
       taken.erase(
           std::remove_if(taken.begin(), taken.end(), [&](const Room& r) { return r.until < now; }),
@@ -220,13 +219,11 @@ class RegionPlan {
   }
 
   static constexpr int64_t kLine = 64 / sizeof(T);  // numbers of a cache line
-  static constexpr int64_t kRow = -2;               // an offset: in the room of the tail
 
   std::vector<Value>& values_;
   std::vector<Step>& steps_;
-  int64_t batch_, arena_ = 0;
+  int64_t batch_, arena_ = 0, rows_ = 0;
   size_t tail_ = 0;
-  std::unique_ptr<Arena> room_;
 };
 
 }  // namespace fxprune

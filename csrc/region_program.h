@@ -1,4 +1,5 @@
-// The program of a region, read and checked.
+// The program of a region, read and checked: all that does not depend on what tensors hold, so that
+// it is done once and not on every call. The text is numbers between spaces:
 //
 //   record: code, count, then `count` arguments
 //   depthwise (0): x, weight, taps, bias, kernel h w, stride h w, padding h w, dilation h w,
@@ -16,15 +17,16 @@
 #pragma once
 
 #include <algorithm>
+#include <charconv>
 #include <cstddef>
 #include <cstring>
-#include <deque>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "bundle.h"
-#include "check.h"
+#include "check_packed.h"
 #include "region_plan.h"
 #include "run.h"
 #include "run_bf16.h"
@@ -32,54 +34,67 @@
 
 namespace fxprune {
 
-// T: float or Bf16, what every value in the region is. Holds what the steps point to.
+inline std::vector<int64_t> numbers_in(const std::string& text, const char* name) {
+  std::vector<int64_t> numbers;
+  const char *at = text.data(), *end = at + text.size();
+  while (at != end) {
+    int64_t number;
+    const auto [next, error] = std::from_chars(at, end, number);
+    STD_TORCH_CHECK(error == std::errc() && (next == end || *next == ' '), name,
+                    " must hold integers with a space between them, got '",
+                    std::string(at, std::min<size_t>(end - at, 24)), "'");
+    numbers.push_back(number);
+    at = next == end ? end : next + 1;
+  }
+  return numbers;
+}
+
+// T: float or Bf16, what every value in the region is. Immutable; steps lack what points to data.
 template <class T>
 class RegionProgram {
  public:
-  using Value = ValueOf<T>;
   using Step = StepOf<T>;
   static constexpr bool kBf16 = std::is_same_v<T, Bf16>;
 
-  RegionProgram(const std::vector<Tensor>& x, const Bundle& weights,
-                const std::vector<int64_t>& program, const std::vector<int64_t>& outputs)
-      : weights_(weights) {
-    for (const Tensor& t : x) {
-      inputs_.push_back(input(t, "x"));
-      STD_TORCH_CHECK(t.dim() >= 2 && t.size(0) == x[0].size(0),
-                      "every region input must have shape (B, C, *) with one B, got ", shape_of(t));
+  // inputs: their shapes, batch included. types: of the tensors that hold the weights.
+  RegionProgram(const std::vector<Shape>& inputs, const std::vector<int32_t>& types,
+                const std::string& layout, const std::string& text,
+                const std::vector<int64_t>& outputs)
+      : layout_(numbers_in(layout, "layout"), types), outputs_(outputs), batch_(inputs[0][0]) {
+    for (const Shape& shape : inputs) {
       Value v;
-      for (int64_t d = 1; d < t.dim(); ++d) v.shape.push_back(t.size(d));
-      v.base = const_cast<T*>(data<T>(inputs_.back()));
+      v.shape.assign(shape.begin() + 1, shape.end());
+      v.place = Value::kOutside;
       values_.push_back(std::move(v));
     }
-    batch_ = x[0].size(0);
+    const std::vector<int64_t> program = numbers_in(text, "program");
     for (size_t at = 0; at < program.size();) {
       STD_TORCH_CHECK(at + 2 <= program.size() && program[at + 1] >= 0 &&
-                          at + 2 + program[at + 1] <= program.size(),
+                          program[at + 1] <= static_cast<int64_t>(program.size() - at - 2),
                       "program ends inside the record at ", at);
       read(program[at], {program.begin() + at + 2, program.begin() + at + 2 + program[at + 1]});
       at += 2 + program[at + 1];
     }
     for (int64_t id : outputs) {
       STD_TORCH_CHECK(
-          id >= static_cast<int64_t>(x.size()) && id < static_cast<int64_t>(values_.size()),
+          id >= static_cast<int64_t>(inputs.size()) && id < static_cast<int64_t>(values_.size()),
           "outputs must name results of steps, got ", id);
       Value& v = values_[id];
-      STD_TORCH_CHECK(v.base == nullptr, "outputs name value ", id, " twice");
-      Shape shape = v.shape;
-      shape.insert(shape.begin(), batch_);
-      results_.push_back(empty_output(inputs_[0], shape));
-      v.base = static_cast<T*>(results_.back().mutable_data_ptr());
+      STD_TORCH_CHECK(v.place == Value::kArena, "outputs name value ", id, " twice");
+      v.place = Value::kOutside;
       v.last_use = static_cast<int64_t>(steps_.size());
     }
     plan_.emplace(&values_, &steps_, batch_);
   }
+  RegionProgram(const RegionProgram&) = delete;
+  RegionProgram& operator=(const RegionProgram&) = delete;
 
+  const BundleLayout& layout() const { return layout_; }
   const std::vector<Value>& values() const { return values_; }
   const std::vector<Step>& steps() const { return steps_; }
-  int64_t batch() const { return batch_; }
+  const std::vector<int64_t>& outputs() const { return outputs_; }  // values
   const RegionPlan<T>& plan() const { return *plan_; }
-  std::vector<Tensor> take_results() { return std::move(results_); }
+  int64_t batch() const { return batch_; }
 
  private:
   Value& use(int64_t id) {
@@ -90,30 +105,19 @@ class RegionProgram {
     return values_[id];
   }
   // A weight or bias of `size` numbers, which kernels read as float.
-  const float* floats_of(int64_t id, const char* name, int64_t size) {
-    if (kBf16 && weights_.is_bf16(id))
-      return wide_.emplace_back(weights_.get<Bf16>(id, name, size)).data();
-    return weights_.get<float>(id, name, size).data;
+  int64_t floats_of(int64_t id, const char* name, int64_t size) {
+    const bool wide = kBf16 && layout_.is_bf16(id);
+    const int64_t found = wide ? layout_.size<Bf16>(id, name) : layout_.size<float>(id, name);
+    STD_TORCH_CHECK(found == size, name, " must hold ", size, " numbers, got ", found);
+    return id;
   }
-  const float* bias(int64_t id, int64_t size) {
-    return id < 0 ? nullptr : floats_of(id, "bias", size);
-  }
-  // The values of a tile-packed weight of `nnz` numbers as its kernels take them.
-  const T* values_of(int64_t id, int64_t nnz, const TileShape& a) {
-    if constexpr (kBf16) {
-      const bool image = weights_.is_image(id);
-      return images_.emplace_back(weights_.get<Bf16>(id, "values"), image, nnz, a).data();
-    } else {
-      return floats_of(id, "values", nnz);
-    }
-  }
+  int64_t bias(int64_t id, int64_t size) { return id < 0 ? -1 : floats_of(id, "bias", size); }
   // values, index, tile_ptr and columns are arguments in a row
-  TileLists lists(const int64_t* arg) const {
-    return {weights_.get<int32_t>(arg[1], "index"), weights_.get<int32_t>(arg[2], "tile_ptr"),
-            weights_.get<int32_t>(arg[3], "columns")};
-  }
-  static Tensor input(const Tensor& t, const char* name) {
-    return kBf16 ? bf16_input(t, name) : float_input(t, name);
+  TileSizes lists(const int64_t* arg, Step* step) {
+    step->values = arg[0], step->index = arg[1], step->tile_ptr = arg[2], step->columns = arg[3];
+    layout_.size<T>(arg[0], "values");
+    return {layout_.size<int32_t>(arg[1], "index"), layout_.size<int32_t>(arg[2], "tile_ptr"),
+            layout_.size<int32_t>(arg[3], "columns")};
   }
 
   void read(int64_t code, const std::vector<int64_t>& arg) {
@@ -155,9 +159,10 @@ class RegionProgram {
     a.batch = 1, a.channels = shape[0], a.height = shape[1], a.width = shape[2];
     read_window(&arg[4], &a);
     check_window(&a);
-    check_taps(weights_.get<int64_t>(arg[2], "taps"), &a);
-    a.weight = floats_of(arg[1], "weight", a.channels * a.kernel());
-    a.bias = bias(arg[3], a.channels);
+    check_tap_count(layout_.size<int64_t>(arg[2], "taps"), &a);
+    step->values = floats_of(arg[1], "weight", a.channels * a.kernel());
+    step->taps = arg[2];
+    step->bias = bias(arg[3], a.channels);
     tables_.push_back(depthwise_tables<T>(&a));
     return {a.channels, a.out_h, a.out_w};
   }
@@ -180,8 +185,8 @@ class RegionProgram {
     STD_TORCH_CHECK(!shape.empty() && (first ? shape.size() >= 2 : floats(shape) == shape[0]),
                     "gemm needs (K, *spatial) values with feature_dim=1, (K) or (K, 1, 1) with -1");
     TileGemmOf<T>& a = step->gemm;
-    a.values = values_of(arg[1], check_tiles(lists(&arg[1]), arg[9], arg[8], shape[0], &a), a);
-    a.bias = bias(arg[5], a.n);
+    check_tile_sizes(lists(&arg[1], step), arg[9], arg[8], shape[0], &a);
+    step->bias = bias(arg[5], a.n);
     a.batch = 1;
     a.m = floats(shape) / std::max<int64_t>(shape[0], 1);
     Shape out = first ? shape : Shape{a.n};
@@ -204,8 +209,8 @@ class RegionProgram {
     a.batch = 1, a.channels = shape[0], a.height = shape[1], a.width = shape[2];
     a.groups = arg[17];
     read_window(&arg[9], &a);
-    a.values = values_of(arg[1], check_conv(lists(&arg[1]), arg[8], arg[7], &a), a);
-    a.bias = bias(arg[5], a.n);
+    check_conv_sizes(lists(&arg[1], step), arg[8], arg[7], &a);
+    step->bias = bias(arg[5], a.n);
     Shape out = {a.n, a.out_h, a.out_w};
     floats(out);  // checks its size
     step->residual = arg[6];
@@ -234,7 +239,7 @@ class RegionProgram {
     STD_TORCH_CHECK(!shape.empty(), "norm needs (C, *spatial) values");
     ChannelNormOf<T>& a = step->norm;
     a.channels = shape[0], a.size = floats(shape) / std::max<int64_t>(shape[0], 1);
-    a.weight = bias(arg[1], a.channels), a.bias = bias(arg[2], a.channels);
+    step->values = bias(arg[1], a.channels), step->bias = bias(arg[2], a.channels);
     STD_TORCH_CHECK(arg[3] >= 0 && arg[3] < kInfinityBits, "eps must be the bits of a float >= 0");
     const uint32_t bits = static_cast<uint32_t>(arg[3]);
     std::memcpy(&a.eps, &bits, sizeof(bits));
@@ -243,10 +248,8 @@ class RegionProgram {
 
   static constexpr int64_t kInfinityBits = 0x7F800000;
 
-  const Bundle& weights_;
-  std::vector<Tensor> inputs_, results_;
-  std::deque<TileImage> images_;
-  std::deque<Widened> wide_;
+  BundleLayout layout_;
+  std::vector<int64_t> outputs_;
   std::vector<std::shared_ptr<const void>> tables_;
   std::vector<Value> values_;
   std::vector<Step> steps_;

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <vector>
 
-#include "check.h"
+#include "check_packed.h"
 #include "fxprune/kernels.h"
 #include "run.h"
 

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import Graph, GraphModule
 from torch.fx.graph import CodeGen
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_structure, tree_unflatten
 
 import fxprune
 from fxprune import manifest
@@ -74,19 +75,35 @@ class Loaded:
     def __init__(self, run: Callable[..., Any], about: Manifest, plan: Plan, program: ExportedProgram | None = None) -> None:
         self.manifest, self.plan, self.program = about, plan, program
         self._run = run
-        self._body = run.forward if isinstance(run, nn.Module) else run
+        self._body = _body(run)
         self._passed: set[Any] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         key = () if kwargs else _sizes(args)
         # nothing is recorded, so the operators' autograd layer would be pure overhead
-        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
-            if key and key in self._passed:
+        if key and key in self._passed:
+            with torch._C._AutoDispatchBelowAutograd():
                 return self._body(*args)
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
             result = self._run(*args, **kwargs)
         if key and len(self._passed) < _MOST:
             self._passed.add(key)
         return result
+
+
+def _body(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what runs a program on tensors that it checked before; without trees of arguments where they are flat."""
+    if not isinstance(run, GraphModule):
+        return run
+    given, result = run._in_spec, run._out_spec
+    if result is None or given != tree_structure(((0,) * given.num_leaves, {})):
+        return run.forward
+    graph = Graph()
+    graph.output(graph.graph_copy(run.graph, {}))
+    forward = _direct(GraphModule(run, graph)).forward
+    if result == tree_structure(0):
+        return lambda *args: forward(*args)[0]
+    return lambda *args: tree_unflatten(forward(*args), result)
 
 
 def _sizes(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -171,7 +188,7 @@ def load(path: str | os.PathLike[str]) -> Loaded:
     return Loaded(_direct(program.module()), about, plan, program)
 
 
-def _direct(gm: nn.Module) -> nn.Module:
+def _direct(gm: GraphModule) -> GraphModule:
     """Let every weight be found as a plain attribute: a module's own look-up of hundreds takes as long as a layer."""
     for module in gm.modules():
         for held in (module._parameters, module._buffers, module._modules):

@@ -18,7 +18,7 @@ from fxprune.plan import Plan
 from fxprune.plan_file import decode
 
 MANIFEST, PLAN = "fxprune.json", "fxprune.plan.json"
-VERSION = 1
+VERSION = 2
 _LARGEST = 1 << 28  # bytes of a text in the archive
 
 

@@ -70,7 +70,7 @@ def _lines(node: Node) -> Iterator[str]:
         yield f"return {_text(node.args[0])}"
     elif node.target is torch.ops.fxprune.region.default:
         x, _, _, program, outputs = node.args
-        steps = region.describe(program).splitlines()  # type: ignore[arg-type]
+        steps = region.describe(region.numbers(program)).splitlines()  # type: ignore[arg-type]
         names = ", ".join(node.meta[region.PARTS])
         yield f"{node.name} = fxprune.region({_text(x)}, [{names}], {len(steps)} steps, {outputs})"
         yield from (f"    {step}" for step in steps)

@@ -49,7 +49,7 @@ SCHEMAS = (
     'int granularity, str depthwise_activation="none", str activation="none") -> Tensor',
     f"tile_pack(Tensor weight, {_TILES}, int granularity, int nnz) -> Tensor",
     f"tile_unpack(Tensor values, {_TILES}, int granularity, int out_features, int in_features) -> Tensor",
-    "region(Tensor[] x, Tensor[] weights, int[] layout, int[] program, int[] outputs) -> Tensor[]",
+    "region(Tensor[] x, Tensor[] weights, str layout, str program, int[] outputs) -> Tensor[]",
     f"rnn_steps(Tensor gates, Tensor h, Tensor? c, Tensor values, {_TILES}, Tensor? bias, int granularity, "
     "bool reverse) -> Tensor[]",
     "nm_prune(Tensor grad, Tensor? key, int n, int m, int dim, int groups, str function, int layer) -> Tensor",

@@ -221,13 +221,14 @@ def _replace(members: list[Node], holders: list[Node], layout: list[int], weight
     last = members[-1]
     fakes = [_known(n) for n in program.inputs]
     numbers = list(dict.fromkeys(program.value(n) for n in results))
+    texts = ops.text(layout), ops.text(program.code)
     with last.graph.inserting_after(last):
-        call = last.graph.call_function(_REGION, (program.inputs, holders, layout, program.code, numbers))
+        call = last.graph.call_function(_REGION, (program.inputs, holders, *texts, numbers))
     call.meta = {k: v for k, v in last.meta.items() if k == "stack_trace"}
     call.meta[ops.PARTS] = [w.name for w in weights]
     mode = next(m for m in (getattr(f, "fake_mode", None) for f in fakes) if m is not None)
     with mode:
-        call.meta["example_value"] = ops.fake(fakes, [_known(h) for h in holders], layout, program.code, numbers)
+        call.meta["example_value"] = ops.fake(fakes, [_known(h) for h in holders], *texts, numbers)
     anchor = call
     for node in results:
         position = numbers.index(program.value(node))

@@ -34,7 +34,7 @@ _MIN_SPARSITY = 0.05
 _LEAVE_REGION = 1.3
 # a kernel this small is mostly the cost of its call, which it loses inside a region
 _JOIN_REGION = 3.0
-_CALL = 20.0  # microseconds that a call beside a region costs beyond its kernel
+_CALL = 80.0  # microseconds that a call beside a region costs beyond its kernel: its thread start, its dispatch, cold caches
 _OPERATOR = {
     "depthwise": "depthwise_taps",
     "pointwise": "tile_gemm",

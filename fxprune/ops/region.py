@@ -11,12 +11,14 @@
     norm (5):      x, weight, bias, the bits of eps as float32      over the channels
 
 All values are float32, or all bfloat16. x, residual and gate are values: first the inputs, then
-one per step. Weights are parts of a bundle (``fxprune/ops/bundle.py``); -1 is absent. The program is data: it can be
+one per step. Weights are parts of a bundle (``fxprune/ops/bundle.py``); -1 is absent. The operator takes program and layout
+as text (:func:`text`), which costs a call nothing, unlike a list of a thousand integers. The program is data: it can be
 printed, checked, exported and rebuilt.
 """
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -33,6 +35,17 @@ DEPTHWISE, GEMM, MEAN, CONV, POOL, NORM = range(6)
 _CALLED: Any = (depthwise_taps, tile_gemm, tile_conv, channel_norm)
 PARTS = "fxprune_parts"  # node.meta: the names of the weights in the bundle
 _NAMES = {DEPTHWISE: "depthwise", GEMM: "gemm", MEAN: "mean", CONV: "conv", POOL: "max pool", NORM: "norm"}
+
+
+def text(numbers: Sequence[int]) -> str:
+    """Write a program or a layout as the operator takes it."""
+    return " ".join(map(str, numbers))
+
+
+@functools.lru_cache(maxsize=64)
+def numbers(text: str) -> tuple[int, ...]:
+    """Read what :func:`text` wrote."""
+    return tuple(map(int, text.split()))
 
 
 def records(program: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
@@ -118,19 +131,17 @@ def _as_image(value: Tensor) -> Tensor:
     return value.unflatten(1, (value.shape[1], 1, 1)) if value.dim() == 2 else value
 
 
-def reference(
-    x: list[Tensor], weights: list[Tensor], layout: list[int], program: list[int], outputs: list[int]
-) -> list[Tensor]:
+def reference(x: list[Tensor], weights: list[Tensor], layout: str, program: str, outputs: list[int]) -> list[Tensor]:
     """Run the steps on the operators' references. x: (B, C, *), all with one B; weights, layout: a bundle."""
-    part = parts_of(weights, layout, x[0].dtype)
-    return interpret(x, part, program, outputs, *(op.reference for op in _CALLED))
+    part = parts_of(weights, numbers(layout), x[0].dtype)
+    return interpret(x, part, numbers(program), outputs, *(op.reference for op in _CALLED))
 
 
-def fake(x: list[Tensor], weights: list[Tensor], layout: list[int], program: list[int], outputs: list[int]) -> list[Tensor]:
+def fake(x: list[Tensor], weights: list[Tensor], layout: str, program: str, outputs: list[int]) -> list[Tensor]:
     def part(number: int, *sizes: int) -> Tensor:
         return weights[0]  # results' sizes follow from the program alone
 
-    shapes = interpret(x, part, program, outputs, *(op.fake for op in _CALLED))
+    shapes = interpret(x, part, numbers(program), outputs, *(op.fake for op in _CALLED))
     return [s.new_empty(s.shape) for s in shapes]
 
 
@@ -160,14 +171,14 @@ def samples() -> Iterator[Args]:
         gate = [GEMM, 12, 2, 7, 8, 9, 10, 2, -1, -1, channels, 64, -1, 6]
         project = [GEMM, 12, 1, 3, 4, 5, 6, -1, 0 if stride == 1 else -1, 3, channels, 4, 1, 0]
         outputs = [4] if stride == 1 else [1, 4]
-        yield [x], weights, layout, [*depthwise, *mean, *gate, *project], outputs
+        yield [x], weights, text(layout), text([*depthwise, *mean, *gate, *project]), outputs
     stem = tile_gemm.tile_pack.random_structure(6, 27, 4, gen)
     head = tile_gemm.tile_pack.random_structure(5, 6, 8, gen)
     weights, layout = bundle([*stem, torch.randn(6, generator=gen), *head])
     conv = [CONV, 19, 0, 0, 1, 2, 3, 4, -1, 6, 4, 3, 3, 2, 2, 1, 1, 1, 1, 1, 2]
     pool = [POOL, 9, 1, 3, 3, 2, 2, 1, 1, 1, 1]
     gemm = [GEMM, 12, 2, 5, 6, 7, 8, -1, -1, -1, 5, 8, 1, 0]
-    yield [torch.randn(2, 3, 9, 7, generator=gen)], weights, layout, [*conv, *pool, *gemm], [3]
+    yield [torch.randn(2, 3, 9, 7, generator=gen)], weights, text(layout), text([*conv, *pool, *gemm]), [3]
 
 
 def bad_samples() -> Iterator[tuple[Args, str]]:
@@ -175,15 +186,17 @@ def bad_samples() -> Iterator[tuple[Args, str]]:
     yield ([], weights, layout, program, outputs), r"input"
     yield ([x[0].double()], weights, layout, program, outputs), r"float32"
     yield (x, [weights[0].double(), *weights[1:]], layout, program, outputs), r"weights must be float32"
-    yield (x, [weights[0][:-16], *weights[1:]], layout, program, outputs), r"part \d+ .* beyond the end"
-    yield (x, weights, [-8, *layout[1:]], program, outputs), r"no size and tensor"
+    yield (x, [weights[0][:-16], *weights[1:]], layout, program, outputs), r"beyond the end of weights\[0\]"
+    yield (x, weights, f"-8 {layout}", program, outputs), r"no size and tensor"
     yield (x, weights[:2], layout, program, outputs), r"no size and tensor of 2"
-    yield (x, weights, layout[:5], program, outputs), r"weight .* of 5 does not exist"
-    yield (x, weights, layout, [*program[:5], 1, *program[6:]], outputs), r"bias must be float32"
-    yield (x, weights, layout, program[:-1], outputs), r"program"
-    yield (x, weights, layout, [7, 0], outputs), r"code"
+    yield (x, weights, text(numbers(layout)[:5]), program, outputs), r"weight .* of 5 does not exist"
+    code = numbers(program)
+    yield (x, weights, layout, text([*code[:5], 1, *code[6:]]), outputs), r"bias must be float32"
+    yield (x, weights, layout, text(code[:-1]), outputs), r"program"
+    yield (x, weights, layout, program.replace(" ", "  ", 1), outputs), r"program must hold integers"
+    yield (x, weights, layout, "7 0", outputs), r"code"
     yield (x, weights, layout, program, [0]), r"outputs"
-    yield (x, weights, layout, [MEAN, 1, 5], outputs), r"value"
+    yield (x, weights, layout, text([MEAN, 1, 5]), outputs), r"value"
 
 
 OPERATOR = Operator("region", reference, fake, setup_context, backward, samples, bad_samples)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxprune.ops import activation
 from fxprune.ops.bundle import bundle
-from fxprune.ops.region import CONV, DEPTHWISE, GEMM, MEAN, POOL
+from fxprune.ops.region import CONV, DEPTHWISE, GEMM, MEAN, POOL, text
 from tests.integers import bitmap, generator, integers, tiles
 
 Program = tuple[list[Tensor], list[Tensor], list[int], list[int], list[int]]
@@ -128,6 +128,12 @@ class Writer:
 
 def program(seed: int) -> Program:
     return Writer(seed).program()
+
+
+def as_text(case: Program) -> tuple[list[Tensor], list[Tensor], str, str, list[int]]:
+    """Return the operator's arguments."""
+    x, weights, layout, code, outputs = case
+    return x, weights, text(layout), text(code), outputs
 
 
 # around every bound that a check could miss by one; nothing between, where a legal size would take minutes

@@ -21,7 +21,7 @@ from fxprune.ops.bundle import bundle, unbundle
 from fxprune.ops.tile_image import from_image, image
 from fxprune.ops.tile_pack import whole_structure
 from tests.csrc.kernels import BF16_ISAS, EXACT, OPS, check_conv, every_isa, gemm_reference, use_isa
-from tests.csrc.programs import program
+from tests.csrc.programs import as_text, program
 from tests.csrc.test_memory import Fenced
 from tests.integers import bitmap, generator, integers, tiles
 
@@ -196,7 +196,7 @@ def test_regions_run_the_operators(seed: int) -> None:
             )
             for threads in (1, 2):
                 torch.set_num_threads(threads)
-                for a, b in zip(OPS.region(x, weights, layout, code, outputs), expected, strict=True):
+                for a, b in zip(OPS.region(*as_text((x, weights, layout, code, outputs))), expected, strict=True):
                     assert a.dtype == torch.bfloat16 and torch.equal(a, b), f"program({seed}) on {name}, {threads} threads"
     finally:
         torch.set_num_threads(before)

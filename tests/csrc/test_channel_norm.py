@@ -9,6 +9,7 @@ from torch import Tensor
 from fxprune.ops import channel_norm, region
 from fxprune.ops.bundle import bundle
 from tests.csrc.kernels import OPS
+from tests.csrc.programs import as_text
 from tests.integers import generator, integers, tiles
 
 SIZES = ((7, 7), (14, 14), (1, 1), (3, 5), (16, 4), (9, 23))
@@ -60,7 +61,7 @@ def test_step_between_products(isa: str, size: tuple[int, int]) -> None:
     for batch in (1, 3):
         x = integers(gen, batch, 6, *size)
         case = ([x], *bundle(packed), [*expand, *norm, *project], [2, 3])
-        for given, right in zip(OPS.region(*case), region.reference(*case), strict=True):
+        for given, right in zip(OPS.region(*as_text(case)), region.reference(*as_text(case)), strict=True):
             torch.testing.assert_close(given, right, rtol=1e-5, atol=1e-4)
 
 
@@ -69,11 +70,11 @@ def test_step_behind_pooling(isa: str) -> None:
     weights = bundle([torch.randn(2, 20, generator=generator(2))[0]])
     code = [region.MEAN, 1, 0, region.NORM, 4, 1, 0, -1, region.bits_of(1e-6)]
     case = ([integers(generator(1), 3, 20, 4, 4)], *weights, code, [2])
-    for given, right in zip(OPS.region(*case), region.reference(*case), strict=True):
+    for given, right in zip(OPS.region(*as_text(case)), region.reference(*as_text(case)), strict=True):
         torch.testing.assert_close(given, right, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("record", ([1, -1, -1, -1], [0, 99, -1, 0], [0, -1, -1, 0x7F800000], [0, -1, -1], [9, -1, -1, 0]))
 def test_corrupted_steps_are_refused(record: list[int]) -> None:
     with pytest.raises(RuntimeError):
-        OPS.region([torch.ones(1, 4, 3, 3)], *bundle([torch.ones(4)]), [region.NORM, len(record), *record], [1])
+        OPS.region(*as_text(([torch.ones(1, 4, 3, 3)], *bundle([torch.ones(4)]), [region.NORM, len(record), *record], [1])))

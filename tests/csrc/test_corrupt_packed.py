@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune.ops import OPS
 from fxprune.ops.bundle import unbundle
 from fxprune.ops.operator import Operator
+from fxprune.ops.region import numbers, text
 from tests.oracle import tensors
 
 if not library.load():
@@ -40,6 +41,8 @@ def broken(value: Any, gen: random.Random) -> Any:
     """Return something close to ``value``: an entry changed, entries lost or doubled, another shape or type."""
     if isinstance(value, bool) or value is None:
         return not value
+    if isinstance(value, str) and " " in value:  # a region's program or layout
+        return text(broken(list(numbers(value)), gen)) if gen.random() < 0.8 else value[: gen.randrange(len(value))]
     if isinstance(value, str):
         return gen.choice(["none", "relu", "", "nonsense"])
     if isinstance(value, int):
@@ -83,7 +86,7 @@ def repeats(op: Operator, args: list[Any]) -> bool:
     """True when a tile names a K row twice or out of order: the operators check ranges, ``Tile.check`` refuses the order."""
     flat = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
     if op.name == "region":
-        flat = unbundle(args[1], args[2])
+        flat = unbundle(args[1], numbers(args[2]))
     for index, pointer in pairwise(flat):
         if index.dtype == pointer.dtype == torch.int32 and len(pointer) and int(pointer[-1]) == len(index):
             wrong = (index.diff() <= 0).nonzero().flatten() + 1

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxprune.ops import region
 from tests.csrc.kernels import OPS, every_isa
-from tests.csrc.programs import Program, corrupted, program
+from tests.csrc.programs import Program, as_text, corrupted, program
 from tests.oracle import assert_same
 
 CORRUPTED = 2000
@@ -24,13 +24,15 @@ def wide(case: Program) -> Program:
 
 
 def compare(case: Program, repro: str) -> None:
-    expected, exact = region.reference(*case), region.reference(*wide(case))
+    expected, exact = region.reference(*as_text(case)), region.reference(*as_text(wide(case)))
     before = torch.get_num_threads()
     try:
         for isa in every_isa():
             for threads in (1, 2, 4):
                 torch.set_num_threads(threads)
-                assert_same(OPS.region(*case), expected, exact, f"{repro} on {isa}, {threads} threads", trusted=False)
+                assert_same(
+                    OPS.region(*as_text(case)), expected, exact, f"{repro} on {isa}, {threads} threads", trusted=False
+                )
     finally:
         torch.set_num_threads(before)
 
@@ -56,7 +58,7 @@ def test_the_programs_are_worth_it() -> None:
                 operands["gate"] += a[7] >= 0
                 operands["row-major"] += a[10] == -1
         operands["several outputs"] += len(outputs) > 1
-        last = region.reference(*case)[-1]
+        last = region.reference(*as_text(case))[-1]
         zeros.append((last == 0).float().mean().item())
     assert codes == {region.DEPTHWISE, region.GEMM, region.MEAN, region.CONV, region.POOL}
     assert min(operands.values()) >= 10, operands
@@ -66,11 +68,13 @@ def test_the_programs_are_worth_it() -> None:
 HUGE = """
 import torch, fxprune
 from fxprune.ops.bundle import bundle
+from fxprune.ops.region import text
 fxprune.register()
 weight = [torch.ones(4), torch.arange(4).int(), torch.tensor([0, 4]).int(), torch.tensor([0]).int()]
 first, second = [1, 12, 0, 0, 1, 2, 3, -1, -1, -1, 2**58, 1, 1, 0], [1, 12, 1, 0, 1, 2, 3, -1, -1, -1, 1, 1, 1, 0]
 try:
-    torch.ops.fxprune.region([torch.ones(1, 4, 8, 8)], *bundle(weight), [*first, *second], [2])
+    weights, layout = bundle(weight)
+    torch.ops.fxprune.region([torch.ones(1, 4, 8, 8)], weights, text(layout), text([*first, *second]), [2])
 except (RuntimeError, MemoryError):
     print("refused")
 """
@@ -92,10 +96,10 @@ def test_corrupted_programs_raise_or_are_right() -> None:
     for seed in range(CORRUPTED):
         case = corrupted(seed)
         try:
-            given: list[Tensor] = OPS.region(*case)
+            given: list[Tensor] = OPS.region(*as_text(case))
         except (RuntimeError, MemoryError):
             refused += 1
             continue
         repro = f"corrupted({seed})"
-        assert_same(given, region.reference(*case), region.reference(*wide(case)), repro, trusted=False)
+        assert_same(given, region.reference(*as_text(case)), region.reference(*as_text(wide(case))), repro, trusted=False)
     assert refused > CORRUPTED // 2

@@ -10,6 +10,7 @@ from torch import Tensor
 from fxprune.ops import activation, region
 from fxprune.ops.bundle import bundle
 from tests.csrc.kernels import OPS
+from tests.csrc.programs import as_text
 from tests.integers import bitmap, generator, integers, tiles
 
 RELU6, NONE = activation.NAMES.index("relu6"), activation.NAMES.index("none")
@@ -64,12 +65,12 @@ def block(
 
 
 def check(case: Case) -> None:
-    expected = region.reference(*case)
+    expected = region.reference(*as_text(case))
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            for given, right in zip(OPS.region(*case), expected, strict=True):
+            for given, right in zip(OPS.region(*as_text(case)), expected, strict=True):
                 assert torch.equal(given, right), f"{threads} threads"
     finally:
         torch.set_num_threads(before)
@@ -143,7 +144,7 @@ def test_a_maximum_keeps_what_is_no_number(isa: str) -> None:
     x = integers(generator(1), 1, 4, 40, 40)
     x[0, 0, 5, 5], x[0, 1, 7, 20], x[0, 2] = float("nan"), float("inf"), float("-inf")
     code = [region.POOL, 9, 0, 3, 3, 2, 2, 1, 1, 1, 1]
-    (given,) = OPS.region([x], [], [], code, [1])
+    (given,) = OPS.region([x], [], "", region.text(code), [1])
     assert torch.equal(given.isnan(), F.max_pool2d(x, 3, 2, 1).isnan()) and given.isnan().any()
     assert torch.equal(given.nan_to_num(7.0), F.max_pool2d(x, 3, 2, 1).nan_to_num(7.0))
 
@@ -151,8 +152,8 @@ def test_a_maximum_keeps_what_is_no_number(isa: str) -> None:
 def test_results_do_not_depend_on_what_the_arena_held() -> None:
     """The gaps between features are never read: poisoned by another call's values, results are the same."""
     case = block(1, (61, 45), 3, 1)
-    expected = region.reference(*case)
+    expected = region.reference(*as_text(case))
     x, *rest = block(1, (149, 149), 3, 1)
-    OPS.region([torch.full_like(x[0], float("nan"))], *rest)
-    for given, right in zip(OPS.region(*case), expected, strict=True):
+    OPS.region(*as_text(([torch.full_like(x[0], float("nan"))], *rest)))
+    for given, right in zip(OPS.region(*as_text(case)), expected, strict=True):
         assert torch.equal(given, right)

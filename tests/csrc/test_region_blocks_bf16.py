@@ -11,6 +11,7 @@ from torch import Tensor
 from fxprune.ops import region
 from fxprune.ops.bundle import bundle, unbundle
 from tests.csrc.kernels import BF16_ISAS, OPS, use_isa
+from tests.csrc.programs import as_text
 from tests.csrc.test_region_blocks import RELU6, Case, block
 from tests.integers import generator, integers, tiles
 
@@ -32,7 +33,7 @@ def check(case: Case) -> None:
     try:
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            for given, right in zip(OPS.region(x, weights, layout, code, outputs), expected, strict=True):
+            for given, right in zip(OPS.region(*as_text((x, weights, layout, code, outputs))), expected, strict=True):
                 assert torch.equal(given, right), f"{threads} threads"
     finally:
         torch.set_num_threads(before)

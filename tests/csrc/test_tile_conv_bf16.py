@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxprune.ops.bundle import bundle
-from fxprune.ops.region import POOL
+from fxprune.ops.region import POOL, text
 from tests.csrc.kernels import BF16_ISAS, EXACT, OPS, every_isa, use_isa
 from tests.csrc.kernels import check_conv as check_any
 from tests.integers import generator, integers, tiles
@@ -122,6 +122,6 @@ def test_max_pooling(isa: str) -> None:
             x[0, 2, size[0] // 2, size[1] // 2] = float("nan")
             window = [*kernel, stride, stride, padding, padding, 1, 1]
             weights, layout = bundle([torch.zeros(0)])
-            y = OPS.region([x], weights, layout, [POOL, 9, 0, *window], [1])[0]
+            y = OPS.region([x], weights, text(layout), text([POOL, 9, 0, *window]), [1])[0]
             expected = F.max_pool2d(x.float(), kernel, stride, padding).bfloat16()
             torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)

@@ -66,7 +66,7 @@ class Formed:
 
     def codes(self, number: int = 0) -> list[int]:
         """The step codes of one region."""
-        return [code for code, _ in ops.records(self.regions[number].args[3])]
+        return [code for code, _ in ops.records(ops.numbers(str(self.regions[number].args[3])))]
 
     def singles(self) -> int:
         """Kernels that are calls of their own."""

@@ -70,19 +70,20 @@ def whole(args: tuple[Any, ...], seed: int = 0, activation: str | None = None) -
     if activation is not None and isinstance(args[-1], str):
         drawn[-1] = activation
     elif activation is not None and len(args) == 5:
-        drawn[1] = bundle([draw(t, seed + i) for i, t in enumerate(unbundle(args[1], args[2]))])[0]
+        parts = unbundle(args[1], region.numbers(args[2]))
+        drawn[1] = bundle([draw(t, seed + i) for i, t in enumerate(parts)])[0]
         drawn[3] = with_activation(args[3], activation)
     return tuple(drawn)
 
 
-def with_activation(program: list[int], activation: str) -> list[int]:
+def with_activation(program: str, activation: str) -> str:
     """Return a region's program with one activation in every step that has one."""
     changed: list[int] = []
-    for code, arguments in region.records(program):
+    for code, arguments in region.records(region.numbers(program)):
         if code not in (region.MEAN, region.POOL):
             arguments[-1] = NAMES.index(activation)
         changed += [code, len(arguments), *arguments]
-    return changed
+    return region.text(changed)
 
 
 def listed(output: Any) -> list[Tensor]:
