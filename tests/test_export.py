@@ -211,7 +211,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("change", "error", "message"),
     [
         (lambda n, d: None if n.endswith("/fxprune.json") else d, ExportFileError, "not written by fxprune.export; use"),
-        (record(version=9), ExportFileError, "its version is 9, this fxprune reads 1"),
+        (record(version=9), ExportFileError, "its version is 9, this fxprune reads 2"),
         (record(kind="tflite"), ExportFileError, "its format is 'tflite', this fxprune loads exported_program"),
         (record(operators=["fxprune.warp.default"]), ExportFileError, "calls fxprune.warp.default, which fxprune 0.1.0"),
         (record(surprise=1), ExportFileError, "its record cannot be read"),
