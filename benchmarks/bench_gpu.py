@@ -236,6 +236,7 @@ def gemm_row(m: int, k: int, n: int, keep: float, g: int, dtype: torch.dtype, ce
     rivals.add("matmul feature-major", lambda: lambda: weight @ x[0])
     rivals.add("cuSPARSELt 2:4", lambda: semi_structured(weight, rows))
     rivals.add("QuACK", lambda: quack(rows, weight))
+    rivals.add("QuACK gather", lambda: quack_gather(x, values.to(DEVICE), index, ptr, g))
     rivals.add("grouped_mm", lambda: grouped(rows, index, ptr, weight, g))
     others = Rivals()
     others.add("row-major", lambda: lambda: torch.ops.fxprune.tile_gemm(rows, *packed, -1, "none"))
@@ -281,6 +282,20 @@ def quack(rows: Tensor, weight: Tensor) -> Callable[[], Tensor]:
     return lambda: gemm(rows, transposed)
 
 
+def quack_gather(x: Tensor, values: Tensor, index: Tensor, ptr: Tensor, g: int) -> Callable[[], Tensor]:
+    """Return the same tiles as groups of one product along K, whose rows are gathered on the way: (tiles, tokens, G)."""
+    from quack.gemm_interface import gemm
+
+    weights, kept = values.view(-1, g), int(ptr[1])
+
+    def call() -> Tensor:
+        return gemm(x[0].t(), weights, cu_seqlens_k=ptr, A_idx=index)
+
+    first = x[0][index[:kept].long()].t() @ weights[:kept]
+    torch.testing.assert_close(call()[0], first, rtol=2e-2, atol=2e-2 * float(first.abs().max()))
+    return call
+
+
 def model_rows() -> Iterator[Row]:
     """What matters most comes first: each model once before any of them again."""
     for dtype in (torch.bfloat16, torch.float16):
@@ -318,6 +333,7 @@ def model_row(name: str, batch: int, sparsity: float, dtype: torch.dtype) -> Row
     rivals.add("inductor", lambda: compiled(model, given, mode="max-autotune-no-cudagraphs"))
     if channels_last:
         last = tuple(t.contiguous(memory_format=torch.channels_last) for t in given)
+        rivals.add("eager nhwc", lambda: lambda: model(*last))
         rivals.add("inductor nhwc", lambda: compiled(model, last, mode="max-autotune-no-cudagraphs"))
     found = row(
         f"{name} b{batch} sparsity {sparsity:.0%} {str(dtype)[6:]}", rivals, PREDICTED_MODEL.get(name, {}).get(sparsity)
