@@ -1,10 +1,12 @@
 """Everything that needs a GPU, in one command: build, tests, sanitizers, benchmarks. See docs/cuda.md.
 
-    python tools/gpu.py [--minutes 9] [--only build,tests,sanitizer,bench]
+    python tools/gpu.py [--minutes 9] [--only build,tests,sanitizer,bench] [--out FOLDER]
 
-Steps are given shares of the time, and one that runs out is stopped and reported; the others still run. Sanitizers that
-their share has no time for are named and left out. Exit status: 0 when all passed, 1 when one failed, 2 where there is no
-GPU (nothing is run then).
+Steps are given shares of the time, and one that runs out is stopped and reported; the others still run, and the benchmarks
+have at least a third of it. Every file of tests, and every sanitizer, has a process and a report of its own in build/gpu:
+a kernel that hangs takes nothing else along. --out is where the benchmarks' figures go, by default benchmarks/results/;
+they are written row by row. Exit status: 0 when all passed, 1 when one failed, 2 where there is no GPU (nothing is run
+then).
 """
 
 from __future__ import annotations
@@ -12,22 +14,28 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+REPORTS = ROOT / "build/gpu"
 STEPS = ("build", "tests", "sanitizer", "bench")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-SHARES = {"build": 0.35, "tests": 0.4, "sanitizer": 0.3, "bench": 1.0}  # of the time that is left
-SANITIZER_SECONDS = 45.0  # that one needs to begin with: it slows the start of Python too
+SHARES = {"build": 0.35, "tests": 0.3, "sanitizer": 0.25, "bench": 1.0}  # of the time that is left
+SHOWN = 40  # lines of the report of what failed
+# Others' plugins and warnings are no failures of ours; what takes long says where it is.
+PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "-W", "default", "-o", "faulthandler_timeout=60")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything together")
     parser.add_argument("--only", default=",".join(STEPS), help="comma-separated steps")
+    parser.add_argument("--out", type=Path, help="a folder for the benchmarks' figures")
     options = parser.parse_args()
     wanted = options.only.split(",")
     if unknown := set(wanted) - set(STEPS):
@@ -36,6 +44,7 @@ def main() -> int:
     if reason is not None:
         print(f"gpu: nothing was run: {reason}")
         return 2
+    REPORTS.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * options.minutes
     failed = []
     for step in STEPS:
@@ -43,7 +52,7 @@ def main() -> int:
             continue
         start = time.monotonic()
         seconds = max(20.0, SHARES[step] * (end - start))
-        problems = run_step(step, seconds)
+        problems = run_step(step, seconds, options.out)
         failed += problems
         print(f"gpu: {step} {'failed' if problems else 'passed'} in {time.monotonic() - start:.0f} s", flush=True)
     print("gpu: " + ("failed: " + "; ".join(failed) if failed else "all passed"))
@@ -52,62 +61,108 @@ def main() -> int:
 
 def missing() -> str | None:
     """Return why nothing can run here, None when it can."""
-    import torch
-
+    try:
+        import torch
+    except ImportError as error:
+        return f"{sys.executable} has no torch ({error}); name one that has (FXPRUNE_PYTHON=... make gpu)"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA; use one that has it (FXPRUNE_PYTHON=... make gpu)"
     if not torch.cuda.is_available():
         return "torch finds no GPU"
-    if shutil.which(os.environ.get("NVCC", "nvcc").split()[0]) is None and not any((ROOT / "fxprune").glob("_C_cuda.so")):
+    if find("nvcc") is None and not any((ROOT / "fxprune").glob("_C_cuda.so")):
         return "there is neither nvcc nor a built fxprune/_C_cuda.so"
     return None
 
 
-def run_step(step: str, seconds: float) -> list[str]:
+def find(tool: str) -> str | None:
+    """Return a tool of CUDA: from the environment (NVCC=...), on the path, or where CUDA is usually installed."""
+    named = os.environ.get(tool.upper(), tool).split()[0]
+    usual = Path("/usr/local/cuda/bin") / tool
+    return shutil.which(named) or (str(usual) if usual.is_file() else None)
+
+
+def run_step(step: str, seconds: float, out: Path | None) -> list[str]:
     """Run one step within a time; return what failed."""
     if step == "build":
-        if shutil.which(os.environ.get("NVCC", "nvcc").split()[0]) is None:
+        nvcc = find("nvcc")
+        if nvcc is None:
             return []
-        return call(step, seconds, "setup.py", "--quiet", "build_ext", "--inplace", "egg_info", FXPRUNE_CUDA="1")
+        build = ("setup.py", "--quiet", "build_ext", "--inplace", "egg_info")
+        return call(step, seconds, *build, FXPRUNE_CUDA="1", NVCC=os.environ.get("NVCC", nvcc))
     if step == "tests":
-        return call(step, seconds, "-m", "pytest", "tests/gpu", "-q", "--durations=5", "-p", "no:cacheprovider")
+        files = sorted(path.relative_to(ROOT) for path in (ROOT / "tests/gpu").glob("test_*.py"))
+        return together(seconds, {path.stem: (*PYTEST, str(path), "--durations=3") for path in files}, {})
     if step == "bench":
-        return call(step, seconds, "benchmarks/bench_gpu.py", "--seconds", str(int(seconds - 10)))
-    tool = shutil.which("compute-sanitizer")
+        place = () if out is None else ("--out", str(out.resolve() / "gpu.json"))
+        return call(step, seconds, "benchmarks/bench_gpu.py", "--seconds", str(int(seconds - 10)), *place)
+    tool = find("compute-sanitizer")
     if tool is None:
         print("gpu: sanitizer skipped, there is no compute-sanitizer")
         return []
-    tests = ("-m", "pytest", "tests/gpu/test_small.py", "-q", "-x", "-p", "no:cacheprovider")
-    problems = []
-    chosen = sanitizers(seconds)
-    if left_out := SANITIZERS[len(chosen) :]:
-        print(f"gpu: no time for {', '.join(left_out)}; run them with --only sanitizer")
-    for name in chosen:
-        prefix = (tool, "--tool", name, "--error-exitcode", "9", "--target-processes", "all")
-        problems += call(name, seconds / len(chosen), *tests, prefix=prefix, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    return problems
+    tests = (*PYTEST, "tests/gpu/test_small.py", "-x")
+    prefixes = {name: (tool, "--tool", name, "--error-exitcode", "9", "--target-processes", "all") for name in SANITIZERS}
+    return together(seconds, dict.fromkeys(SANITIZERS, tests), prefixes, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
-def sanitizers(seconds: float) -> tuple[str, ...]:
-    """Return those that fit, the one for memory first."""
-    return SANITIZERS[: max(1, int(seconds // SANITIZER_SECONDS))]
+def together(
+    seconds: float, jobs: dict[str, tuple[str, ...]], prefixes: dict[str, tuple[str, ...]], **environment: str
+) -> list[str]:
+    """Run jobs, two processors for each, within a time for all; return what failed."""
+    end = time.monotonic() + seconds
+
+    def run(name: str) -> list[str]:
+        left = end - time.monotonic()
+        if left < 5:
+            return [f"{name} was not begun, no time was left"]
+        report = REPORTS / f"{name}.log"
+        more = {"TORCHINDUCTOR_COMPILE_THREADS": "2", **environment}
+        return call(name, left, *jobs[name], prefix=prefixes.get(name, ()), report=report, **more)
+
+    with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 2)) as pool:
+        return [problem for problems in pool.map(run, jobs) for problem in problems]
 
 
-def call(name: str, seconds: float, *arguments: str, prefix: tuple[str, ...] = (), **environment: str) -> list[str]:
+def call(
+    name: str, seconds: float, *arguments: str, prefix: tuple[str, ...] = (), report: Path | None = None, **environment: str
+) -> list[str]:
+    """Run Python within a time; return what failed. What it says goes to ``report``, whose end is shown."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    threads = str(min(16, os.cpu_count() or 1))
+    caches = ROOT / "build/gpu-cache"  # a home folder may not be writable
     env = {
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "XDG_CACHE_HOME": str(caches),
         **os.environ,
         "PYTHONPATH": path,
-        "TORCHINDUCTOR_COMPILE_THREADS": threads,
+        "TORCHINDUCTOR_COMPILE_THREADS": str(min(16, os.cpu_count() or 1)),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTHONUNBUFFERED": "1",
         **environment,
     }
+    command = [*prefix, sys.executable, *arguments]
+    output = None if report is None else report.open("w")
+    begun = time.monotonic()
+    errors = None if output is None else subprocess.STDOUT
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=errors, start_new_session=True)
     try:
-        done = subprocess.run([*prefix, sys.executable, *arguments], cwd=ROOT, env=env, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return [f"{name} ran past {seconds:.0f} s"]
-    return [] if done.returncode == 0 else [f"{name} ended with {done.returncode}"]
+        status = process.wait(timeout=seconds)
+    except BaseException as stopped:  # also when this process is interrupted: its processes end with it
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if not isinstance(stopped, subprocess.TimeoutExpired):
+            raise
+        problems = [f"{name} ran past {seconds:.0f} s"]
+    else:
+        problems = [] if status == 0 else [f"{name} ended with {status}"]
+    if output is not None and report is not None:
+        output.close()
+        show(name, report, time.monotonic() - begun, SHOWN if problems else 1)
+    return problems
+
+
+def show(name: str, report: Path, seconds: float, lines: int) -> None:
+    text = report.read_text(errors="replace").splitlines()
+    print("\n".join((f"gpu: {name}, {seconds:.0f} s ({report.relative_to(ROOT)})", *text[-lines:])), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,9 @@ namespace fxprune::gpu {
 
 // hopper: whether the sm_90a kernels may run where the device has their instructions.
 inline Gpu current_gpu(bool hopper) {
-  int device = 0, major = 0, minor = 0, processors = 0;
-  check_cuda(cudaGetDevice(&device), "asking for the device");
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking");
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "asking");
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "asking");
-  return {hopper && major == 9 && minor == 0, processors};
+  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor),
+            minor = device_attribute(cudaDevAttrComputeCapabilityMinor);
+  return {hopper && major == 9 && minor == 0, device_attribute(cudaDevAttrMultiProcessorCount)};
 }
 
 }  // namespace fxprune::gpu

@@ -12,11 +12,7 @@ void dsconv_cuda(const DsconvArgs& a, Element element, void* stream) {
 }
 
 int64_t most_shared_bytes() {
-  int device = 0, bytes = 0;
-  check_cuda(cudaGetDevice(&device), "asking for the device");
-  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-             "asking for its shared memory");
-  return bytes;
+  return CudaLauncher::most_shared_bytes();
 }
 
 }  // namespace fxprune::gpu

@@ -148,6 +148,8 @@ struct PackedValues {
     if (is_image) {
       layout.halved = type_of(given) == aoti_torch_dtype_int8();
       check_shape(values, "values", {layout.bytes()});
+      STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(values.const_data_ptr()) % 16 == 0,
+                      "values, an image, must begin at a multiple of 16 bytes; clone() it");
     } else {
       structure.check_values(values);
     }

@@ -120,6 +120,26 @@ void fence_proxy() {
   if (m.plant != Plant::kNoProxyFence) m.shared.fence(m.self());
 }
 
+// ---- registers ----
+
+void registers_release(int count) {
+  Machine& m = machine();
+  Thread& t = m.thread();
+  if (count > t.registers) fault("keeps " + std::to_string(count) + " registers of fewer");
+  m.registers.free += t.registers - count;
+  t.registers = count;
+  ++m.registers.releases;
+}
+
+void registers_acquire(int count) {
+  Machine& m = machine();
+  Thread& t = m.thread();
+  if (count < t.registers) fault("asks for " + std::to_string(count) + " registers and has more");
+  while (m.registers.free < count - t.registers) m.wait(&m.registers.releases, "registers");
+  m.registers.free -= count - t.registers;
+  t.registers = count;
+}
+
 // ---- warpgroup matrix instructions ----
 
 void product_fence() {

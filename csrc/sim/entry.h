@@ -12,8 +12,10 @@ namespace fxprune::gpu {
 struct Simulator {
   template <class Kernel>
   void launch(const int64_t (&grid)[3], int64_t shared_bytes, const typename Kernel::Args& a) {
-    sim::launch(grid, Kernel::kThreads, shared_bytes, [&a] { Kernel::run(a); });
+    sim::launch(grid, Kernel::kThreads, Kernel::kBlocks, shared_bytes, [&a] { Kernel::run(a); });
   }
+  // What a block may have.
+  int64_t most_shared_bytes() const { return sim::most_shared(); }
 };
 
 // Calls work(T()) with the element type of the given number.

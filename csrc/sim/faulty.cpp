@@ -144,6 +144,18 @@ const std::map<std::string, Case> kCases = {
         mbarrier_wait(barrier_at, 0);
         store_global<uint32_t>(out + thread(), load_shared<uint32_t>(slot(thread())));
       }}},
+    {"more registers than a block has",
+     {384,
+      [](bool broken, const uint32_t*, uint32_t* out) {
+        if (thread() < 128) {
+          registers_release<56>();
+        } else if (broken) {
+          registers_acquire<232>();
+        } else {
+          registers_acquire<224>();
+        }
+        if (thread() < 64) store_global<uint32_t>(out + thread(), 1);
+      }}},
     {"mbarrier used before it is initialised",
      {64,
       [](bool broken, const uint32_t*, uint32_t* out) {
@@ -175,7 +187,7 @@ const char* fxprune_sim_run_case(int index, bool broken, const uint32_t* in, uin
   const auto& entry = std::next(fxprune::gpu::kCases.begin(), index)->second;
   try {
     const int64_t grid[3] = {1, 1, 1};
-    fxprune::sim::launch(grid, entry.threads, 1024, [&] { entry.kernel(broken, in, out); });
+    fxprune::sim::launch(grid, entry.threads, 1, 1024, [&] { entry.kernel(broken, in, out); });
     return nullptr;
   } catch (const std::exception& error) {
     message = error.what();

@@ -40,8 +40,9 @@ TileGemmArgs tile_args(void* const* tensors, const int64_t* sizes) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-void fxprune_sim_reset(uint32_t seed, int plant) {
-  sim::reset(seed, static_cast<sim::Plant>(plant));
+// small: whether blocks may have no more shared memory than those of the smallest GPU.
+void fxprune_sim_reset(uint32_t seed, int plant, bool small) {
+  sim::reset(seed, static_cast<sim::Plant>(plant), small ? sim::kLeastShared : sim::kMostShared);
 }
 
 void fxprune_sim_declare(const void* data, int64_t bytes, bool writable) {

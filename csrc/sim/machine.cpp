@@ -21,7 +21,8 @@ std::string Machine::waiting() const {
   return text;
 }
 
-void Machine::run_block(int count, int64_t shared_bytes, const std::function<void()>& kernel) {
+void Machine::run_block(int count, int registers_each, int64_t shared_bytes,
+                        const std::function<void()>& kernel) {
   // 1024-byte alignment, as the 128-byte swizzle wants; NaN in every element type.
   memory.assign(shared_bytes + 1024, static_cast<char>(0xff));
   char* base = memory.data();
@@ -35,10 +36,12 @@ void Machine::run_block(int count, int64_t shared_bytes, const std::function<voi
   bulk.clear();
   products.assign((count + 127) / 128, Products());
   threads.resize(count);
+  registers = {};
   for (int t = 0; t < count; ++t) {
     Thread& thread = threads[t];
     if (!thread.fiber) thread.fiber = std::make_unique<Fiber>();
     thread.counter = nullptr;
+    thread.registers = registers_each;
     thread.open.clear();
     thread.groups.clear();
     thread.fiber->start([this, &kernel] {
@@ -98,7 +101,12 @@ void declare(const void* data, int64_t bytes, bool writable) {
   machine().global.declare(data, bytes, writable);
 }
 
-void reset(uint32_t seed, Plant plant) {
+int64_t most_shared() {
+  return machine().most_shared;
+}
+
+void reset(uint32_t seed, Plant plant, int64_t most_shared) {
+  machine().most_shared = most_shared;
   machine().global.clear();
   machine().seed = seed;
   machine().plant = plant;
@@ -112,11 +120,13 @@ bool all_written(const void* data) {
   return machine().global.all_written(data);
 }
 
-void launch(const int64_t (&grid)[3], int threads, int64_t shared_bytes,
+void launch(const int64_t (&grid)[3], int threads, int blocks, int64_t shared_bytes,
             const std::function<void()>& kernel) {
-  constexpr int64_t kMostY = 65535, kMostShared = 227 << 10;
+  constexpr int64_t kMostY = 65535;
+  // What the compiler allows a thread where so many blocks are to fit, in steps of 8.
+  const int allowed = 65536 / (threads * blocks) / 8 * 8, registers = allowed < 256 ? allowed : 256;
   if (grid[0] < 1 || grid[1] < 1 || grid[2] < 1 || grid[0] > INT32_MAX || grid[1] > kMostY ||
-      grid[2] > kMostY || threads < 1 || threads > 1024 || shared_bytes > kMostShared) {
+      grid[2] > kMostY || threads < 1 || threads > 1024 || shared_bytes > machine().most_shared) {
     throw Fault("a GPU would refuse this launch: grid " + std::to_string(grid[0]) + " x " +
                 std::to_string(grid[1]) + " x " + std::to_string(grid[2]) + ", " +
                 std::to_string(threads) + " threads, " + std::to_string(shared_bytes) +
@@ -129,7 +139,7 @@ void launch(const int64_t (&grid)[3], int threads, int64_t shared_bytes,
     for (int64_t y = 0; y < grid[1]; ++y) {
       for (int64_t x = 0; x < grid[0]; ++x) {
         m.place.block[0] = x, m.place.block[1] = y, m.place.block[2] = z;
-        m.run_block(threads, shared_bytes, kernel);
+        m.run_block(threads, registers, shared_bytes, kernel);
       }
     }
   }

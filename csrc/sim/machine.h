@@ -13,6 +13,7 @@
 //   fence.
 // - Global memory is what the test declared: every access is checked for bounds, alignment and
 //   permission, and no byte is written twice in one launch.
+// - Threads take registers only from those that others of their block gave back (setmaxnreg).
 // - Threads that wait for each other forever are a fault that lists what each waits for.
 //
 // Blocks run one after the other. Out of scope: races between blocks, timing, and lanes of one warp
@@ -51,11 +52,15 @@ enum class Plant : int {
 // as unwritten until a kernel writes it.
 void declare(const void* data, int64_t bytes, bool writable);
 
-// Forgets every declaration, and sets the seed of the order of threads and the planted mistake.
-void reset(uint32_t seed, Plant plant);
+constexpr int64_t kMostShared = 227 << 10, kLeastShared = 99 << 10;  // sm_90; sm_86, sm_89, sm_120
 
-// Runs a kernel, block after block. Throws Fault.
-void launch(const int64_t (&grid)[3], int threads, int64_t shared_bytes,
+// Forgets every declaration, and sets the seed of the order of threads, the planted mistake and the
+// shared memory that a block may have.
+void reset(uint32_t seed, Plant plant, int64_t most_shared = kMostShared);
+int64_t most_shared();
+
+// Runs a kernel, block after block. blocks: that are to fit on a processor. Throws Fault.
+void launch(const int64_t (&grid)[3], int threads, int blocks, int64_t shared_bytes,
             const std::function<void()>& kernel);
 
 // Lets kernels touch any global memory, unchecked, until the next reset.
@@ -93,6 +98,10 @@ void mbarrier_arrive(void* at, int64_t expect_bytes);
 void mbarrier_wait(void* at, int parity);
 void copy_bulk(void* to, const void* from, int64_t bytes, void* barrier);
 void fence_proxy();
+
+// setmaxnreg: this thread has `count` registers from here on.
+void registers_release(int count);
+void registers_acquire(int count);
 
 // Meets the other lanes of the warp (32) or of the warpgroup (128); the last one runs `work` with
 // what every lane brought, in lane order.

@@ -7,12 +7,14 @@
 namespace fxprune::gpu {
 namespace {
 
+// The smallest GPU of compute capability 8, but for kernels that only sm_90a runs.
 struct Simulator {
   template <class Kernel>
   void launch(const int64_t (&grid)[3], int64_t shared_bytes, const typename Kernel::Args& a) {
     sim::trust_global_memory();
-    sim::launch(grid, Kernel::kThreads, shared_bytes, [&a] { Kernel::run(a); });
+    sim::launch(grid, Kernel::kThreads, Kernel::kBlocks, shared_bytes, [&a] { Kernel::run(a); });
   }
+  int64_t most_shared_bytes() const { return sim::kLeastShared; }
 } simulator;
 
 }  // namespace
@@ -58,7 +60,7 @@ void dsconv_cuda(const DsconvArgs& a, Element element, void*) {
 }
 
 int64_t most_shared_bytes() {
-  return 99 << 10;  // of the smallest GPU of compute capability 8
+  return simulator.most_shared_bytes();
 }
 
 void nm_gemm_cuda(const NmGemmArgs& a, Element element, void*) {

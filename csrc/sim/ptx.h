@@ -125,10 +125,12 @@ inline void fence_proxy() {
 template <int Count>
 void registers_release() {
   static_assert(Count % 8 == 0 && Count >= 24 && Count <= 256, "setmaxnreg takes 24, 32 .. 256");
+  sim::registers_release(Count);
 }
 template <int Count>
 void registers_acquire() {
   static_assert(Count % 8 == 0 && Count >= 24 && Count <= 256, "setmaxnreg takes 24, 32 .. 256");
+  sim::registers_acquire(Count);
 }
 
 void product_fence();

@@ -55,6 +55,13 @@ struct Thread {
   std::string waits_for;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
+  int registers = 0;
+};
+
+// Registers of a block that no thread has, and how often some were given back.
+struct Registers {
+  int free = 0;
+  uint64_t releases = 0;
 };
 
 // One warpgroup's matrix instructions.
@@ -75,10 +82,12 @@ struct Machine {
   std::map<const void*, Mbarrier> mbarriers;
   std::vector<Products> products;
   std::deque<Bulk> bulk;
+  Registers registers;
   std::exception_ptr failure;
   std::mt19937 random;
   uint32_t seed = 0;
   Plant plant = Plant::kNone;
+  int64_t most_shared = kMostShared;
 
   int self() const { return place.thread; }
   Thread& thread() { return threads[place.thread]; }
@@ -126,7 +135,8 @@ struct Machine {
   // Lands the oldest bulk copy; false when there is none.
   bool land();
 
-  void run_block(int count, int64_t shared_bytes, const std::function<void()>& kernel);
+  void run_block(int count, int registers_each, int64_t shared_bytes,
+                 const std::function<void()>& kernel);
   std::string waiting() const;
 };
 

@@ -6,6 +6,7 @@ CXX, FXPRUNE_SANITIZE=1 (a build under the address and undefined-behaviour sanit
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import functools
@@ -15,7 +16,7 @@ import platform
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -113,9 +114,23 @@ def pointer(t: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(t.data_ptr() if t is not None else None)
 
 
+_small = False
+
+
+@contextlib.contextmanager
+def small_gpu() -> Iterator[None]:
+    """Give blocks no more shared memory than those of the smallest GPU of compute capability 8 have, 99 KiB."""
+    global _small
+    _small = True
+    try:
+        yield
+    finally:
+        _small = False
+
+
 def begin(seed: int, plant: Plant, read: Iterable[Tensor | None], write: Iterable[Tensor]) -> None:
     """Start a run: the kernel may read and write these tensors and nothing else."""
-    library().fxprune_sim_reset(seed, int(plant))
+    library().fxprune_sim_reset(seed, int(plant), _small)
     for group, writable in ((read, False), (write, True)):
         for t in group:
             if t is not None:

@@ -86,6 +86,9 @@ def test_an_image_in_place_of_values(call: Callable[..., Tensor], feature_dim: i
         assert torch.equal(call("tile_gemm", args[0], image, *args[2:]), call("tile_gemm", *args))
         with pytest.raises(RuntimeError, match="values must have"):
             call("tile_gemm", args[0], image[:-1], *args[2:])
+        elsewhere = torch.cat([image[:4], image])[4:]  # bulk copies begin at 16 bytes
+        with pytest.raises(RuntimeError, match="a multiple of 16 bytes"):
+            call("tile_gemm", args[0], elsewhere, *args[2:])
 
 
 @pytest.mark.parametrize("feature_dim", (1, -1))

@@ -67,6 +67,14 @@ def test_worse_kernels_are_reported(tool: ModuleType) -> None:
     assert "gone" in tool.compare({}, {key: good}, True)[0]
 
 
+def test_a_kernel_that_takes_registers_must_start_with_enough(tool: ModuleType) -> None:
+    key = "TileGemmWgmma-Half-256-0 sm_90a"
+    good = {"stack": 0, "spilled": 0, "registers": 168}
+    assert tool.compare({key: good}, {key: good}, False) == []
+    (problem,) = tool.compare({key: {**good, "registers": 160}}, {key: good}, False)
+    assert "starts with 160 registers" in problem
+
+
 def test_instructions_per_output_are_counted_and_held(tool: ModuleType) -> None:
     code = [
         "FFMA before",

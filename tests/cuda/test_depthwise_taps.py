@@ -83,6 +83,18 @@ def test_eight_rows_a_thread(kernel: int, dtype: torch.dtype) -> None:
             check((batch, 1, *plane), *geometry, dtype=dtype, keep=keep, activation="relu6", seed=SEEDS[number])
 
 
+@pytest.mark.parametrize("kernel", (5, 7))
+@pytest.mark.parametrize("plant", (Plant.SHORT_WAIT, Plant.NO_BARRIER), ids=lambda p: p.name)
+def test_mistakes_with_eight_rows_are_caught(plant: Plant, kernel: int) -> None:
+    gen = generator(3)
+    x, weight = integers(gen, 130, 1, 7, 8), integers(gen, 1, kernel**2)
+    packed = (weight.bfloat16(), bitmap(torch.ones(1, kernel**2, dtype=torch.bool)), None)
+    window = ([kernel, kernel], [1, 1], [kernel // 2, kernel // 2], [1, 1])
+    for seed in SEEDS:
+        with pytest.raises(Fault):
+            depthwise_taps(x.bfloat16(), *packed, *window, seed=seed, plant=plant)
+
+
 def test_planes_larger_than_a_tile() -> None:
     for dtype in ELEMENTS:
         check((1, 1, 37, 136), (3, 3), (1, 1), (1, 1), dtype=dtype)

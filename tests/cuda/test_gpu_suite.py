@@ -108,7 +108,7 @@ def test_rows_of_operators_are_built_right(benchmark: ModuleType) -> None:
         benchmark.gemm_row(40, 96, 256, 0.5, 128, FLOAT, ceilings),
     ]
     for row in rows:
-        assert set(row["left_out"]) <= {"cuSPARSELt 2:4", "QuACK", "grouped_mm"}, row
+        assert set(row["left_out"]) <= {"cuSPARSELt 2:4", "QuACK", "QuACK gather", "grouped_mm"}, row
         assert row["us"]["ours"] == 2.0 and row["speedup"] == 1.0 and row["predicted"] > 1
     image = benchmark.two_in_four(torch.randn(64 * 4 * 2).half(), torch.tensor([0, 4, 8]).int(), 64, 128)
     assert image.dtype == torch.int8
@@ -125,7 +125,20 @@ def test_rows_of_models_are_built_right(benchmark: ModuleType, monkeypatch: pyte
     for name in ("mobilenetv2_100", "bert_tiny"):
         row = benchmark.model_row(name, 1, 0.5, FLOAT)
         assert not row["left_out"] and row["best_rival"] is not None, row
+        target = {"us": 120} if name == "mobilenetv2_100" else None
+        assert row["target"] == target and (row["floor_us"] == 46) == (target is not None), row
     assert [how.get("backend") for how in calls] == ["hwprune", None, None, "hwprune", None]
+
+
+def test_every_model_of_the_benchmark_has_predictions(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "model_row", lambda *case: case)
+    cases = list(benchmark.model_rows())
+    assert {case[0] for case in cases} == set(benchmark.PREDICTED_FLOORS) == set(benchmark.PREDICTED_MODEL)
+    assert {case[1] for case in cases} == {1, 32, 256}
+    for name, batch in {case[:2] for case in cases}:
+        dense, ours = benchmark.PREDICTED_FLOORS[name][batch]
+        assert ours < dense
+    assert set(benchmark.TARGETS) <= {case[:2] for case in cases}
 
 
 def test_sections_share_the_time(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -147,13 +160,57 @@ def test_sections_share_the_time(benchmark: ModuleType, monkeypatch: pytest.Monk
     assert report["left_out"] == [f"the rest of {name}: no time left" for name in ("depthwise", "gemm", "fusions")]
 
 
-@pytest.mark.parametrize(("seconds", "count"), ((10.0, 1), (95.0, 2), (500.0, 4)))
-def test_sanitizers_that_fit(seconds: float, count: int) -> None:
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """tools/gpu.py, its reports in a folder of the test."""
     spec = importlib.util.spec_from_file_location("gpu", Path(__file__).resolve().parents[2] / "tools/gpu.py")
     assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    assert tool.sanitizers(seconds) == tool.SANITIZERS[:count] and tool.SANITIZERS[0] == "memcheck"
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    monkeypatch.setattr(loaded, "REPORTS", tmp_path)
+    monkeypatch.setattr(loaded, "ROOT", tmp_path)
+    return loaded
+
+
+def test_one_that_hangs_takes_no_other_along(
+    tool: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is stopped with the processes it started, and named; the end of what it said is shown."""
+    hang = "import subprocess, sys; print('begun'); subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    jobs = {"good": ("-c", "print('1 passed')"), "bad": ("-c", "raise SystemExit(3)"), "hung": ("-c", hang)}
+    monkeypatch.setattr(tool.os, "cpu_count", lambda: 6)
+    bad, hung = tool.together(9.0, jobs, {})
+    assert bad == "bad ended with 3" and hung.startswith("hung ran past")
+    said = capfd.readouterr().out
+    assert "1 passed" in said and "begun" in said and "hung.log" in said
+    assert tool.together(2.0, jobs, {}) == [f"{name} was not begun, no time was left" for name in jobs]
+
+
+def test_the_benchmarks_have_a_third_of_the_time(tool: Any) -> None:
+    left = 1.0
+    for step in tool.STEPS[:-1]:
+        left *= 1 - tool.SHARES[step]
+    assert left > 1 / 3 and tool.SHARES["bench"] == 1.0
+
+
+def test_steps_are_called_as_a_gpu_wants_them(tool: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    called: dict[str, tuple[str, ...]] = {}
+
+    def call(name: str, seconds: float, *arguments: str, prefix: tuple[str, ...] = (), **more: Any) -> list[str]:
+        called[name] = (*prefix, *arguments)
+        return []
+
+    monkeypatch.setattr(tool, "call", call)
+    monkeypatch.setattr(tool, "find", lambda name: f"/somewhere/{name}")
+    (tmp_path / "tests/gpu").mkdir(parents=True)
+    (tmp_path / "tests/gpu/test_small.py").touch()
+    for step in tool.STEPS:
+        assert tool.run_step(step, 100.0, tmp_path) == []
+    assert set(called) == {"build", "test_small", *tool.SANITIZERS, "bench"}
+    assert called["racecheck"][:3] == ("/somewhere/compute-sanitizer", "--tool", "racecheck")
+    assert called["bench"][1:] == ("--seconds", "90", "--out", str(tmp_path / "gpu.json"))
+    monkeypatch.setattr(tool, "find", lambda name: None)
+    assert tool.run_step("sanitizer", 100.0, None) == [] and "torch" in str(tool.missing())
 
 
 def test_benchmarks_are_built_right(fusions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,9 +220,10 @@ def test_benchmarks_are_built_right(fusions: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(fusions, "GRADIENTS", ((1, 64, 4),))
     monkeypatch.setattr(fusions, "LINEARS", ((40, 64, 256, 0.5),))
     monkeypatch.setattr(fusions, "WIDE", ((40, 64, 48),))
+    monkeypatch.setattr(fusions, "STEPS", ((32, 16, 1.0),))
     monkeypatch.setattr(fusions, "backward_row", lambda *shape, run=fusions.backward_row: run(2, 16, 9, shape[-1]))
     rows = list(fusions.fusion_rows({"copy_tb_s": 4.3}))
-    assert len(rows) == 11
+    assert len(rows) == 12
     for row in rows:
         assert not set(row["left_out"]) - {"cusparselt"}, row
         assert row["us"]["ours"] == 2.0 and row["speedup"] == 1.0

@@ -29,6 +29,7 @@ RULES = {
     "cp.async never waited for": "never waited for",
     "bulk copy read before its mbarrier": "still writing",
     "mbarrier that expects too little": "deadlock; 32 threads from 0 on wait at phase 0",
+    "more registers than a block has": "deadlock; 32 threads from [0-9]+ on wait at registers",
     "mbarrier used before it is initialised": "nobody initialised|initialised it has met",
 }
 

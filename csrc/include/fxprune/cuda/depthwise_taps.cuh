@@ -85,6 +85,8 @@ void depthwise_taps(Launcher& launcher, DepthwiseArgs a) {
     set_tiles(&a, Kernel::kThreads, Kernel::kRows);
     a.row_bytes = Kernel::Tile::pitch(a.threads_x) * int{sizeof(T)};
     a.image_bytes = Kernel::Tile::rows(a.threads_y) * a.row_bytes;
+    const int64_t room = (kLeastSharedBytes - Kernel::Tile::kBefore) / a.image_bytes;
+    if (a.images > room) a.images = static_cast<int>(room);
     const auto aligned = [](const void* p, int64_t width, int64_t bytes) {
       return width * int64_t{sizeof(T)} % bytes == 0 && reinterpret_cast<uintptr_t>(p) % bytes == 0;
     };

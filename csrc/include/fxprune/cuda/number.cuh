@@ -17,6 +17,9 @@
 
 namespace fxprune::gpu {
 
+// Shared memory that a block may have on every GPU from compute capability 8.0 on.
+constexpr int64_t kLeastSharedBytes = 99 << 10;
+
 struct Half {
   uint16_t bits;
 };

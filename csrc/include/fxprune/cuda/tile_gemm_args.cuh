@@ -77,6 +77,23 @@ FXPRUNE_GPU const char* item_blocks(const TileGemmArgs& a, const TileItem& item)
          before * a.layout().block_bytes() + item.first / kPanel * a.layout().panel_bytes();
 }
 
+// What a block of results is made of.
+template <class T>
+struct TileSource {
+  const char* weights;   // the item's blocks
+  const int32_t* index;  // of the tile
+  const T* x;            // the image's rows, at the item's first token
+  const T* gate;         // of the image, or null
+  int64_t tokens;        // that exist from there on
+
+  FXPRUNE_GPU TileSource(const TileGemmArgs& a, const TileItem& item)
+      : weights(item_blocks(a, item)),
+        index(a.index + load_global<int32_t>(a.tile_ptr + item.tile)),
+        x(static_cast<const T*>(a.x) + item.image * a.k * a.m + item.token),
+        gate(a.gate == nullptr ? nullptr : static_cast<const T*>(a.gate) + item.image * a.k),
+        tokens(a.m - item.token) {}
+};
+
 // Gives each lane of four neighbours (t = lane%4) eight columns in a row: of v[4][2], columns
 // (8j + 2t, 8j + 2t + 1) for j = 0..3, it makes out[8], columns 8t .. 8t+7. A 4x4 transpose of
 // pairs.

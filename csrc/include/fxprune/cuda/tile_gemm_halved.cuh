@@ -20,13 +20,7 @@ struct TileGemmHalved {
   static constexpr int kStageBytes = kWeightBytes + kTokens / kPanel * kPanelBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;
 
-  struct Source {
-    const char* weights;   // the item's blocks
-    const int32_t* index;  // of the tile
-    const T* x;            // the image's rows, at the item's first token
-    const T* gate;         // of the image, or null
-    int64_t tokens;        // that exist from there on
-  };
+  using Source = TileSource<T>;
 
   static FXPRUNE_GPU void fill(const Args& a, const TileItem& item, const Source& s, int stage,
                                char* to) {
@@ -49,12 +43,7 @@ struct TileGemmHalved {
 
   static FXPRUNE_GPU void run(const Args& a) {
     const TileItem item = tile_item(a, block(0), Features, kTokens);
-    Source s;
-    s.weights = item_blocks(a, item);
-    s.index = a.index + load_global<int32_t>(a.tile_ptr + item.tile);
-    s.x = static_cast<const T*>(a.x) + item.image * a.k * a.m + item.token;
-    s.gate = a.gate == nullptr ? nullptr : static_cast<const T*>(a.gate) + item.image * a.k;
-    s.tokens = a.m - item.token;
+    const Source s(a, item);
     const int stages = static_cast<int>(tile_blocks(item.rows));
     const int lane = thread() % 32, warp = thread() / 32;
     const int panel = warp % kPanels, token = warp / kPanels * 32;

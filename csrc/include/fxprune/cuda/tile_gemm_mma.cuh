@@ -25,13 +25,7 @@ struct TileGemmMma {
   // Warps: 4 along tokens, 2 along features; of each 32 tokens and half the features.
   static constexpr int kBlocksM = Features / 32;  // 16-row blocks of a warp
 
-  struct Source {
-    const char* weights;   // the item's blocks
-    const int32_t* index;  // of the tile
-    const T* x;            // the image's rows, at the item's first token
-    const T* gate;         // of the image, or null
-    int64_t tokens;        // that exist from there on
-  };
+  using Source = TileSource<T>;
   // A thread always gathers the same eight tokens.
   using Window = std::conditional_t<Windowed, WindowTokens<T, 8>, NoTokens>;
 
@@ -91,12 +85,7 @@ struct TileGemmMma {
 
   static FXPRUNE_GPU void run(const Args& a) {
     const TileItem item = tile_item(a, block(0), Features, kTokens);
-    Source s;
-    s.weights = item_blocks(a, item);
-    s.index = a.index + load_global<int32_t>(a.tile_ptr + item.tile);
-    s.x = static_cast<const T*>(a.x) + item.image * a.k * a.m + item.token;
-    s.gate = a.gate == nullptr ? nullptr : static_cast<const T*>(a.gate) + item.image * a.k;
-    s.tokens = a.m - item.token;
+    const Source s(a, item);
     const Window window(a, item.tile, item.image, item.token + thread() % (kTokens / 8) * 8);
     const int stages = static_cast<int>((item.rows + kRows - 1) / kRows);
 

@@ -33,8 +33,12 @@ struct TileGemmWgmma {
   static constexpr int kStageBytes = kWeightBytes + kTokens / kPanel * kPanelBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes + kStages * 16;
   static constexpr int kProducers = 128, kConsumerWarps = 8;
-  // Registers of a thread that produces, and of one that consumes: 64 Ki together.
-  static constexpr int kProducing = Windowed ? 128 : 56, kConsuming = Windowed ? 192 : 224;
+  // Registers of a thread that produces, and of one that consumes. A block takes no more than it
+  // started with, which is 64 Ki over its threads in steps of 8: a warp would wait for others
+  // forever.
+  static constexpr int kProducing = Windowed ? 120 : 56, kConsuming = Windowed ? 192 : 224;
+  static_assert(kProducing + 2 * kConsuming <= 3 * (65536 / kThreads / 8 * 8),
+                "too many registers");
 
   // A thread of the producer always gathers the same eight tokens of an item.
   using Window = std::conditional_t<Windowed, WindowTokens<T, 8>, NoTokens>;

@@ -67,7 +67,7 @@ struct PieceWalk {
 // weights are those of the image.
 template <class T>
 struct GradientMma {
-  static constexpr int kThreads = 128, kBlocks = 2, kTokens = 128, kFeatures = 64, kStages = 3;
+  static constexpr int kThreads = 128, kBlocks = 2, kTokens = 128, kFeatures = 64;
   static constexpr int kWeightBytes = kPanelBytes, kTokenRun = 8;
   static constexpr int kStageBytes = kWeightBytes + kTokens / kPanel * kPanelBytes;
 
@@ -151,7 +151,7 @@ struct GradientMma {
 
 // The same on the ordinary cores: 64 rows x 64 pixels, 16 features at a time, a thread 4 x 4.
 struct GradientFfma {
-  static constexpr int kThreads = 256, kBlocks = 2, kTokens = 64, kFeatures = 16, kStages = 3;
+  static constexpr int kThreads = 256, kBlocks = 2, kTokens = 64, kFeatures = 16;
   static constexpr int kWeightBytes = kFeatures * kPieceRows * 4, kTokenRun = 1;
   static constexpr int kStageBytes = kWeightBytes + kFeatures * kTokens * 4;
 
@@ -212,13 +212,14 @@ struct GradientFfma {
   }
 };
 
-template <class T, bool Windowed>
+// Stages: of weights and g in shared memory at a time.
+template <class T, bool Windowed, int Stages>
 struct TileInputGradient {
   using Args = TileGradientArgs;
   using Product = std::conditional_t<sizeof(T) == 4, GradientFfma, GradientMma<T>>;
   static constexpr int kThreads = Product::kThreads, kBlocks = Product::kBlocks;
   static constexpr int kTokens = Product::kTokens, kRun = Product::kTokenRun;
-  static constexpr int kFeatures = Product::kFeatures, kStages = Product::kStages;
+  static constexpr int kFeatures = Product::kFeatures, kStages = Stages;
   static constexpr int kPitch = kTokens + 8;  // floats between rows of dx in shared memory
   static constexpr int kTotalBytes = kPieceRows * kPitch * 4;
   static constexpr int kSharedBytes = kStages * Product::kStageBytes + kTotalBytes;
@@ -382,8 +383,16 @@ void tile_grad_input(Launcher& launcher, TileGradientArgs a) {
                              1, 1};
     launcher.template launch<Kernel>(grid, Kernel::kSharedBytes, a);
   };
-  if (a.gemm.window.groups > 0) return launch(TileInputGradient<T, true>());
-  launch(TileInputGradient<T, false>());
+  // Three stages hide more of the memory's latency, but not every GPU has room for them.
+  const bool windowed = a.gemm.window.groups > 0;
+  if constexpr (TileInputGradient<T, true, 3>::kSharedBytes > kLeastSharedBytes) {
+    if (launcher.most_shared_bytes() < TileInputGradient<T, true, 3>::kSharedBytes) {
+      if (windowed) return launch(TileInputGradient<T, true, 2>());
+      return launch(TileInputGradient<T, false, 2>());
+    }
+  }
+  if (windowed) return launch(TileInputGradient<T, true, 3>());
+  launch(TileInputGradient<T, false, 3>());
 }
 
 }  // namespace fxprune::gpu
