@@ -3,7 +3,8 @@
     python benchmarks/bench_nm_prune.py [--filter REGEX] [--threads N] [--seconds S] [--quantile Q] [--json FILE]
 
 Calls are interleaved; the median of each is reported. GB/s counts the tensor twice, read and written; "copy" is the share
-of the rate of ``clone()``, which allocates its result as the operator does.
+of the rate of ``clone()``, which allocates its result as the operator does. Without --filter the rows are written to
+benchmarks/results/<machine>/nm_prune.json, unless --json names another file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from machine import RESULTS, machine
 from op_timing import arguments, measure, write
 from torch import Tensor
 
@@ -56,6 +58,8 @@ def cases() -> Iterator[tuple[str, Tensor, int, int, int, str]]:
 
 def main() -> None:
     options = arguments(__doc__, 0.3, "pruned gradients")
+    if not options.filter:
+        options.json = options.json or str(RESULTS / machine()["slug"] / "nm_prune.json")
     print(f"{'case':52} {'us':>9} {'GB/s':>7} {'copy us':>9} {'copy':>6}")
     key, rows = torch.tensor([1, 2, 3]), []
     with torch.inference_mode():

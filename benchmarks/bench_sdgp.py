@@ -2,8 +2,10 @@
 
     python benchmarks/bench_sdgp.py [--nets NAME ...] [--ratios auto:4:32 ...] [--rounds N] [--out FILE]
 
-A step is forward, backward and SGD. Every ratio is a compile of its own of the same network; steps of all are interleaved,
-and the median of each is reported. The result is benchmarks/results/<machine>/sdgp.json; benchmarks/render_sdgp.py writes
+A step is forward, backward and SGD. Every ratio is a compile of its own of the same network, as is a second stock Inductor;
+steps of all are interleaved in an order that is drawn anew for each round. The median over rounds of stock's time by the
+other's is reported with a 95 % interval by bootstrap; that of stock by stock says what the machine makes of equal code.
+The result is benchmarks/results/<machine>/sdgp.json; benchmarks/render_sdgp.py writes
 docs/sdgp-results.md from it.
 """
 
@@ -13,6 +15,7 @@ import argparse
 import copy
 import json
 import logging
+import random
 import statistics
 import sys
 import time
@@ -22,6 +25,7 @@ from typing import Any
 
 from machine import RESULTS, machine, origin, own_environment
 
+SAME = "stock again"
 RATIOS = ("auto:2:4", "auto:2:8", "auto:4:32", "auto:1:16", "4:32")
 
 
@@ -118,7 +122,7 @@ def measured(net: str, ratios: list[str], rounds: int) -> list[dict[str, Any]]:
     torch._dynamo.reset()
     torch.manual_seed(0)
     model, x = NETS[net]()
-    steps, layers = {"stock": step(model, x)}, {}
+    steps, layers = {"stock": step(model, x), SAME: step(model, x)}, {}
     for ratio in ratios:
         steps[ratio] = step(model, x, {"grad_sparsity": ratio})
         steps[ratio]()
@@ -127,20 +131,31 @@ def measured(net: str, ratios: list[str], rounds: int) -> list[dict[str, Any]]:
         for _ in range(3):
             run()
     times: dict[str, list[float]] = {name: [] for name in steps}
+    draw = random.Random(0)
     for _ in range(rounds):
-        for name, run in steps.items():
+        for name in draw.sample(list(steps), len(steps)):
             start = time.perf_counter()
-            run()
+            steps[name]()
             times[name].append((time.perf_counter() - start) * 1e3)
     medians = {name: statistics.median(taken) for name, taken in times.items()}
+    gains = {name: [a / b for a, b in zip(times["stock"], taken, strict=True)] for name, taken in times.items()}
+    same = interval(gains[SAME])
+    print(f"{net:12} {SAME:10} {medians[SAME]:8.2f} ms, {same[0]:.3f} to {same[1]:.3f}", flush=True)
     rows = []
     for ratio in ratios:
-        pairs = zip(times["stock"], times[ratio], strict=True)
-        gain = statistics.median(stock / taken for stock, taken in pairs)
-        print(f"{net:12} {ratio:10} {medians[ratio]:8.2f} ms, stock {medians['stock']:8.2f} ms, {gain:.3f}x", flush=True)
+        gain, (low, high) = statistics.median(gains[ratio]), interval(gains[ratio])
+        print(f"{net:12} {ratio:10} {medians[ratio]:8.2f} ms, {gain:.3f}x, {low:.3f} to {high:.3f}", flush=True)
         times_of = {"stock ms": round(medians["stock"], 3), "ms": round(medians[ratio], 3), "speed-up": round(gain, 3)}
-        rows.append({"net": net, "ratio": ratio, **times_of, "layers": layers[ratio]})
+        spread = {"interval": [round(low, 3), round(high, 3)], "stock by stock": [round(v, 3) for v in same]}
+        rows.append({"net": net, "ratio": ratio, "rounds": rounds, **times_of, **spread, "layers": layers[ratio]})
     return rows
+
+
+def interval(values: list[float], draws: int = 4000) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the median, by percentiles."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(draws))
+    return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
 
 
 def step(model: Any, x: Any, options: dict[str, Any] | None = None) -> Callable[[], None]:

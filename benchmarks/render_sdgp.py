@@ -29,7 +29,9 @@ TEXT_ACCURACY = """scikit-learn's digits, upscaled to 12 x 12 pixels: 1000 image
 percent, mean and 95 % confidence interval over the seeds, which were fixed beforehand; in brackets the training loss of
 the last epoch. The paper's column is its ResNet-9 on CIFAR-10 (arXiv 2202.00774, Table I, and the authors' README)."""
 TEXT_SPEED = """One training step (forward, backward, SGD) compiled by us against stock Inductor on the same network,
-interleaved; the ratio is the median over the rounds. With "auto" each layer prunes only where pruning and a product that
+interleaved in random order; the ratio is the median over the rounds, with its 95 % bootstrap interval. "stock by
+stock" is that of a second compile by stock Inductor, the same code: what lies within it says nothing. Rows without
+intervals are of an earlier measurement of 20 rounds. With "auto" each layer prunes only where pruning and a product that
 skips zeros were measured to be faster than the dense product by `min_speedup`; `layers` counts them, of those that could
 have been pruned. The gain of a layer is its data gradient's, pruning included."""
 TEXT_PRUNER = """What `fxprune.Pruner` adds to a step (forward, backward, optimizer) in eager mode, at 75 % zeros: in most
@@ -118,9 +120,12 @@ def speeds(rows: list[dict[str, Any]]) -> str:
         pruned = [layer for layer in timed if layer["data gradient reads"] != "dense"]
         gains = sorted(float(layer["gain"]) for layer in timed)
         spread = f"{gains[0]:.2f} to {gains[-1]:.2f}" if gains else "-"
-        times = (f"{row['stock ms']:.1f}", f"{row['ms']:.1f}", f"{row['speed-up']:.2f}x")
+        times = (f"{row['stock ms']:.1f}", f"{row['ms']:.1f}", f"{row['speed-up']:.3f}x")
+        ranges = [row.get(key) for key in ("interval", "stock by stock")]
+        times += tuple("-" if r is None else f"{r[0]:.3f} to {r[1]:.3f}" for r in ranges)
         lines.append((row["net"], row["ratio"], *times, f"{len(pruned)}/{len(timed)}", spread))
-    head = ("network", "grad_sparsity", "stock ms", "ms", "step ratio", "layers pruned", "gain of a layer")
+    head = ("network", "grad_sparsity", "stock ms", "ms", "step ratio", "interval", "stock by stock")
+    head += ("layers pruned", "gain of a layer")
     return table(head, lines)
 
 

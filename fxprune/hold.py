@@ -58,7 +58,7 @@ class Holder:
         self._places = places
         self._steps = HeldSteps(masks_gradients)
         self._masks: dict[str, Tensor] = {}
-        self._kept: dict[str, tuple[Tensor, Tensor]] = {}  # name: the parameter, this rank's bits
+        self._kept: dict[str, tuple[nn.Parameter, Tensor]] = {}  # name: the parameter, this rank's bits
         self.touched = False  # an optimizer that has one of our parameters stepped since this was cleared
         self.foreign = False  # another one did
         self._watched: list[str] = []
@@ -96,14 +96,16 @@ class Holder:
         """Zero the pruned elements of weights that somebody wrote to since an optimizer's step."""
         clear([pair for pair in self.kept() if not self._steps.settled(*pair)])
 
-    def kept(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Yield every pruned parameter with the :func:`bits` of what this rank keeps of it."""
+    def kept(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return every pruned parameter with the :func:`bits` of what this rank keeps of it."""
+        pairs = []
         for name, mask in self._masks.items():
             parameter = self._places[name]
             known = self._kept.get(name)
             if known is None or known[0] is not parameter or known[1].device != parameter.device:
                 known = self._kept[name] = (parameter, bits(shard(mask, parameter)))
-            yield parameter, known[1]
+            pairs.append(known)
+        return pairs
 
     def release(self) -> None:
         for hook in self._hooks:
@@ -126,11 +128,9 @@ class Holder:
         self._optimizers.add(optimizer)
         self._steps.after(optimizer, self._kept_of(optimizer), _given(optimizer, args, kwargs))
 
-    def _kept_of(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def _kept_of(self, optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, Tensor]]:
         mine = _parameters(optimizer)
-        for pair in self.kept():
-            if id(pair[0]) in mine:
-                yield pair
+        return [pair for pair in self.kept() if id(pair[0]) in mine]
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
@@ -147,10 +147,10 @@ def bits(mask: Tensor) -> Tensor:
 
     (N / g, 1, ...), where each g output features share them: as many as the tiles of a kernel, or one.
     """
-    full = mask.to(torch.int8).neg_()
-    for width in _WIDTHS if len(full) else ():
-        if len(full) % width == 0:
-            blocks = full.unflatten(0, (-1, width))
-            if torch.equal(blocks, blocks[:, :1].expand_as(blocks)):
-                return blocks[:, :1].to(torch.int32 if width >= _WIDE else torch.int8, copy=True)
-    return full.unsqueeze(1)
+    for width in _WIDTHS if len(mask) else ():
+        if len(mask) % width == 0:
+            blocks = mask.unflatten(0, (-1, width))
+            shared = blocks[:, :1]
+            if torch.equal(blocks, shared.expand_as(blocks)):
+                return shared.to(torch.int32 if width >= _WIDE else torch.int8).neg_()
+    return mask.to(torch.int8).neg_().unsqueeze(1)

@@ -7,8 +7,7 @@ wrote to any of these, weight and moments are zeroed after the step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,21 +29,8 @@ _ELEMENTWISE = {
     torch.optim.Adadelta: True,
 }
 
-Kept = Iterable[tuple[Tensor, Tensor]]  # parameters of one optimizer, each with its bits of fxprune.hold
-
-
-@dataclass(frozen=True)
-class _Version:
-    """A tensor after so many of the writes that autograd sees."""
-
-    tensor: Tensor
-    count: int
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Version) and self.tensor is other.tensor and self.count == other.count
-
-
-_Versions = list[_Version]
+Kept = Sequence[tuple[Tensor, Tensor]]  # parameters of one optimizer, each with its bits of fxprune.hold
+_Seen = list[tuple[Tensor, int]]  # tensors, each after so many of the writes that autograd counts
 
 
 class HeldSteps:
@@ -55,8 +41,8 @@ class HeldSteps:
 
     def __init__(self, masks_gradients: bool) -> None:
         self._masks_gradients = masks_gradients
-        self._zeroed: dict[Tensor, tuple[Tensor, _Versions]] = {}  # parameter: its bits, and all that was zeroed then
-        self._masked: dict[Tensor, _Versions] = {}  # parameter: the gradient that the step now running reads
+        self._zeroed: dict[Tensor, tuple[Tensor, _Seen]] = {}  # parameter: its bits, and all that was zeroed then
+        self._masked: dict[Tensor, _Seen] = {}  # parameter: the gradient that the step now running reads
         self._count = 0
 
     def before(self, optimizer: torch.optim.Optimizer, kept: Kept, arguments: bool) -> None:
@@ -67,30 +53,30 @@ class HeldSteps:
         chosen = []
         for parameter, bits in kept:
             was = self._zeroed.get(parameter)
-            if was is None or was[0] is not bits or was[1] != _versions(written(optimizer, parameter)):
+            if was is None or was[0] is not bits or not _unwritten(was[1], written(optimizer, parameter)):
                 continue
             if _plain(parameter):
                 chosen.append((parameter, bits))
         clear([(parameter.grad, bits) for parameter, bits in chosen if parameter.grad is not None])
-        self._masked = {parameter: _versions(_gradient(parameter)) for parameter, _ in chosen}
+        self._masked = {parameter: _seen(_gradient(parameter)) for parameter, _ in chosen}
 
     def after(self, optimizer: torch.optim.Optimizer, kept: Kept, arguments: bool) -> None:
         """Zero what the step may have written; call it after the step."""
         self._count += 1
-        all_kept, moved = list(kept), []
-        for index, (parameter, bits) in enumerate(all_kept):
-            still = not arguments and self._masked.get(parameter) == _versions(_gradient(parameter))
+        moved = []
+        for index, (parameter, bits) in enumerate(kept):
+            masked = self._masked.get(parameter)
+            still = not arguments and masked is not None and _unwritten(masked, _gradient(parameter))
             if not still or (self._count + index) % _RENEWAL == 0:
                 moved.append((parameter, bits))
         zero(optimizer, moved)
-        for parameter, bits in all_kept:
-            self._zeroed[parameter] = (bits, _versions(written(optimizer, parameter)))
+        self._zeroed.update({parameter: (bits, _seen(written(optimizer, parameter))) for parameter, bits in kept})
         self._masked = {}
 
     def settled(self, parameter: Tensor, bits: Tensor) -> bool:
         """Return whether nobody wrote to a parameter since its pruned elements became zero."""
         was = self._zeroed.get(parameter)
-        return was is not None and was[0] is bits and was[1][:1] == _versions([parameter])
+        return was is not None and was[0] is bits and _unwritten(was[1][:1], [parameter])
 
     def forget(self) -> None:
         """Zero everything after the next step."""
@@ -99,20 +85,19 @@ class HeldSteps:
 
 def clear(pairs: Kept) -> None:
     """Zero what each tensor's bits do not keep: an AND of integers, exact over NaN and Inf."""
-    fast: list[tuple[Tensor, Tensor]] = []
+    values, kept = [], []
     for tensor, bits in pairs:
         own = local(tensor)
-        if own.numel() == 0:  # a rank without a part of a small weight
-            continue
-        if own.is_cpu and own.is_contiguous() and not own.is_complex():
-            fast.append((own, bits))
-        elif own.is_complex():
+        if own.is_complex():
             reference([torch.view_as_real(own)], [bits.squeeze(1).unsqueeze(-1)])
-        else:
+        elif not (own.is_cpu and own.is_contiguous()):
             reference([own], [bits.squeeze(1)])
-    if fast:
-        torch.ops.fxprune.clear_pruned([own for own, _ in fast], [bits for _, bits in fast])
-        torch.autograd.graph.increment_version([own for own, _ in fast])
+        elif own.numel():  # which a rank has none of without a part of a small weight
+            values.append(own)
+            kept.append(bits)
+    if values:
+        torch.ops.fxprune.clear_pruned(values, kept)
+        torch.autograd.graph.increment_version(values)
 
 
 def zero(optimizer: torch.optim.Optimizer, kept: Kept) -> None:
@@ -159,6 +144,15 @@ def _gradient(parameter: Tensor) -> list[Tensor]:
     return [] if parameter.grad is None else [parameter.grad]
 
 
-def _versions(tensors: Iterable[Tensor]) -> _Versions:
-    """Return tensors by identity with the number of writes that autograd has seen."""
-    return [_Version(tensor, tensor._version) for tensor in tensors]
+def _seen(tensors: list[Tensor]) -> _Seen:
+    return [(tensor, tensor._version) for tensor in tensors]
+
+
+def _unwritten(seen: _Seen, tensors: list[Tensor]) -> bool:
+    """Return whether these are the tensors that were seen, and nobody wrote to them since."""
+    if len(seen) != len(tensors):
+        return False
+    for tensor, (was, count) in zip(tensors, seen, strict=True):  # a loop, for every step asks for every weight
+        if tensor is not was or tensor._version != count:
+            return False
+    return True

@@ -45,6 +45,12 @@ def pattern_of(match: Match, config: Config) -> str:
     return name if applies else ""
 
 
+def keeps_all(config: Config) -> bool:
+    """True when what was asked for is n of n, which is a legal n:m and leaves weights dense."""
+    names = config.pattern.values() if isinstance(config.pattern, Mapping) else [config.pattern]
+    return not config.sparsity and any(name != "auto" and get(name).fixed == 0.0 for name in names)
+
+
 def targets(matches: Sequence[Match], config: Config) -> dict[str, float]:
     """Return the sparsity asked of each layer, by parameter name; layers that stay dense are absent.
 

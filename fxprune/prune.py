@@ -27,7 +27,7 @@ from fxprune.lowering.kernels import KernelTables
 from fxprune.lowering.measure import Measure
 from fxprune.match import Match
 from fxprune.plan import Plan
-from fxprune.planner import choose_masks
+from fxprune.planner import choose_masks, keeps_all
 from fxprune.prunable import contexts_of, prunable
 from fxprune.prune_report import achieved, table
 from fxprune.report import Table
@@ -76,7 +76,8 @@ def prune(
     """Prune ``model`` and return a copy (the model itself with ``inplace=True``). Give one of the first three:
 
     sparsity: fraction of zeros; a float, or a dict by kind ("depthwise", "pointwise", "conv", "linear", "rnn") or layer
-        glob. With an n:m pattern it is 1 - n/m or left out; with "channel", the fraction of filters that go.
+        glob. With an n:m pattern it is 1 - n/m or left out (n of n leaves weights dense); with "channel", the
+        fraction of filters that go.
     target_speedup: of the whole model over stock ``torch.compile`` with the same options, on this machine at these inputs.
     target_latency_ms: of the whole model. For either the masks that retain most importance are searched, compiled,
         measured and corrected; ``result.speed`` says what came out, and :class:`~fxprune.errors.TargetNotReached` warns.
@@ -163,7 +164,7 @@ def masks(contexts: Sequence[Context], matches: Sequence[Match], config: Config)
     unit = KernelTables().units(matches)
     chosen = choose_masks(matches, config, unit, _gain(matches, config))
     channels = choose_channels(contexts, matches, config, unit)
-    if not chosen and not channels.cuts:
+    if not chosen and not channels.cuts and not keeps_all(config):
         raise _nothing(config, matches, channels)
     return Decided({m.parameter: chosen[m.parameter] for m in matches if m.parameter in chosen}, channels)
 

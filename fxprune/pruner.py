@@ -88,7 +88,9 @@ class Pruner:
         wanted = targets(self._found, self._config)
         self._matches = [m for m in self._found if m.parameter in wanted]
         if not self._matches:
-            masks(self._contexts, self._found, self._config)  # which says why there is nothing to prune
+            masks(
+                self._contexts, self._found, self._config
+            )  # which says why there is nothing to prune, unless n of n is asked
         self._places = Places(model)
         self._step = 0
         self._scores = TaylorScores([m.parameter for m in self._matches], self._places, self._in_window)
@@ -124,7 +126,7 @@ class Pruner:
 
         Raises :class:`~fxprune.errors.WrongOptimizer` when optimizers stepped and none of them has a parameter of ours.
         """
-        if self._holder.foreign and not self._holder.touched:
+        if self._matches and self._holder.foreign and not self._holder.touched:
             raise WrongOptimizer(count=len(self._matches), name=self._matches[0].parameter)
         self._step += 1
         due = self.schedule.is_round(self._step)

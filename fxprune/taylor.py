@@ -34,6 +34,7 @@ class TaylorScores:
             return
         scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer, which unscales in its own kernel
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        fast: list[tuple[Tensor, Tensor, Tensor]] = []
         for name in self._names:
             parameter = self._places[name]
             if id(parameter) not in mine or parameter.grad is None:
@@ -41,10 +42,16 @@ class TaylorScores:
             score = self._scores.get(name)
             if score is None:
                 score = self._scores[name] = torch.zeros_like(parameter, dtype=torch.float32)
-            product = _product(local(parameter.grad), local(parameter))
+            parts = (local(score), local(parameter.grad), local(parameter))
+            if scale is None and all(part.dtype == torch.float32 and part.is_cpu and part.is_contiguous() for part in parts):
+                fast.append(parts)
+                continue
+            product = _product(*parts[1:])
             if scale is not None:
                 product /= scale
-            local(score).addcmul_(product, product)
+            parts[0].addcmul_(product, product)
+        if fast:
+            torch.ops.fxprune.add_squares(*map(list, zip(*fast, strict=True)))
 
     def measured(self, window: int) -> Measured:
         """Return the scores, the same on every rank. Raises :class:`~fxprune.errors.ConfigError` when one is missing."""

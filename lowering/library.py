@@ -57,6 +57,7 @@ SCHEMAS = (
     "skip_zeros_mm(Tensor x, Tensor weight, int dim) -> Tensor",
     "skip_zeros_conv(Tensor x, Tensor weight, int[] padding) -> Tensor",
     "clear_pruned(Tensor(a!)[] values, Tensor[] kept) -> ()",
+    "add_squares(Tensor(a!)[] sums, Tensor[] a, Tensor[] b) -> ()",
     "isa() -> str",
     "set_isa(str name) -> ()",
 )

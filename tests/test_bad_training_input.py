@@ -89,7 +89,6 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
     "weights, m > 32": (lambda m: pruner(m, pattern="2:33"), UnknownPattern, r"n:m has 1 <= n <= m <= 32"),
     "weights, n is zero": (lambda m: pruner(m, pattern="0:4"), UnknownPattern, r"n:m has 1 <= n <= m <= 32"),
     "weights, n is negative": (lambda m: pruner(m, pattern="-1:4"), UnknownPattern, r"n:m has 1 <= n <= m <= 32"),
-    "weights, n = m": (lambda m: pruner(m, pattern="4:4"), NothingToPrune, "no layer to prune"),
     "weights, sparsity below zero": (lambda m: pruner(m, sparsity=-0.5), ConfigError, "0 <= sparsity < 1"),
     "weights, sparsity zero": (lambda m: pruner(m, sparsity=0.0), NothingToPrune, "asks nothing of the 2 prunable"),
     "weights, no layer": (lambda m: pruner(nn.LayerNorm(8), sparsity=0.5), NothingToPrune, "Supported kinds"),
@@ -130,6 +129,33 @@ def test_all_m_of_m_are_dense_without_a_warning(ratio: str) -> None:
     assert not sum(seen.pruned)
     for name, right in gradients(model, model, x).items():
         assert torch.equal(given[name], right), name
+
+
+@pytest.mark.parametrize("pattern", ["4:4", "1:1", "32:32", {"linear": "4:4"}])
+def test_weights_of_n_of_n_are_dense_without_a_warning(pattern: Any) -> None:
+    model, x = mlp(), rows()
+    before = copy.deepcopy(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        once = fxprune.prune(model, x, pattern=pattern)
+        gradual = pruner(model, pattern=pattern)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        for _ in range(2):
+            model(x).square().sum().backward()
+            optimizer.step()
+            assert not gradual.step()
+        end = gradual.finalize()
+    for result in (once, end):
+        assert not len(result.plan) and not result.plan.weights and not any(result.sparsity.values())
+        assert all(torch.equal(v, before[k]) for k, v in result.model.state_dict().items())
+    with pytest.raises(ConfigError, match="all that pattern '4:4' can leave"):
+        fxprune.prune(model, x, pattern="4:4", sparsity=0.5)
+
+
+def test_one_kind_of_n_of_n_leaves_the_others_pruned() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(64, 8))
+    result = fxprune.prune(model, torch.zeros(1, 8, 4, 4), pattern={"conv": "2:4", "linear": "4:4"})
+    assert [layer.name for layer in result.plan] == ["0"] and bool((result.model[2].weight != 0).all())
 
 
 def test_an_exported_program_is_as_without_the_option(tmp_path: Any) -> None:

@@ -20,6 +20,7 @@
 #pragma GCC target("avx2,fma")
 #endif
 
+#include "fxprune/add_squares_lanes.h"
 #include "fxprune/channel_mean.h"
 #include "fxprune/channel_norm_blocks.h"
 #include "fxprune/clear_rows_lanes.h"

@@ -21,6 +21,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 #endif
 
+#include "fxprune/add_squares_lanes.h"
 #include "fxprune/channel_mean.h"
 #include "fxprune/channel_norm_blocks.h"
 #include "fxprune/clear_rows_lanes.h"

@@ -49,7 +49,7 @@ def launch(cases: str, folder: Path, number: int = 0) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranks")
-    launch("ddp,fsdp,dtensor,sdgp,plan,split", path)
+    launch("ddp,fsdp,dtensor,sdgp,plan,split,both", path)
     launch("resume", path)
     return path
 
@@ -159,3 +159,45 @@ def test_split_graphs_have_their_pruned_gradients(folder: Path, worker: Any) -> 
         torch.testing.assert_close(first["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
     assert not torch.allclose(first["gradients"]["layers.0.weight"], dense.layers[0].weight.grad, rtol=1e-2)
     torch._dynamo.reset()
+
+
+def test_masks_of_a_plan_and_pruned_gradients_together_in_split_graphs(folder: Path, worker: Any) -> None:
+    first, second = found(folder, "both")
+    same(first["weights"], second["weights"])
+    same(first["gradients"], second["gradients"])
+    assert first["parts"] > 1 and len(first["chosen"]) == 5 and all(first["chosen"])
+    assert first["pruned"] == 4  # the first layer's input needs no gradient
+    torch._dynamo.reset()
+    whole = worker.planned_and_pruned(worker.Wide(), lambda m: m, 0, 1)
+    assert whole["pruned"] == 4 and all(whole["chosen"])
+    for name, value in whole["gradients"].items():
+        torch.testing.assert_close(first["gradients"][name], value, rtol=1e-4, atol=1e-6, msg=name)
+    for name, value in whole["weights"].items():
+        assert torch.equal(first["weights"][name] == 0, value == 0), name
+        assert name.endswith("bias") or (value == 0).float().mean() > 0.5, name
+    masked = worker.Wide()
+    dense: dict[str, Tensor] = {}
+    worker.masked_steps(masked, lambda m: m, 0, 1, dense)
+    assert not torch.allclose(whole["gradients"]["layers.0.weight"], dense["layers.0.weight"], rtol=1e-2)
+    torch._dynamo.reset()
+
+
+def test_torchrun_restarts_a_group_whose_rank_died(folder: Path, tmp_path: Path) -> None:
+    """Rank 1 is killed in step 5; the agent starts both again, and they go on from the distributed checkpoint."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command = [sys.executable, *launcher, str(WORKER), "killed", str(tmp_path)]
+    group = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        said = group.communicate(timeout=560)[0]
+    except subprocess.TimeoutExpired:  # a worker prints its stack and fails long before
+        os.killpg(group.pid, signal.SIGKILL)
+        pytest.fail(f"the agent hung:\n{group.communicate()[0][-6000:]}")
+    assert group.returncode == 0, said[-6000:]
+    assert "exitcode: -9" in said  # the agent saw it die
+    first, second = found(tmp_path, "killed")
+    assert first["started"] == second["started"] == 5
+    for given in (first, second):
+        same(given["weights"], found(folder, "ddp")[0]["weights"])
+        same(given["masks"], found(folder, "ddp")[0]["masks"])

@@ -1,4 +1,4 @@
-"""One rank of tests/distributed/test_two_processes.py: ``python worker.py CASE FOLDER`` with RANK and WORLD_SIZE set.
+"""One rank of the tests beside it: ``python worker.py CASE FOLDER`` with RANK and WORLD_SIZE set, or under torchrun.
 
 Each case writes what rank r found to FOLDER/CASE-r.pt.
 """
@@ -6,6 +6,7 @@ Each case writes what rank r found to FOLDER/CASE-r.pt.
 from __future__ import annotations
 
 import copy
+import faulthandler
 import io
 import os
 import signal
@@ -185,19 +186,26 @@ def sdgp(rank: int, world: int, folder: Path) -> dict[str, Any]:
     return {"counts": counts, "gradients": gradients}
 
 
-def masked_steps(model: nn.Module, wrap: Any, rank: int, world: int) -> list[bool]:
-    """Train four steps with the zeros of a plan held; returns which layers' masks are part of what was compiled."""
+def masked_steps(
+    model: nn.Module, wrap: Any, rank: int, world: int, first: dict[str, Tensor] | None = None, **more: Any
+) -> list[bool]:
+    """Train four steps with the zeros of a plan held; returns which layers' masks are part of what was compiled.
+
+    first: takes the gradients of the first step. more: options of the compile.
+    """
     torch._dynamo.reset()
     result = fxprune.prune(model, torch.zeros(4, 16), sparsity=0.75, inplace=True)
     wrapped = wrap(model)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
     result.plan.hold(optimizer)
-    options = {"fallback": "eager", "autotune": "off", "min_speedup": 0.0}
+    options = {"fallback": "eager", "autotune": "off", "min_speedup": 0.0, **more}
     call = torch.compile(wrapped, backend=fxprune.hwprune, options=options)
     fxprune.backend.LAST_REPORTS.clear()
     for step in range(4):
         optimizer.zero_grad()
         (call(batch(step, rank, world)) - 1).square().mean().backward()
+        if first is not None and step == 0:
+            first.update({name: p.grad.clone() for name, p in model.named_parameters()})
         optimizer.step()
     return [decision.chosen for context in fxprune.backend.LAST_REPORTS for decision in context.decisions]
 
@@ -217,7 +225,35 @@ def split(rank: int, world: int, folder: Path) -> dict[str, Any]:
     return {"weights": full(model), "chosen": chosen, "parts": len(fxprune.backend.LAST_REPORTS)}
 
 
+def both(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """Masks of a plan and pruned data gradients in the parts that DDP splits the graph into."""
+    model = Wide()
+    wrapped = lambda m: DistributedDataParallel(m, bucket_cap_mb=1)  # noqa: E731
+    return {**planned_and_pruned(model, wrapped, rank, world), "parts": len(fxprune.backend.LAST_REPORTS)}
+
+
+def planned_and_pruned(model: nn.Module, wrap: Any, rank: int, world: int) -> dict[str, Any]:
+    """Return gradients and weights of two steps with both, how many gradients were pruned, and the masks compiled."""
+    from fxprune.passes.sdgp import Sdgp
+
+    counts: list[int] = []
+    original = Sdgp.__call__
+
+    def spy(self: Sdgp, graph: Any) -> int:
+        counts.append(original(self, graph))
+        return counts[-1]
+
+    Sdgp.__call__ = spy  # type: ignore[method-assign]
+    try:
+        gradients: dict[str, Tensor] = {}
+        chosen = masked_steps(model, wrap, rank, world, gradients, grad_sparsity="2:4")
+    finally:
+        Sdgp.__call__ = original  # type: ignore[method-assign]
+    return {"weights": full(model), "gradients": gradients, "pruned": sum(counts), "chosen": chosen}
+
+
 CASES = {
+    "both": both,
     "killed": killed,
     "split": split,
     "plan": plan,
@@ -229,12 +265,25 @@ CASES = {
 }
 
 
+def meet(name: str, folder: Path, rank: int, world: int) -> None:
+    """Start the process group. Under torchrun every attempt has keys of its own, as docs/training.md says it must."""
+    timeout = timedelta(seconds=120)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        os.environ["ATTEMPT"] = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        shared, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"attempt-{os.environ['ATTEMPT']}", shared)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+    else:
+        method = f"file://{folder}/store-{name}-{os.environ['ATTEMPT']}"
+        dist.init_process_group("gloo", init_method=method, rank=rank, world_size=world, timeout=timeout)
+
+
 def main() -> None:
     names, folder = sys.argv[1].split(","), Path(sys.argv[2])
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    faulthandler.dump_traceback_later(240, exit=True)  # says where it hung, and fails
     torch.set_num_threads(1)
-    store = f"file://{folder}/store-{names[0]}-{os.environ['ATTEMPT']}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
+    meet(names[0], folder, rank, world)
     for name in names:
         torch.save(copy.deepcopy(CASES[name](rank, world, folder)), folder / f"{name}-{rank}.pt")
         dist.barrier()

@@ -47,7 +47,10 @@ WITHOUT_GRADIENT = {"region", "rnn_steps", "nm_prune", "nm_mm", "dsconv", "depth
 # a sigmoid between sums (tests/csrc/test_rnn.py has the exact cases); draws and quotients (tests/ops/test_nm_prune.py);
 # a square root (tests/csrc/test_channel_norm.py)
 ROUNDS = {"rnn_steps", "nm_prune", "channel_norm"}
-BESIDE_GRAPHS = {"clear_pruned"}  # changes its operands; called next to an optimizer's step, never by a graph
+BESIDE_GRAPHS = {
+    "clear_pruned",
+    "add_squares",
+}  # change their operands; called next to an optimizer's step, never by a graph
 WHOLE = [case for case in CASES if case.values[0].name not in ROUNDS]
 DIFFERENTIABLE = [case for case in CASES if case.values[0].name not in WITHOUT_GRADIENT]
 OTHERS = [case for case in CASES if case.values[0].name in WITHOUT_GRADIENT]

@@ -5,6 +5,7 @@
 #include <string>
 #include <type_traits>
 
+#include "fxprune/add_squares.h"
 #include "fxprune/channel_norm.h"
 #include "fxprune/clear_rows.h"
 #include "fxprune/depthwise_taps.h"
