@@ -2,7 +2,7 @@
 // band of the last one's pixels: what lies between stays in the caches of the core that computes
 // it, and cores meet once a block.
 //
-// Neighbouring bands both compute the rows between them. Float only; one image.
+// Neighbouring bands both compute the rows between them. One image.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +12,7 @@
 #include "parallel.h"
 #include "run.h"
 #include "run_conv.h"
+#include "run_products.h"
 
 namespace fxprune {
 
@@ -39,34 +40,9 @@ inline int64_t block_bands(const FusedBlock& b, int64_t pool) {
   return std::min((fit + pool - 1) / pool, most / pool) * pool;
 }
 
-// Planes of a part of an image, in `room`: the given pixels of the channels from `first` on. Pixel
-// p of channel c lies at moved[c * pitch + p].
-struct PartPlanes {
-  float* moved;
-  int64_t pitch;
-  PartPlanes(float* room, int64_t first, PixelRange pixels)
-      : pitch((pixels.end - pixels.begin + 15) / 16 * 16) {
-    moved = room - first * pitch - pixels.begin;
-  }
-};
-
-// The pixels of a 1x1 convolution whose input lies in `planes`.
-inline void run_product_of(const TileGemm& product, const PartPlanes& planes, PixelRange pixels) {
-  const Kernels& k = kernels();
-  const int64_t count = pixels.end - pixels.begin;
-  TileGemm a = product;
-  a.m = count;
-  a.x = planes.moved + pixels.begin;
-  a.x_gap = planes.pitch - count;
-  a.out = product.out + pixels.begin;
-  a.out_gap = product.ldo() - count;
-  if (a.residual) a.residual = product.residual + pixels.begin;
-  a.residual_gap = product.ldr() - count;
-  k.tile_gemm_feature_major(a, {0, 0, (count + k.width - 1) / k.width, 0, a.tiles}, nullptr);
-}
-
 // Output rows [begin, end) of a convolution into `to`, piece by piece of what its copy holds.
-inline void run_conv_rows(const TileConv& conv, int64_t begin, int64_t end, const PartPlanes& to) {
+inline void run_conv_rows(const TileConv& conv, int64_t begin, int64_t end,
+                          const PartPlanes<float>& to) {
   const Kernels& k = kernels();
   TileConv a = conv;
   a.out = to.moved;
@@ -94,7 +70,7 @@ inline void run_depthwise_band(const FusedBlock& b, const DepthwiseTaps& d, int6
   for (int64_t tile = 0; tile < first.tiles; tile += each) {
     const int64_t last = std::min(tile + each, first.tiles);
     const int64_t from = first.features_from(tile), to = first.features_to(last);
-    const PartPlanes planes(scratch<2>((to - from) * (pixels + 16)), from, held);
+    const auto planes = PartPlanes<float>::of<2>(from, to, held);
     if (b.conv) {
       run_conv_rows(*b.conv, read.begin / d.width, read.end / d.width, planes);
     } else {
@@ -111,23 +87,31 @@ inline void run_depthwise_band(const FusedBlock& b, const DepthwiseTaps& d, int6
   }
 }
 
-inline void run_block(const FusedBlock& b, int64_t bands, int64_t pool) {
-  const Kernels& k = kernels();
-  const DepthwiseTaps& d = b.depthwise;
-  const int64_t length = band_length(d, k.width), size = d.out_h * d.out_w,
-                line = d.flat(k.width) ? k.width : d.out_w;
+// Bands of a depthwise convolution and, where there is one, of the 1x1 convolution that reads it.
+// run_band(taps, begin, end): one band, into taps.out, of what feeds it and itself.
+template <class T, class Band>
+void run_bands(const DepthwiseTapsOf<T>& d, const TileGemmOf<T>* project, int64_t bands,
+               int64_t pool, const Band& run_band) {
+  const int64_t width = depthwise_width(d, d.x), length = band_length(d, width),
+                size = d.out_h * d.out_w, line = d.flat(width) ? width : d.out_w;
   for_each_unit(bands, pool, [&](int64_t band) {
     const int64_t begin = length * band / bands, end = length * (band + 1) / bands;
-    if (b.project == nullptr) return run_depthwise_band(b, d, begin, end);
+    if (project == nullptr) return run_band(d, begin, end);
     const PixelRange pixels = {begin * line, std::min(end * line, size)};
-    const int64_t count = pixels.end - pixels.begin;
-    const PartPlanes planes(scratch<1>(d.channels * (count + 16)), 0, pixels);
-    DepthwiseTaps taps = d;
+    const auto planes = PartPlanes<T>::template of<3>(0, d.channels, pixels);
+    DepthwiseTapsOf<T> taps = d;
     taps.out = planes.moved;
     taps.out_gap = planes.pitch - size;
-    run_depthwise_band(b, taps, begin, end);
-    run_product_of(*b.project, planes, pixels);
+    run_band(taps, begin, end);
+    run_product_of(*project, planes, pixels);
   });
+}
+
+inline void run_block(const FusedBlock& b, int64_t bands, int64_t pool) {
+  run_bands(b.depthwise, b.project, bands, pool,
+            [&](const DepthwiseTaps& taps, int64_t begin, int64_t end) {
+              run_depthwise_band(b, taps, begin, end);
+            });
 }
 
 }  // namespace fxprune

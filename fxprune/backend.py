@@ -39,7 +39,8 @@ from fxprune.lowering.measure_gradient import MeasureGradient
 from fxprune.lowering.region import form_regions
 from fxprune.match import Match
 from fxprune.passes import FORWARD, Sdgp
-from fxprune.passes.plan import regions, unsupported
+from fxprune.passes.plan import unsupported
+from fxprune.passes.regions import regions
 from fxprune.plan import generation, lookup
 from fxprune.report import Table
 from fxprune.staircase import Staircase, grouped, staircases

@@ -4,8 +4,9 @@
     mul(permute(linear(x, w, b)), gamma)       =>  permute(linear(x, ...))     where gamma still runs along the features
     mul(conv2d(x, w, b), gamma)                =>  conv2d(x, ...)
 
-Fires outside training, for constant float32 tensors; nothing else may read the layer's result. Its products then keep
-their residual add, and with it their chain.
+Fires outside training, for constant tensors of one type, float32 or bfloat16; nothing else may read the layer's result.
+Its products then keep their residual add, and with it their chain. In bfloat16 scaled weights are rounded once, where the
+layer's result and the product of it were.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..graph import argument, aten, is_call, mutation_between, name_of, shape, s
 from .match_conv import CONVOLUTIONS
 
 _VIEWS = ("reshape", "view", "unsqueeze")
+_TYPES = {torch.float32, torch.bfloat16}
 
 
 def fold_scale(gm: GraphModule, ctx: Context) -> int:
@@ -65,12 +67,9 @@ def _fold(layer: Node, permute: Node | None, features: int, scale: Any, product:
     weight, bias = argument(layer, "weight"), argument(layer, "bias")
     operands = [n for n in (weight, bias, source) if n is not None]
     tensors = [ctx.weights.value(n) for n in operands]
+    types = {None if t is None else t.dtype for t in tensors}
     count = (shape(weight) or (0,))[0]
-    if (
-        len(aligned) != len(result)
-        or along not in ([features], [])
-        or any(t is None or t.dtype != torch.float32 for t in tensors)
-    ):
+    if len(aligned) != len(result) or along not in ([features], []) or len(types) != 1 or not types <= _TYPES:
         return False
     if aligned[features] != count:  # one number for all, or a single feature: no scale per feature
         return False

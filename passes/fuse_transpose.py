@@ -3,8 +3,7 @@
     permute(x, NHWC) -> layer_norm(C) -> tile_gemm(-1) -> gelu -> tile_gemm(-1) -> permute(NCHW)
         =>  channel_norm(x) -> tile_gemm(1) -> gelu -> tile_gemm(1)
 
-A region starts at a permute to channels-last and may hold LayerNorm over the channels, our GEMMs and pointwise calls of
-one operand. It is rewritten only when every exit is the inverse permute; one other user and it stays as it is.
+Chains whose products are our GEMMs (``regions.py``); one reader that is no exit, and a chain stays as it is.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ from torch.fx import GraphModule, Node
 
 from ..context import Context
 from ..graph import argument, aten, call, fake, is_call, replace, shape
-from .fuse_epilogue import activation_name
+from .regions import chain
 
-_TO_LAST, _TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 _FEATURE_DIM = 10
 _KERNELS = (torch.float32, torch.bfloat16)  # the types channel_norm has kernels for
 
@@ -27,43 +25,15 @@ def fuse_transpose(gm: GraphModule, ctx: Context) -> int:
     """Return the number of permutes removed."""
     removed = 0
     for node in list(gm.graph.nodes):
-        if node.op == "call_function" and _is_permute(node, _TO_LAST) and node.users:
-            region = _region(node)
-            if region is not None:
-                removed += _rewrite(node, *region, ctx)
+        found = chain(node, _is_product)
+        if found is not None:
+            removed += _rewrite(node, *found, ctx)
     return removed
 
 
-def _is_permute(node: Node, order: list[int]) -> bool:
-    return is_call(node, aten.permute.default) and [d % 4 for d in argument(node, "dims")] == order
-
-
-def _region(start: Node) -> tuple[list[Node], list[Node]] | None:
-    """Return (inner nodes in graph order, exit permutes); ``None`` when something else reads the region."""
-    inner: list[Node] = []
-    exits: list[Node] = []
-    stack = list(start.users)
-    while stack:
-        node = stack.pop()
-        if node in inner or node in exits:
-            continue
-        if _is_permute(node, _TO_FIRST):
-            exits.append(node)
-        elif _convertible(node):
-            inner.append(node)
-            stack.extend(node.users)
-        else:
-            return None
-    order = {n: i for i, n in enumerate(start.graph.nodes)}
-    return (sorted(inner, key=order.__getitem__), exits) if exits else None
-
-
-def _convertible(node: Node) -> bool:
-    if is_call(node, aten.layer_norm.default):
-        return len(argument(node, "normalized_shape")) == 1
-    if is_call(node, torch.ops.fxprune.tile_gemm.default):
-        return argument(node, "feature_dim") == -1 and argument(node, "residual") is None
-    return activation_name(node) is not None
+def _is_product(node: Node) -> bool:
+    gemm = is_call(node, torch.ops.fxprune.tile_gemm.default)
+    return gemm and argument(node, "feature_dim") == -1 and argument(node, "residual") is None
 
 
 def _rewrite(start: Node, inner: list[Node], exits: list[Node], ctx: Context) -> int:

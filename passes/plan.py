@@ -3,13 +3,15 @@
 The mask is the attached plan's where the weight still obeys it; otherwise, in inference, the zeros that are
 there. In training a plan's mask is part of the function; zeros without a plan are left alone, because they may be a
 zero-initialised layer that must train. Convolutions are decided by region: our kernels run feature-major (NCHW) and
-every border to a channels-last kernel is a copy, so one 1x1 layer does not leave the region alone.
+every border to a channels-last kernel is a copy, so one 1x1 layer does not leave the region alone. Linear layers between
+two permutes that would cancel are 1x1 convolutions of their region, and leave it together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -26,6 +28,7 @@ from ..sparsity.found import describe, forms, halved
 from ..sparsity.pattern import LayerMask, any_nonzero
 from ..staircase import choose_levels
 from .plan_rnn import Found, decide_recurrent, recurrent_layers
+from .regions import as_convolutions, chained, regions
 from .split_batch import split_batch
 
 # below this fraction of zeros a weight counts as dense: timing noise is larger than the gain
@@ -47,11 +50,20 @@ _OPERATOR = {
 def plan(gm: GraphModule, ctx: Context) -> int:
     """Append one decision per match; returns 0, the graph is unchanged."""
     wanted = _masks_from_options(ctx)
-    found = {m: _mask(m, ctx, wanted) for m in ctx.matches}
+    chains = chained(ctx.matches)
+    convolutions = as_convolutions(chains)
+
+    def in_layout(measure: Measure) -> Context:
+        def timed(match: Match, *given: Any) -> Timing:
+            return measure(convolutions.get(match, match), *given)
+
+        return replace(ctx, measure=timed, decisions=[])
+
+    found = {m: _mask(m, in_layout(ctx.measure), wanted) for m in ctx.matches}
 
     def decide(measure: Measure) -> list[Decision]:
-        trial = replace(ctx, measure=measure, decisions=[])
-        _decide(found, trial)
+        trial = in_layout(measure)
+        _decide(found, chains, trial)
         return trial.decisions
 
     measure = ctx.measure
@@ -63,12 +75,13 @@ def plan(gm: GraphModule, ctx: Context) -> int:
     return 0
 
 
-def _decide(found: Mapping[Match, Found], ctx: Context) -> None:
+def _decide(found: Mapping[Match, Found], chains: list[list[Match]], ctx: Context) -> None:
     recurrent = [m for m in ctx.matches if m.recurrent is not None]
-    convs = [m for m in ctx.matches if m.kind not in ("linear", "rnn")]
+    together = {match: members for members in chains for match in members}
+    convs = [m for m in ctx.matches if m in together or m.kind not in ("linear", "rnn")]
     for region in regions(convs):
-        _decide_region(region, found, ctx)
-    linears = [m for m in ctx.matches if m.kind == "linear"]
+        _decide_region(region, found, together, ctx)
+    linears = [m for m in ctx.matches if m.kind == "linear" and m not in together]
     for match in sorted(linears, key=lambda m: found[m][1] is None):  # those without zeros join what was chosen
         _decide_alone(match, *found[match], ctx)
     for layer in recurrent_layers(recurrent):
@@ -170,40 +183,6 @@ def _may_be_halved(match: Match, ctx: Context) -> bool:
     return ctx.inference and match.on_gpu and halves and match.kind in ("linear", "pointwise")
 
 
-def regions(convs: list[Match]) -> Iterable[list[Match]]:
-    """Group convolutions that exchange activations directly (through anything but another GEMM)."""
-    nodes = {m.node: i for i, m in enumerate(convs)}
-    parent = list(range(len(convs)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            i = parent[i]
-        return i
-
-    for i, match in enumerate(convs):
-        for source in _sources(match.node, nodes):
-            parent[root(nodes[source])] = root(i)
-    groups: dict[int, list[Match]] = {}
-    for i, match in enumerate(convs):
-        groups.setdefault(root(i), []).append(match)
-    return groups.values()
-
-
-def _sources(node: Node, nodes: dict[Node, int]) -> list[Node]:
-    """Return the matched convolutions whose results reach ``node`` without passing another one."""
-    found, stack, seen = [], list(node.all_input_nodes), set()
-    while stack:
-        current = stack.pop()
-        if current in seen or current.op == "placeholder":
-            continue
-        seen.add(current)
-        if current in nodes:
-            found.append(current)
-        else:
-            stack.extend(current.all_input_nodes)
-    return found
-
-
 def unsupported(match: Match, kernels: Kernels) -> str | None:
     """Return why no compiled kernel runs a match, ``None`` when one does."""
     return kernels.supports(_OPERATOR[match.kind], match)
@@ -277,7 +256,9 @@ def _decision(match: Match, mask: LayerMask | None, chosen: bool, timing: Timing
     return Decision(match, mask, chosen, why, timing, pattern, kernel)
 
 
-def _decide_region(region: list[Match], found: Mapping[Match, Found], ctx: Context) -> None:
+def _decide_region(
+    region: list[Match], found: Mapping[Match, Found], together: Mapping[Match, list[Match]], ctx: Context
+) -> None:
     refusals = {m.node: _refusal(m, found[m][1], ctx) for m in region}
     if all(found[m][1] is None and not ctx.kept.get(m.weight) for m in region):
         for match in region:
@@ -302,11 +283,12 @@ def _decide_region(region: list[Match], found: Mapping[Match, Found], ctx: Conte
             ctx.decisions.append(Decision(match, mask, False, refusals[match.node] or "", pattern=pattern))
             continue
         if not wins:
-            why = f"kept dense: its region of {len(region)} convolutions reaches {gain:.2f}x of dense"
+            why = f"kept dense: its region of {len(region)} layers reaches {gain:.2f}x of dense"
             ctx.decisions.append(_decision(match, mask, False, timing, pattern, why))
             continue
-        leave = _LEAVE_REGION * timing.dense_feature_major
-        chosen = timing.sparse * min(ctx.config.min_speedup, 1.0) <= leave  # below 1, min_speedup forces kernels here too
+        leaving = [t for m in together.get(match, [match]) if (t := timings.get(m.node)) is not None]
+        stay = sum(t.sparse for t in leaving) * min(ctx.config.min_speedup, 1.0)  # below 1, it forces kernels here too
+        chosen = stay <= _LEAVE_REGION * sum(t.dense_feature_major for t in leaving)
         why = f"{timing.dense / max(timing.sparse, 1e-9):.2f}x of dense"
         why += "" if timing.measured else " (predicted)"
         if mask is None:

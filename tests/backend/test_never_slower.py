@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from fxprune.lowering import measure
+from torch import nn
 
 from fxprune import backend
 from fxprune.backend import LAST_REPORTS, describe
 from fxprune.context import Decision, Timing
-from tests.oracle import assert_exact, compiled
+from tests.oracle import assert_exact, compiled, integer_model, integers, zero_some
 from tests.toys import image, mlp, mobile, pruned, rows, run
 
 pytestmark = pytest.mark.usefixtures("uncut")
@@ -61,11 +62,36 @@ def test_a_region_wins_or_loses_as_a_whole(timed: Callable[..., None]) -> None:
     timed(dw=(10.0, 20.0, 20.0), pw=(40.0, 20.0, 30.0), linear=(1.0, 2.0, 2.0))
     found = decided(model, image())  # ours 10 + 30, dense 20 + 20: not faster
     assert [found[n].chosen for n in ("dw", "pw", "fc")] == [False, False, True]
-    assert found["dw"].reason == "kept dense: its region of 2 convolutions reaches 1.00x of dense"
+    assert found["dw"].reason == "kept dense: its region of 2 layers reaches 1.00x of dense"
     timed(dw=(5.0, 20.0, 20.0), pw=(40.0, 20.0, 30.0), linear=(3.0, 2.0, 2.0))
     found = decided(model, image())  # ours 5 + 30, dense 40
     assert [found[n].chosen for n in ("dw", "pw", "fc")] == [True, False, False]
     assert found["pw"].reason == "kept dense in its feature-major region: 0.50x of dense"
+
+
+class Channels(nn.Module):
+    """A depthwise convolution and two linear layers between permutes that would cancel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dw = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.down(torch.relu(self.up(self.dw(x).permute(0, 2, 3, 1))))
+        return y.permute(0, 3, 1, 2) + x
+
+
+@pytest.mark.parametrize(("up", "stays"), [(47.0, True), (48.0, False)])
+def test_linear_layers_between_permutes_are_decided_with_their_region(
+    timed: Callable[..., None], up: float, stays: bool
+) -> None:
+    model, x = zero_some(integer_model(Channels())), integers(2, 16, 5, 6, seed=6)
+    timed(dw=(1.0, 30.0, 30.0), up=(up, 20.0, 20.0), down=(5.0, 20.0, 20.0))
+    found = decided(model, x)  # the two together stay up to 1.3 times 20 + 20
+    assert [found[n].chosen for n in ("dw", "up", "down")] == [True, stays, stays]
+    timed(dw=(30.0, 10.0, 30.0), up=(up, 20.0, 40.0), down=(5.0, 20.0, 40.0))
+    assert not any(d.chosen for d in decided(model, x).values())  # ours 30 + 40 + 5, dense 10 + 20 + 20
 
 
 def test_an_unpruned_convolution_joins_a_winning_region(timed: Callable[..., None]) -> None:

@@ -32,7 +32,8 @@ prune, left, allocate, verify, planning = (module(n) for n in ("prune", "left", 
 fold_batchnorm, normalize, match_conv, shrink = (
     module(f"passes.{n}") for n in ("fold_batchnorm", "normalize", "match_conv", "shrink")
 )
-fuse_epilogue, fuse_gate, fuse_transpose = (module(f"passes.fuse_{n}") for n in ("epilogue", "gate", "transpose"))
+fuse_epilogue, fuse_gate = (module(f"passes.fuse_{n}") for n in ("epilogue", "gate"))
+layouts = module("passes.regions")
 forming = module("lowering.region")
 rewrite_conv, rewrite_depthwise, rewrite_gemm = (module(f"passes.rewrite_{n}") for n in ("conv", "depthwise", "gemm"))
 
@@ -233,7 +234,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("broadcast residual taken", fuse_epilogue, "same_shape", constant(True), kill.epilogue_twins),
     Fault("extra user ignored by BatchNorm folding", fold_batchnorm, "sole_user", lambda real: first_user, kill.fold_twins),
     Fault("any factor is a gate", fuse_gate, "_per_channel", constant(True), kill.gate_twins),
-    Fault("permute cancelled when not inverse", fuse_transpose, "_is_permute", any_permute, kill.transpose_twins),
+    Fault("permute cancelled when not inverse", layouts, "_is_permute", any_permute, kill.transpose_twins),
     Fault("visible mutation made functional", normalize, "_private", constant(True), kill.normalize_twins),
     Fault(
         "groups misread",

@@ -77,6 +77,29 @@ def test_twin_keeps_its_scale(name: str) -> None:
     assert run.context.counts["fold_scale"] == 0 and run.ops["mul"] >= 1
 
 
+@pytest.mark.parametrize("name", POSITIVE)
+def test_bfloat16_scale_folds_with_the_error_of_the_dense_model(name: str) -> None:
+    gen = torch.Generator().manual_seed(0)
+    model = zero_some(Scaled(POSITIVE[name]))
+    for parameter in model.parameters():  # the zeros that are there stay
+        parameter.data.mul_(torch.randn(parameter.shape, generator=gen))
+    x = torch.randn(2, 8, 5, 6, generator=gen).bfloat16()
+    exact = model.bfloat16().double()(x.double())
+    fast = compiled(model.bfloat16())
+    with torch.no_grad():
+        errors = [(y.double() - exact).square().mean().sqrt() for y in (fast.call(x), model(x))]
+    assert fast.contexts[0].counts["fold_scale"] == 1 and errors[0] <= 1.25 * errors[1], errors
+
+
+def test_types_that_differ_keep_the_scale() -> None:
+    model = scaled(POSITIVE["linear"]).bfloat16()
+    model.gamma.data = model.gamma.data.float()
+    fast = compiled(model)
+    with torch.no_grad():
+        fast.call(X.bfloat16())
+    assert fast.contexts[0].counts["fold_scale"] == 0
+
+
 def test_a_new_scale_is_noticed() -> None:
     model = scaled(POSITIVE["behind a permute"])
     run = compiled(model).call

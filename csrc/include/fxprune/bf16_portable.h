@@ -108,20 +108,29 @@ struct PortableBf16 {
   static void store_transposed(const float* const* lines, const float* bias, float low, float high,
                                float* square, Bf16* to, int64_t ld, int64_t features,
                                int64_t count) {
+    store_transposed(lines, bias, nullptr, low, high, square, to, ld, features, count);
+  }
+  // The same with residual[ld p + j] added in float, unless it is null.
+  static void store_transposed(const float* const* lines, const float* bias, const Bf16* residual,
+                               float low, float high, float* square, Bf16* to, int64_t ld,
+                               int64_t features, int64_t count) {
     constexpr int64_t kW = V::kWidth;
     for (int64_t j = 0; j < 32; j += kW) {
       for (int64_t p = 0; p < 32; p += kW) {
         alignas(64) float part[kW * kW];
         for (int64_t i = 0; i < kW; ++i) {
-          const auto y = V::add(V::load(lines[j + i] + p), V::set1(bias[j + i]));
-          V::store(part + i * kW, V::min(V::set1(high), V::max(V::set1(low), y)));
+          V::store(part + i * kW, V::add(V::load(lines[j + i] + p), V::set1(bias[j + i])));
         }
         V::transpose(part, kW, square + p * 32 + j, 32);
       }
     }
     for (int64_t p = 0; p < count; ++p) {
-      for (int64_t j = 0; j < features; j += kW)
-        V::store_bf16(to + p * ld + j, features - j, V::load(square + p * 32 + j));
+      for (int64_t j = 0; j < features; j += kW) {
+        auto y = V::load(square + p * 32 + j);
+        if (residual) y = V::add(y, V::load_bf16(residual + p * ld + j, features - j));
+        y = V::min(V::set1(high), V::max(V::set1(low), y));
+        V::store_bf16(to + p * ld + j, features - j, y);
+      }
     }
   }
 };

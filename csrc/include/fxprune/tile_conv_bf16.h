@@ -1,52 +1,15 @@
-// Tile-wise convolution in bfloat16: the copy of a band into planes (tile_conv.h), and products
-// over blocks of 32 positions of it, whose kept rows are gathered from the planes.
+// Tile-wise convolution in bfloat16: products over blocks of 32 positions of a band's copy
+// (conv_planes.h), whose kept rows are gathered from the planes.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
+#include "fxprune/conv_planes.h"
 #include "fxprune/tile_conv.h"
 #include "fxprune/tile_gemm_bf16_feature_major.h"
 
 namespace fxprune {
-
-// Fills channels [begin, end) of a band's copy, which has room for two blocks behind the last.
-template <class V>
-void conv_planes_bf16(const TileConvBf16& a, const ConvSpan& span, int64_t begin, int64_t end,
-                      Bf16* copy) {
-  constexpr int64_t kW = V::kWidth;
-  const int64_t first = span.row * a.stride_h, vecs = (a.pitch + kW - 1) / kW;
-  Bf16* to = copy + begin * a.channel_size();
-  for (int64_t c = begin; c < end; ++c) {
-    const Bf16* image = a.x + (span.image * a.channels + c) * a.height * a.width;
-    for (int64_t r = 0; r < a.row_planes; ++r) {
-      for (int64_t s = 0; s < a.column_planes; ++s) {
-        const int64_t left = a.column_begin[s];
-        const uint32_t* masks = a.masks + s * vecs;
-        for (int64_t i = 0; i < a.plane_rows; ++i, to += a.pitch) {
-          const int64_t y = first + a.row_begin[r] + i * a.stride_h;
-          const Bf16* row = image + y * a.width;
-          if (y < 0 || y >= a.height) {
-            std::fill_n(to, a.pitch, Bf16{0});
-          } else if (a.stride_w == 1) {
-            for (int64_t v = 0; v < vecs; ++v)
-              V::template plane_lanes<1>(row + left + v * kW, masks[v], to + v * kW);
-          } else if (a.stride_w == 2) {
-            for (int64_t v = 0; v < vecs; ++v)
-              V::template plane_lanes<2>(row + left + 2 * v * kW, masks[v], to + v * kW);
-          } else {
-            for (int64_t p = 0; p < a.pitch; ++p) {
-              const int64_t at = left + p * a.stride_w;
-              to[p] = at >= 0 && at < a.width ? row[at] : Bf16{0};
-            }
-          }
-        }
-        std::fill_n(to, a.gap, Bf16{0});
-        to += a.gap;
-      }
-    }
-  }
-}
 
 // Kept rows of a band's copy; positions are counted from its first.
 template <class V>

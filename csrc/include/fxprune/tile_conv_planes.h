@@ -1,72 +1,15 @@
-// Tile-wise convolution: the copy of a band into planes, and the GEMM strips over it.
+// Tile-wise convolution: the GEMM strips over the copy of a band (conv_planes.h).
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <utility>
 
+#include "fxprune/conv_planes.h"
 #include "fxprune/tile_conv.h"
 #include "fxprune/tile_gemm_feature_major.h"
 
 namespace fxprune {
-
-template <class V>
-struct ConvPlanes {
-  static constexpr int64_t kW = V::kWidth;
-
-  // One row of a plane: lanes off the image are off in the masks. Writes whole vectors; what lies
-  // beyond the row is the next row's and written later.
-  template <int Stride>
-  static void copy_row(const float* x, const uint32_t* masks, int64_t vecs, float* to) {
-    for (int64_t v = 0; v < vecs; ++v, x += Stride * kW) {
-      V::store(to + v * kW,
-               Stride == 1 ? V::load(x, V::bits(masks[v])) : V::load_even(x, masks[v]));
-    }
-  }
-
-  static void copy_row(const TileConv& a, const float* x, int64_t begin, float* to) {
-    for (int64_t i = 0; i < a.pitch; ++i) {
-      const int64_t at = begin + i * a.stride_w;
-      to[i] = at >= 0 && at < a.width ? x[at] : 0.0f;
-    }
-  }
-
-  static void clear(float* to, int64_t count) {
-    for (int64_t i = 0; i < count; i += kW) V::store(to + i, V::zero());
-  }
-};
-
-// Fills channels [begin, end) of a band's copy, which has room for two vectors behind the last.
-template <class V>
-void conv_planes(const TileConv& a, const ConvSpan& span, int64_t begin, int64_t end, float* copy) {
-  using P = ConvPlanes<V>;
-  const int64_t first = span.row * a.stride_h, vecs = (a.pitch + P::kW - 1) / P::kW;
-  float* to = copy + begin * a.channel_size();
-  for (int64_t c = begin; c < end; ++c) {
-    const float* image = a.x + (span.image * a.channels + c) * a.height * a.width;
-    for (int64_t r = 0; r < a.row_planes; ++r) {
-      for (int64_t s = 0; s < a.column_planes; ++s) {
-        const int64_t left = a.column_begin[s];
-        const uint32_t* masks = a.masks + s * vecs;
-        for (int64_t i = 0; i < a.plane_rows; ++i, to += a.pitch) {
-          const int64_t y = first + a.row_begin[r] + i * a.stride_h;
-          const float* row = image + y * a.width;
-          if (y < 0 || y >= a.height) {
-            P::clear(to, a.pitch);
-          } else if (a.stride_w == 1) {
-            P::template copy_row<1>(row + left, masks, vecs, to);
-          } else if (a.stride_w == 2) {
-            P::template copy_row<2>(row + left, masks, vecs, to);
-          } else {
-            P::copy_row(a, row, left, to);
-          }
-        }
-        P::clear(to, a.gap);
-        to += a.gap;
-      }
-    }
-  }
-}
 
 template <class V>
 void tile_conv(const TileConv& a, const ConvSpan& span, const float* copy) {

@@ -42,7 +42,7 @@ struct TileRowsBf16 : TileBf16<V> {
                          int64_t features, int64_t from, int64_t to, const float* sums,
                          float* square) {
     alignas(64) static constexpr float kNothing[kMost] = {};
-    const bool smooth = !is_clamp(a.activation), added = a.residual || smooth;
+    const bool smooth = !is_clamp(a.activation);
     int64_t column = 0;
     for (int64_t f = from; f < to; f += kMost) {
       const int64_t here = std::min(kMost, to - f);
@@ -61,14 +61,20 @@ struct TileRowsBf16 : TileBf16<V> {
           bias[j] = a.bias && j < here ? a.bias[f + j] : 0.0f;
         }
       }
-      if (added) {
+      const Clamp clamp = clamp_of(a.activation);
+      Bf16* out = a.out + row * a.n + f;
+      if (a.residual && !smooth) {
+        V::store_transposed(lines, bias, a.residual + row * a.n + f, clamp.low, clamp.high,
+                            square + kSquare, out, a.n, here, count);
+        continue;
+      }
+      if (smooth) {
         add(a, row, count, f, here, lines, bias, square);
-        if (smooth) activate<V>(a.activation, square, kSquare);
+        activate<V>(a.activation, square, kSquare);
         for (int64_t j = 0; j < kMost; ++j) lines[j] = square + j * kPixels, bias[j] = 0.0f;
       }
-      const Clamp clamp = clamp_of(a.activation);
-      V::store_transposed(lines, bias, clamp.low, clamp.high, square + kSquare,
-                          a.out + row * a.n + f, a.n, here, count);
+      V::store_transposed(lines, bias, clamp.low, clamp.high, square + kSquare, out, a.n, here,
+                          count);
     }
   }
 

@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -224,6 +225,30 @@ struct Avx512Vectors {
       FXPRUNE_UNROLL
       for (int r = 0; r < 16; ++r) {
         if (r < rows) _mm512_mask_storeu_epi16(at + r * ld, mask, _mm512_castps_si512(b[r]));
+      }
+    }
+  }
+  // The same with residual[ld p + j] added in float. square: 512 floats of scratch.
+  static void store_transposed(const float* const* lines, const float* bias, const Bf16* residual,
+                               float low, float high, float* square, Bf16* to, int64_t ld,
+                               int64_t features, int64_t count) {
+    const Reg least = set1(low), most = set1(high);
+    const __mmask32 mask = features >= 32 ? ~0u : (1u << features) - 1u;
+    for (int64_t p = 0; p < count; p += 16) {
+      for (int half = 0; half < 32; half += 16) {
+        Reg a[16], b[16];
+        FXPRUNE_UNROLL
+        for (int i = 0; i < 16; ++i) a[i] = add(load(lines[half + i] + p), set1(bias[half + i]));
+        transpose(a, b);
+        FXPRUNE_UNROLL
+        for (int i = 0; i < 16; ++i) store(square + 32 * i + half, b[i]);
+      }
+      for (int64_t r = 0; r < std::min<int64_t>(16, count - p); ++r) {
+        const __m512i line = _mm512_maskz_loadu_epi16(mask, residual + (p + r) * ld);
+        const Reg x = add(load(square + 32 * r), widened(_mm512_castsi512_si256(line))),
+                  y = add(load(square + 32 * r + 16), widened(_mm512_extracti64x4_epi64(line, 1)));
+        _mm512_mask_storeu_epi16(to + (p + r) * ld, mask,
+                                 Isa::followed(min(most, max(least, x)), min(most, max(least, y))));
       }
     }
   }
