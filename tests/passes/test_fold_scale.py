@@ -79,16 +79,21 @@ def test_twin_keeps_its_scale(name: str) -> None:
 
 @pytest.mark.parametrize("name", POSITIVE)
 def test_bfloat16_scale_folds_with_the_error_of_the_dense_model(name: str) -> None:
-    gen = torch.Generator().manual_seed(0)
-    model = zero_some(Scaled(POSITIVE[name]))
-    for parameter in model.parameters():  # the zeros that are there stay
-        parameter.data.mul_(torch.randn(parameter.shape, generator=gen))
-    x = torch.randn(2, 8, 5, 6, generator=gen).bfloat16()
-    exact = model.bfloat16().double()(x.double())
-    fast = compiled(model.bfloat16())
-    with torch.no_grad():
-        errors = [(y.double() - exact).square().mean().sqrt() for y in (fast.call(x), model(x))]
-    assert fast.contexts[0].counts["fold_scale"] == 1 and errors[0] <= 1.25 * errors[1], errors
+    """Over several draws: either way rounds a few hundred numbers, which by chance is kinder to one of them."""
+    squares = torch.zeros(2, dtype=torch.float64)
+    for seed in range(6):
+        gen = torch.Generator().manual_seed(seed)
+        model = Scaled(POSITIVE[name])
+        for parameter in model.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=gen)
+        model = zero_some(model)
+        x = torch.randn(2, 8, 5, 6, generator=gen).bfloat16()
+        exact = model.bfloat16().double()(x.double())
+        fast = compiled(model.bfloat16())
+        with torch.no_grad():
+            squares += torch.stack([(y.double() - exact).square().mean() for y in (fast.call(x), model(x))])
+        assert fast.contexts[0].counts["fold_scale"] == 1
+    assert squares[0] <= 1.25**2 * squares[1], squares
 
 
 def test_types_that_differ_keep_the_scale() -> None:
