@@ -91,6 +91,29 @@ def test_an_output_named_twice_is_refused() -> None:
         OPS.region(*rest, [*outputs, *outputs])
 
 
+@pytest.mark.parametrize("threads", (1, 2))
+def test_what_changes_between_calls_is_seen(threads: int) -> None:
+    """The program is read once; lists and values are read, and lists checked, on every call."""
+    x, weights, layout, code, outputs = next(region.samples())
+    floats, lists, taps = weights
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for batch in (1, 4):
+            case = ([x[0].expand(batch, -1, -1, -1)], weights, layout, code, outputs)
+            OPS.region(*case)
+            floats.mul_(2.0)
+            torch.testing.assert_close(OPS.region(*case), region.reference(*case))
+            for held, wrong in ((lists, 99), (taps, -1)):
+                kept = held.clone()
+                with pytest.raises(RuntimeError):
+                    OPS.region(*case[:1], [w.fill_(wrong) if w is held else w for w in weights], *case[2:])
+                held.copy_(kept)
+            torch.testing.assert_close(OPS.region(*case), region.reference(*case))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_corrupted_programs_raise_or_are_right() -> None:
     refused = 0
     for seed in range(CORRUPTED):
