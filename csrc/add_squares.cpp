@@ -29,16 +29,13 @@ void add_squares_cpu(std::vector<Tensor> sums, std::vector<Tensor> a, std::vecto
                   b.size());
   constexpr int64_t kUnit = 1 << 14;  // elements
   std::vector<AddSquares> all;
-  std::vector<int64_t> ends;  // of the units of each tensor
-  int64_t units = 0;
+  std::vector<int64_t> units;  // of each tensor
   for (size_t i = 0; i < sums.size(); ++i) {
     all.push_back(check(sums[i], a[i], b[i]));
-    units += (all.back().count + kUnit - 1) / kUnit;
-    ends.push_back(units);
+    units.push_back((all.back().count + kUnit - 1) / kUnit);
   }
-  for_each_unit(units, torch::stable::get_num_threads(), [&](int64_t unit) {
-    const size_t i = std::upper_bound(ends.begin(), ends.end(), unit) - ends.begin();
-    const int64_t first = (unit - (i ? ends[i - 1] : 0)) * kUnit;
+  for_each_unit_of(units, torch::stable::get_num_threads(), [&](size_t i, int64_t unit) {
+    const int64_t first = unit * kUnit;
     kernels().add_squares(all[i], first, std::min(first + kUnit, all[i].count));
   });
 }

@@ -55,7 +55,6 @@ class BundleLayout {
   }
   bool is_bf16(int64_t id) const { return part(id).type == element_types().bfloat16; }
   bool is_image(int64_t id) const { return part(id).image; }
-  int64_t size(int64_t id) const { return part(id).size; }
 
  private:
   friend class Bundle;

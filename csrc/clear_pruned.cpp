@@ -54,21 +54,18 @@ void clear_pruned_cpu(std::vector<Tensor> values, std::vector<Tensor> kept) {
                   values.size(), " and ", kept.size());
   constexpr int64_t kBytes = 1 << 16;  // of a unit
   std::vector<ClearRows> all;
-  std::vector<int64_t> ends;  // of the units of each tensor
-  int64_t units = 0;
+  std::vector<int64_t> units;  // of each tensor
   for (size_t i = 0; i < values.size(); ++i) {
     const ClearRows a = check(values[i], kept[i]);
     if (a.values == nullptr) continue;
     const int64_t step = std::max<int64_t>(1, kBytes / (a.width * a.element));
-    units += (a.rows + step - 1) / step;
+    units.push_back((a.rows + step - 1) / step);
     all.push_back(a);
-    ends.push_back(units);
   }
-  for_each_unit(units, torch::stable::get_num_threads(), [&](int64_t unit) {
-    const size_t i = std::upper_bound(ends.begin(), ends.end(), unit) - ends.begin();
+  for_each_unit_of(units, torch::stable::get_num_threads(), [&](size_t i, int64_t unit) {
     const ClearRows& a = all[i];
     const int64_t step = std::max<int64_t>(1, kBytes / (a.width * a.element));
-    const int64_t first = (unit - (i ? ends[i - 1] : 0)) * step;
+    const int64_t first = unit * step;
     kernels().clear_rows(a, first, std::min(first + step, a.rows));
   });
 }

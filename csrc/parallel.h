@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "crew.h"
@@ -44,6 +45,18 @@ void for_each_unit(int64_t count, int64_t threads, const F& f) {
         }
       }
     }
+  });
+}
+
+// The same over several items: f(item, unit) for counts[item] units of each.
+template <class F>
+void for_each_unit_of(const std::vector<int64_t>& counts, int64_t threads, const F& f) {
+  if (counts.empty()) return;
+  std::vector<int64_t> ends(counts.size());
+  std::partial_sum(counts.begin(), counts.end(), ends.begin());
+  for_each_unit(ends.back(), threads, [&](int64_t unit) {
+    const size_t item = std::upper_bound(ends.begin(), ends.end(), unit) - ends.begin();
+    f(item, unit - (ends[item] - counts[item]));
   });
 }
 

@@ -88,9 +88,8 @@ class Pruner:
         wanted = targets(self._found, self._config)
         self._matches = [m for m in self._found if m.parameter in wanted]
         if not self._matches:
-            masks(
-                self._contexts, self._found, self._config
-            )  # which says why there is nothing to prune, unless n of n is asked
+            # says why there is nothing to prune, unless n of n is asked
+            masks(self._contexts, self._found, self._config)
         self._places = Places(model)
         self._step = 0
         self._scores = TaylorScores([m.parameter for m in self._matches], self._places, self._in_window)

@@ -37,15 +37,15 @@ PARTS = "fxprune_parts"  # node.meta: the names of the weights in the bundle
 _NAMES = {DEPTHWISE: "depthwise", GEMM: "gemm", MEAN: "mean", CONV: "conv", POOL: "max pool", NORM: "norm"}
 
 
-def text(numbers: Sequence[int]) -> str:
+def text(integers: Sequence[int]) -> str:
     """Write a program or a layout as the operator takes it."""
-    return " ".join(map(str, numbers))
+    return " ".join(map(str, integers))
 
 
 @functools.lru_cache(maxsize=64)
-def numbers(text: str) -> tuple[int, ...]:
+def numbers(written: str) -> tuple[int, ...]:
     """Read what :func:`text` wrote."""
-    return tuple(map(int, text.split()))
+    return tuple(map(int, written.split()))
 
 
 def records(program: Sequence[int]) -> Iterator[tuple[int, list[int]]]:

@@ -253,22 +253,21 @@ def _keep_best(scores: Sequence[Tensor], weights: Sequence[Tensor], budget: floa
     Ties go to the earlier layer and the lower index; an infinite score is always kept.
     """
     flat, weight = torch.cat(list(scores)), torch.cat(list(weights))
-    if len(flat) and bool((weight == weight[0]).all()):  # then a number says it, and nothing has to be sorted
-        each = float(weight[0])
-        count = math.floor((budget + each / 2) / each)
-        while count * each - each / 2 > budget:
-            count -= 1
-        while (count + 1) * each - each / 2 <= budget:
-            count += 1
-        (chosen,) = keep_elements([flat], count)
+    weight = weight.double()
+    if len(flat) and bool((weight == weight[0]).all()):  # in any order: nothing has to be sorted
+        (chosen,) = keep_elements([flat], int(_within(weight, budget).sum()))
     else:
         order = flat.argsort(descending=True, stable=True)
-        weight = weight.double()[order]
         chosen = torch.zeros(len(flat), dtype=torch.bool)
-        chosen[order] = weight.cumsum(0) - weight / 2 <= budget
+        chosen[order] = _within(weight[order], budget)
     chosen |= flat == torch.inf
     chosen &= flat != -torch.inf
     return list(chosen.split([len(s) for s in scores]))
+
+
+def _within(weights: Tensor, budget: float) -> Tensor:
+    """Return which vectors, taken in this order, add up to the budget, to the nearest one."""
+    return weights.cumsum(0) - weights / 2 <= budget
 
 
 def _settled(scores: Tensor, density: Tensor, share: float) -> Tensor:

@@ -5,12 +5,14 @@ Each case writes what rank r found to FOLDER/CASE-r.pt.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import faulthandler
 import io
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -165,8 +167,9 @@ def dtensor(rank: int, world: int, folder: Path) -> dict[str, Any]:
     return {"weights": full(model), "masks": pruner.state_dict()["masks"]}
 
 
-def sdgp(rank: int, world: int, folder: Path) -> dict[str, Any]:
-    """DDP splits the graph at its buckets; each part has the pruned gradients of its layers."""
+@contextlib.contextmanager
+def pruned_gradients() -> Iterator[list[int]]:
+    """Yield a list that receives how many gradients each compiled graph prunes."""
     from fxprune.passes.sdgp import Sdgp
 
     counts: list[int] = []
@@ -177,11 +180,20 @@ def sdgp(rank: int, world: int, folder: Path) -> dict[str, Any]:
         return counts[-1]
 
     Sdgp.__call__ = spy  # type: ignore[method-assign]
+    try:
+        yield counts
+    finally:
+        Sdgp.__call__ = original  # type: ignore[method-assign]
+
+
+def sdgp(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """DDP splits the graph at its buckets; each part has the pruned gradients of its layers."""
     model = Wide()
     wrapped = DistributedDataParallel(model, bucket_cap_mb=1)
     options = {"fallback": "eager", "autotune": "off", "grad_sparsity": "2:4"}
     call = torch.compile(wrapped, backend=fxprune.hwprune, options=options)
-    (call(batch(0, rank, world)) - 1).square().mean().backward()
+    with pruned_gradients() as counts:
+        (call(batch(0, rank, world)) - 1).square().mean().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     return {"counts": counts, "gradients": gradients}
 
@@ -234,21 +246,9 @@ def both(rank: int, world: int, folder: Path) -> dict[str, Any]:
 
 def planned_and_pruned(model: nn.Module, wrap: Any, rank: int, world: int) -> dict[str, Any]:
     """Return gradients and weights of two steps with both, how many gradients were pruned, and the masks compiled."""
-    from fxprune.passes.sdgp import Sdgp
-
-    counts: list[int] = []
-    original = Sdgp.__call__
-
-    def spy(self: Sdgp, graph: Any) -> int:
-        counts.append(original(self, graph))
-        return counts[-1]
-
-    Sdgp.__call__ = spy  # type: ignore[method-assign]
-    try:
-        gradients: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
+    with pruned_gradients() as counts:
         chosen = masked_steps(model, wrap, rank, world, gradients, grad_sparsity="2:4")
-    finally:
-        Sdgp.__call__ = original  # type: ignore[method-assign]
     return {"weights": full(model), "gradients": gradients, "pruned": sum(counts), "chosen": chosen}
 
 
