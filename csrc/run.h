@@ -109,16 +109,15 @@ inline TileGrid feature_major_grid(const TileGemm& a, const Kernels& k, int64_t 
   return g;
 }
 
-// Row-major: a panel of rows should stay in L2 while every tile passes over it, but each panel
-// reads all weights anew, so it takes most of that cache. Few rows: tiles are cut.
+// Row-major: the weights of a unit stay in L2 while rows stream by, and are read anew for each part
+// of the rows.
 inline TileGrid row_major_grid(const TileGemm& a, int64_t pool) {
-  constexpr int64_t kPanel = 384 * 1024;  // floats
-  TileGrid g{1, a.m, std::clamp<int64_t>(kPanel / std::max<int64_t>(a.k, 1), 24, 384), 1, 1};
-  g.length_parts = (a.m + g.step - 1) / g.step;
+  constexpr int64_t kWeights = 200 * 1024, kRows = 512;
+  const int64_t weights = int64_t{a.tile_ptr[a.tiles]} * a.granularity;
+  TileGrid g{1, a.m, a.m, (a.m + kRows - 1) / kRows, (weights + kWeights - 1) / kWeights};
   g.step = (a.m + g.length_parts - 1) / g.length_parts;
-  if (pool > 1 && g.length_parts < 4 * pool) {
-    g.tile_parts = std::clamp<int64_t>(4 * pool / g.length_parts, 1, std::max<int64_t>(a.tiles, 1));
-  }
+  if (pool > 1) g.tile_parts = std::max(g.tile_parts, 4 * pool / g.length_parts);
+  g.tile_parts = std::clamp<int64_t>(g.tile_parts, 1, std::max<int64_t>(a.tiles, 1));
   return g;
 }
 

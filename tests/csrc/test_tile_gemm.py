@@ -38,6 +38,13 @@ def test_row_major_shape_classes(isa: str, g: int) -> None:
             check_gemm(shape, 2 * g + 1, g, -1, columns=1.0, extras=extras)
 
 
+@pytest.mark.parametrize("g", (16, 64, 128))
+def test_row_major_passes_with_many_strips(isa: str, g: int) -> None:
+    """More strips than share a pass over the rows, and more rows than one unit takes."""
+    for rows, columns in ((30, 1.0), (29, 0.6), (1030, 0.9)):
+        check_gemm((rows, 9), 40 * g + 3, g, -1, columns=columns, extras="br", activation="relu", seed=rows)
+
+
 @pytest.mark.parametrize("feature_dim", (1, -1))
 def test_gemm_degenerate_structures(isa: str, feature_dim: int) -> None:
     for g in (1, 8, 64):

@@ -3,7 +3,8 @@
 //
 // Register tile: up to V::kRowVecs vectors of output features x as many rows of x as leave
 // V::kAccumulators sums; the narrower the tile, the more rows. A wider tile is cut into strips,
-// which share the index list.
+// which share the index list. All strips of a unit pass over a few rows of x before the next rows
+// come: those stay in L1, the weights in L2 (row_major_grid cuts units so), x and out stream by.
 #pragma once
 
 #include <algorithm>
@@ -103,7 +104,7 @@ struct RowMajor {
   // A window of output features with kept columns among others. Sums are computed side by side;
   // this spreads them to their places and completes every feature of the window, kept or not, with
   // bias, residual and activation.
-  static constexpr int kMaxSegments = 64;  // vectors of one pass over a window
+  static constexpr int kMaxSegments = 16;  // vectors of one pass over a window
 
   struct Spread {
     uint32_t kept[kMaxSegments];  // lanes of each vector that are kept columns
@@ -139,42 +140,68 @@ struct RowMajor {
     if (!is_clamp(a.activation)) activate<V>(a.activation, out + begin, end - begin);
   }
 
-  // Rows [begin, end) of one strip of `features` kept columns, whose window is [from, to).
-  static void rows(const TileGemm& a, Strip s, int64_t begin, int64_t end, int64_t features,
-                   const int32_t* columns, int64_t from, int64_t to) {
+  // A strip and its window of output features [from, to), of which `features` are kept columns.
+  struct Piece {
+    Strip strip;
+    const int32_t* columns;
+    int64_t features, from, to;
+    int vecs;
+    bool whole;     // every feature of the window is kept
+    Spread spread;  // of the window, where one pass is enough
+  };
+
+  static constexpr int64_t kReach = kMaxSegments * kW;
+  static constexpr int kPieces = 16;  // that share a pass over x
+
+  static Piece piece(const TileGemm& a, const Strip& strip, const int32_t* columns,
+                     int64_t features, int64_t from, int64_t to) {
+    Piece p;
+    p.strip = strip;
+    p.columns = columns, p.features = features, p.from = from, p.to = to;
+    p.vecs = static_cast<int>(std::max<int64_t>((features + kW - 1) / kW, 1));
+    p.whole = features == to - from;
+    p.strip.ldx = a.k;
+    p.strip.ldo = p.whole ? a.n : kStrip;
+    p.strip.tail = features - (p.vecs - 1) * kW;
+    p.strip.clamp = clamp_of(p.whole ? a.activation : Activation::kNone);
+    p.strip.bias = p.whole && a.bias ? a.bias + from : nullptr;
+    if (!p.whole && to - from <= kReach) describe(columns, features, 0, from, to, &p.spread);
+    return p;
+  }
+
+  // At most kMaxRows rows [begin, end).
+  static void rows(const TileGemm& a, Piece* p, int64_t begin, int64_t end) {
     static constexpr auto kKernels = table(std::make_integer_sequence<int, kVecs>());
-    const int vecs = static_cast<int>(std::max<int64_t>((features + kW - 1) / kW, 1));
-    const bool whole = features == to - from;
     alignas(
         64) float sums[kMaxRows * kStrip + kW];  // expand() may load a vector from the last sum on
-    Spread spread;
-    s.tail = features - (vecs - 1) * kW;
-    s.clamp = clamp_of(whole ? a.activation : Activation::kNone);
-    if (whole && a.bias) s.bias = a.bias + from;
-    const int64_t count = end - begin, most = rows_of(vecs), blocks = (count + most - 1) / most;
-    const int64_t reach = kMaxSegments * kW;
-    if (to - from <= reach) describe(columns, features, 0, from, to, &spread);
-    int64_t row = begin;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t here = count / blocks + (b < count % blocks), at = row * a.n + from;
+    Strip& s = p->strip;
+    const int64_t most = rows_of(p->vecs), from = p->from, to = p->to;
+    for (int64_t row = begin; row < end; row += most) {
+      const int64_t here = std::min(most, end - row), at = row * a.n + from;
       s.x = a.x + row * a.k;
-      s.residual = whole && a.residual ? a.residual + at : nullptr;
-      s.out = whole ? a.out + at : sums;
-      s.ldo = whole ? a.n : kStrip;
-      if (features > 0) kKernels[vecs - 1][here - 1](s);
-      if (whole) {
+      s.residual = p->whole && a.residual ? a.residual + at : nullptr;
+      s.out = p->whole ? a.out + at : sums;
+      if (p->features > 0) kKernels[p->vecs - 1][here - 1](s);
+      if (p->whole) {
         for (int64_t r = 0; r < here && !is_clamp(a.activation); ++r)
-          activate<V>(a.activation, s.out + r * a.n, features);
-      } else {
-        int64_t column = 0;
-        for (int64_t f = from; f < to; f += reach) {
-          const int64_t stop = std::min(f + reach, to);
-          if (to - from > reach) column = describe(columns, features, column, f, stop, &spread);
-          for (int64_t r = 0; r < here; ++r)
-            complete(a, spread, sums + r * kStrip, row + r, f, stop);
-        }
+          activate<V>(a.activation, s.out + r * a.n, p->features);
+        continue;
       }
-      row += here;
+      int64_t column = 0;
+      for (int64_t f = from; f < to; f += kReach) {
+        const int64_t stop = std::min(f + kReach, to);
+        if (to - from > kReach)
+          column = describe(p->columns, p->features, column, f, stop, &p->spread);
+        for (int64_t r = 0; r < here; ++r)
+          complete(a, p->spread, sums + r * kStrip, row + r, f, stop);
+      }
+    }
+  }
+
+  static void pass(const TileGemm& a, Piece* pieces, int count, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row += kMaxRows) {
+      for (int i = 0; i < count; ++i)
+        rows(a, pieces + i, row, std::min<int64_t>(row + kMaxRows, end));
     }
   }
 };
@@ -184,8 +211,15 @@ void tile_gemm_row_major(const TileGemm& a, const TileSpan& span, float*) {
   using M = RowMajor<V>;
   const int64_t end = a.features_to(span.tile_end);
   int64_t from = a.features_from(span.tile_begin);
+  typename M::Piece pieces[M::kPieces];
+  int count = 0;
+  const auto add = [&](const typename M::Piece& piece) {
+    pieces[count++] = piece;
+    if (count < M::kPieces && piece.to < end) return;
+    M::pass(a, pieces, count, span.begin, span.end);
+    count = 0;
+  };
   typename M::Strip s{};
-  s.ldx = a.k;
   for (int64_t t = span.tile_begin; t < span.tile_end; ++t) {
     const int64_t start = a.tile_ptr[t], width = a.width(t);
     s.index = a.index + start;
@@ -198,11 +232,11 @@ void tile_gemm_row_major(const TileGemm& a, const TileSpan& span, float*) {
       const bool last = f + features == width && t + 1 == span.tile_end;
       const int64_t to = last ? end : a.columns[column + features];
       s.w = a.values + start * a.granularity + f;
-      M::rows(a, s, span.begin, span.end, features, a.columns + column, from, to);
+      add(M::piece(a, s, a.columns + column, features, from, to));
       from = to;
     }
   }
-  if (from < end) M::rows(a, s, span.begin, span.end, 0, a.columns, from, end);
+  if (from < end) add(M::piece(a, s, a.columns, 0, from, end));
 }
 
 }  // namespace fxprune
