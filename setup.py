@@ -175,6 +175,7 @@ SOURCES = [
     "csrc/clear_pruned.cpp",
     "csrc/nm_prune.cpp",
     "csrc/ops.cpp",
+    "csrc/plan_tiles.cpp",
     "csrc/region.cpp",
     "csrc/rnn.cpp",
     "csrc/skip_zeros.cpp",

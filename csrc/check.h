@@ -72,16 +72,19 @@ inline bool is_bf16(const Tensor& t, const char* name) {
   return type == element_types().bfloat16;
 }
 
-// An uninitialised tensor of the type of `like`. Directly by the C interface:
+// An uninitialised tensor of a type, by default that of `like`. Directly by the C interface:
 // torch::stable::new_empty looks the operator up by name and boxes its arguments, which takes as
 // long as a small kernel.
-inline Tensor empty_output(const Tensor& like, const std::vector<int64_t>& shape) {
-  int32_t type = type_of(like);
+inline Tensor empty_output(const Tensor& like, const std::vector<int64_t>& shape, int32_t type) {
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.data(),
                                                           static_cast<int64_t>(shape.size()), &type,
                                                           nullptr, nullptr, 0, nullptr, &handle));
   return Tensor(handle);
+}
+
+inline Tensor empty_output(const Tensor& like, const std::vector<int64_t>& shape) {
+  return empty_output(like, shape, type_of(like));
 }
 
 inline void check_shape(const Tensor& t, const char* name, const std::vector<int64_t>& expected) {

@@ -23,7 +23,8 @@ void run(const NmPrune& a, int64_t pool) {
     cuts = std::clamp<int64_t>(8 * pool / std::max<int64_t>(units, 1), 1, (vecs + 15) / 16);
   }
   int64_t length = (a.positions + cuts - 1) / cuts;
-  length = (length + k.width - 1) / k.width * k.width;
+  const int64_t lanes = 2 * k.width;  // of a vector of the narrowest elements
+  length = (length + lanes - 1) / lanes * lanes;
   cuts = (a.positions + length - 1) / length;
   for_each_unit(a.samples * parts * cuts, pool, [&](int64_t unit) {
     const int64_t part = unit / cuts % parts, cut = unit % cuts;

@@ -62,6 +62,7 @@ class Holder:
         self.touched = False  # an optimizer that has one of our parameters stepped since this was cleared
         self.foreign = False  # another one did
         self._watched: list[str] = []
+        self._mine: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}  # of the optimizers whose step runs now
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # that have one of our parameters
         self._hooks = [
             register_optimizer_step_pre_hook(self._about_to_step),
@@ -115,18 +116,22 @@ class Holder:
     @torch.compiler.disable  # a compiled step would find no version of a tensor
     @torch.no_grad()
     def _about_to_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._steps.before(optimizer, self._kept_of(optimizer), _given(optimizer, args, kwargs))
+        kept = self._mine[id(optimizer)] = self._kept_of(optimizer)
+        self._steps.before(optimizer, kept, _given(optimizer, args, kwargs))
 
     @torch.compiler.disable
     @torch.no_grad()
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        mine = _parameters(optimizer)
-        if not any(id(self._places[name]) in mine for name in self._watched):
-            self.foreign = True
-            return
+        kept = self._mine.pop(id(optimizer), [])
+        if not kept:
+            mine = _parameters(optimizer)
+            if not any(id(self._places[name]) in mine for name in self._watched):
+                self.foreign = True
+                return
+            kept = self._kept_of(optimizer)
         self.touched = True
         self._optimizers.add(optimizer)
-        self._steps.after(optimizer, self._kept_of(optimizer), _given(optimizer, args, kwargs))
+        self._steps.after(optimizer, kept, _given(optimizer, args, kwargs))
 
     def _kept_of(self, optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, Tensor]]:
         mine = _parameters(optimizer)
@@ -147,10 +152,6 @@ def bits(mask: Tensor) -> Tensor:
 
     (N / g, 1, ...), where each g output features share them: as many as the tiles of a kernel, or one.
     """
-    for width in _WIDTHS if len(mask) else ():
-        if len(mask) % width == 0:
-            blocks = mask.unflatten(0, (-1, width))
-            shared = blocks[:, :1]
-            if torch.equal(blocks, shared.expand_as(blocks)):
-                return shared.to(torch.int32 if width >= _WIDE else torch.int8).neg_()
-    return mask.to(torch.int8).neg_().unsqueeze(1)
+    mask = mask.contiguous()
+    shared = torch.ops.fxprune.shared_rows(mask, _WIDTHS)
+    return mask[::shared].to(torch.int32 if shared >= _WIDE else torch.int8).neg_().unsqueeze(1)

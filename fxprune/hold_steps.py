@@ -8,6 +8,7 @@ wrote to any of these, weight and moments are zeroed after the step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -33,6 +34,33 @@ Kept = Sequence[tuple[Tensor, Tensor]]  # parameters of one optimizer, each with
 _Seen = list[tuple[Tensor, int]]  # tensors, each after so many of the writes that autograd counts
 
 
+class _Zeroed:
+    """A parameter whose pruned elements are zero, its bits, all that its optimizer keeps for it, and what was written.
+
+    Every step asks every one of these: comparisons are by identity and by counts alone.
+    """
+
+    __slots__ = ("bits", "parameter", "seen", "values")
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameter: Tensor, bits: Tensor) -> None:
+        self.parameter, self.bits = parameter, bits
+        self.values = list(optimizer.state.get(parameter, {}).values())
+        self.seen = _seen(written(optimizer, parameter))
+
+    def keeps(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Return whether the optimizer keeps the tensors that it kept."""
+        values = optimizer.state.get(self.parameter, {}).values()
+        return len(values) == len(self.values) and all(map(is_, values, self.values))
+
+    def is_unwritten(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Return whether nobody wrote to the parameter and its state since, nor put others in their place."""
+        return all(tensor._version == count for tensor, count in self.seen) and self.keeps(optimizer)
+
+    def renew(self) -> None:
+        """Take what was written until now for zeros."""
+        self.seen = [(tensor, tensor._version) for tensor, _ in self.seen]
+
+
 class HeldSteps:
     """Keeps the pruned elements of parameters zero over the steps of their optimizers.
 
@@ -41,8 +69,8 @@ class HeldSteps:
 
     def __init__(self, masks_gradients: bool) -> None:
         self._masks_gradients = masks_gradients
-        self._zeroed: dict[Tensor, tuple[Tensor, _Seen]] = {}  # parameter: its bits, and all that was zeroed then
-        self._masked: dict[Tensor, _Seen] = {}  # parameter: the gradient that the step now running reads
+        self._zeroed: dict[int, _Zeroed] = {}  # by identity of the parameter
+        self._masked: dict[int, tuple[Tensor | None, int]] = {}  # the same: the gradient that the step now running reads
         self._count = 0
 
     def before(self, optimizer: torch.optim.Optimizer, kept: Kept, arguments: bool) -> None:
@@ -52,31 +80,35 @@ class HeldSteps:
             return
         chosen = []
         for parameter, bits in kept:
-            was = self._zeroed.get(parameter)
-            if was is None or was[0] is not bits or not _unwritten(was[1], written(optimizer, parameter)):
-                continue
-            if _plain(parameter):
+            was = self._zeroed.get(id(parameter))
+            if was is not None and was.bits is bits and was.is_unwritten(optimizer) and _plain(parameter):
                 chosen.append((parameter, bits))
-        clear([(parameter.grad, bits) for parameter, bits in chosen if parameter.grad is not None])
-        self._masked = {parameter: _seen(_gradient(parameter)) for parameter, _ in chosen}
+        # the last one first: the optimizer then finds those that it begins with in the cache
+        clear([(parameter.grad, bits) for parameter, bits in reversed(chosen) if parameter.grad is not None])
+        self._masked = {id(parameter): _gradient(parameter) for parameter, _ in chosen}
 
     def after(self, optimizer: torch.optim.Optimizer, kept: Kept, arguments: bool) -> None:
         """Zero what the step may have written; call it after the step."""
         self._count += 1
         moved = []
         for index, (parameter, bits) in enumerate(kept):
-            masked = self._masked.get(parameter)
-            still = not arguments and masked is not None and _unwritten(masked, _gradient(parameter))
+            masked = None if arguments else self._masked.get(id(parameter))
+            still = masked is not None and parameter.grad is masked[0] and _gradient(parameter)[1] == masked[1]
             if not still or (self._count + index) % _RENEWAL == 0:
                 moved.append((parameter, bits))
         zero(optimizer, moved)
-        self._zeroed.update({parameter: (bits, _seen(written(optimizer, parameter))) for parameter, bits in kept})
+        for parameter, bits in kept:
+            was = self._zeroed.get(id(parameter))
+            if was is not None and was.bits is bits and was.keeps(optimizer):
+                was.renew()
+            else:
+                self._zeroed[id(parameter)] = _Zeroed(optimizer, parameter, bits)
         self._masked = {}
 
     def settled(self, parameter: Tensor, bits: Tensor) -> bool:
         """Return whether nobody wrote to a parameter since its pruned elements became zero."""
-        was = self._zeroed.get(parameter)
-        return was is not None and was[0] is bits and _unwritten(was[1][:1], [parameter])
+        was = self._zeroed.get(id(parameter))
+        return was is not None and was.bits is bits and parameter._version == was.seen[0][1]
 
     def forget(self) -> None:
         """Zero everything after the next step."""
@@ -140,19 +172,10 @@ def _plain(parameter: Tensor) -> bool:
     return type(grad) is Tensor and not grad.requires_grad and not grad.is_sparse and grad.stride() == parameter.stride()
 
 
-def _gradient(parameter: Tensor) -> list[Tensor]:
-    return [] if parameter.grad is None else [parameter.grad]
+def _gradient(parameter: Tensor) -> tuple[Tensor | None, int]:
+    grad = parameter.grad
+    return grad, 0 if grad is None else grad._version
 
 
 def _seen(tensors: list[Tensor]) -> _Seen:
     return [(tensor, tensor._version) for tensor in tensors]
-
-
-def _unwritten(seen: _Seen, tensors: list[Tensor]) -> bool:
-    """Return whether these are the tensors that were seen, and nobody wrote to them since."""
-    if len(seen) != len(tensors):
-        return False
-    for tensor, (was, count) in zip(tensors, seen, strict=True):  # a loop, for every step asks for every weight
-        if tensor is not was or tensor._version != count:
-            return False
-    return True

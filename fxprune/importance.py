@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,9 +28,13 @@ NEEDS_DATA = ("taylor", "wanda")
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Element scores from calibration data, by parameter; :func:`calibrate` puts them in place of their name."""
+    """Element scores from calibration data, by parameter; :func:`calibrate` puts them in place of their name.
+
+    checked: they have been looked at for NaN.
+    """
 
     scores: Mapping[str, Tensor]
+    checked: bool = False
 
     def __call__(self, parameter: str, weight: Tensor) -> Tensor:
         return self.scores[parameter]
@@ -47,7 +52,9 @@ def element_scores(match: Match, config: Config) -> Tensor:
         if not isinstance(scores, Tensor) or scores.shape != weight.shape:
             given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ConfigError(name="importance", given=given, expected=f"a tensor of shape {tuple(weight.shape)}")
-        if scores.sum().isnan() and scores.isnan().any():  # a sum is quick, and NaN as well where infinities meet
+        if getattr(importance, "checked", False):
+            return scores
+        if math.isnan(scores.sum()) and scores.isnan().any():  # a sum is quick, and NaN as well where infinities meet
             raise ConfigError(name="importance", given=f"NaN for {match.name!r}", expected="scores that can be ranked")
         return scores
     if importance in NEEDS_DATA:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,8 +106,8 @@ def choose_masks(
         share = {name: asked[name] for name in layers}
         kinds = {name: m.kind for name, m in layers.items()}
         groups = {name: m.geometry.groups for name, m in layers.items()}
-        live = {name: _live(m) for name, m in layers.items() if pattern == "tile" and groups[name] == 1}
-        live = {name: (rows, columns) for name, (rows, columns) in live.items() if not (rows.all() and columns.all())}
+        cut = {name: _live(m) for name, m in layers.items() if pattern == "tile" and groups[name] == 1}
+        live = {name: kept for name, kept in cut.items() if kept is not None}
         for name, (rows, columns) in live.items():  # channels that are gone already are not planned again
             found[name] = found[name][rows][:, columns]
             share[name] = _share_of_rest(share[name], rows, columns)
@@ -123,14 +124,14 @@ def importances(matches: Sequence[Match], config: Config) -> dict[str, Tensor]:
     return {match.parameter: importance(match, config) for match in matches}
 
 
-def _live(match: Match) -> tuple[Tensor, Tensor]:
-    """Return bool (N,) and (K,): the features a plan has not removed; all of them of a weight without a plan."""
+def _live(match: Match) -> tuple[Tensor, Tensor] | None:
+    """Return bool (N,) and (K,), the features a plan has not removed; ``None`` where all of them are left."""
     planned = lookup(match.value)
     if planned is None or not planned.mask.any():
-        n, k = match.matrix_shape
-        return torch.ones(n, dtype=torch.bool), torch.ones(k, dtype=torch.bool)
+        return None
     mask = match.matrix(planned.mask)
-    return mask.any(1), mask.any(0)
+    rows, columns = mask.any(1), mask.any(0)
+    return None if rows.all() and columns.all() else (rows, columns)
 
 
 def _share_of_rest(share: float, rows: Tensor, columns: Tensor) -> float:
@@ -142,7 +143,7 @@ def _share_of_rest(share: float, rows: Tensor, columns: Tensor) -> float:
 def importance(match: Match, config: Config) -> Tensor:
     """Return the element scores of a match, in its matrix view."""
     weight = match.value.detach()
-    if not torch.isfinite(weight.sum()):  # which is quick to say when all is well; a sum may also overflow
+    if not math.isfinite(abs(weight.sum().item())):  # which is quick to say when all is well; a sum may also overflow
         broken = int((~torch.isfinite(weight)).sum())
         if broken:
             raise NonFiniteWeight(name=match.name, count=broken)

@@ -12,7 +12,7 @@ result = pruner.finalize()
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -250,13 +250,12 @@ class Pruner:
             config = replace(config, importance=self._scores.measured(self._window))
         matches = [self._live(match) for match in self._found]
         if self._pruned:
-            asked = {m.parameter for m in self._matches}
-            scores = {m.parameter: self._ranked(m, config) for m in matches if m.parameter in asked}
-            config = replace(config, importance=Measured(scores))
+            masks_held = {name: pruned.mask for name, pruned in self._pruned.items()}
+            config = replace(config, importance=_Ranked({}, True, {m.parameter: m for m in matches}, config, masks_held))
         decided = masks(self._contexts, matches, config)
         for wish in wished(decided):
             held = self._pruned.get(wish.parameter)
-            mask = wish.mask.cpu() if held is None else wish.mask.cpu() & held.mask
+            mask = wish.mask.cpu() if held is None else _both(wish.mask.cpu(), held.mask)
             pruned = PrunedWeight(wish.pattern, wish.layer, mask)
             self._remember(wish.parameter, held, mask)
             self._pruned[wish.parameter] = pruned
@@ -277,14 +276,6 @@ class Pruner:
         value = whole(self._places[match.parameter])
         return match if value is match.value else replace(match, value=value)
 
-    def _ranked(self, match: Match, config: Config) -> Tensor:
-        """Return scores that put what is pruned below everything else, also below weights that score nothing."""
-        scores = element_scores(match, config).float()
-        held = self._pruned.get(match.parameter)
-        if held is None:
-            return scores
-        return torch.where(held.mask.to(scores.device), scores.clamp_min(_FLOOR * scores.max().clamp_min(_FLOOR)), 0)
-
     @torch.no_grad()
     def _remember(self, name: str, held: PrunedWeight | None, mask: Tensor) -> None:
         """Keep the values that go now."""
@@ -297,6 +288,31 @@ class Pruner:
         going = ~mask if held is None else ~mask & held.mask
         own = local(known)
         own.copy_(torch.where(shard(going, parameter), local(parameter), own))
+
+
+def _both(a: Tensor, b: Tensor) -> Tensor:
+    """Return a & b of bool tensors; PyTorch's AND of bytes is vectorised, that of bools is not."""
+    return (a.view(torch.uint8) & b.view(torch.uint8)).view(torch.bool)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ranked(Measured):
+    """Scores that put what is pruned below everything else, also below weights that score nothing.
+
+    They are made when the planner asks for them, of one layer after the other, while its weight is in the cache.
+    """
+
+    matches: Mapping[str, Match] = field(default_factory=dict)
+    config: Config = field(default_factory=Config)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, parameter: str, weight: Tensor) -> Tensor:
+        magnitudes = self.config.importance in ("magnitude", "l1") and weight.dtype == torch.float32
+        scores = weight if magnitudes else element_scores(self.matches[parameter], self.config).detach().float()
+        mask = self.masks.get(parameter)
+        if mask is None:
+            return scores.abs() if magnitudes else scores
+        return torch.ops.fxprune.held_scores(scores.contiguous(), mask.to(scores.device).contiguous(), _FLOOR, magnitudes)
 
 
 def _layer(fields: Mapping[str, Any]) -> LayerPlan:

@@ -58,6 +58,10 @@ SCHEMAS = (
     "skip_zeros_conv(Tensor x, Tensor weight, int[] padding) -> Tensor",
     "clear_pruned(Tensor(a!)[] values, Tensor[] kept) -> ()",
     "add_squares(Tensor(a!)[] sums, Tensor[] a, Tensor[] b) -> ()",
+    "tile_scores(Tensor importance, Tensor columns, int granularity) -> Tensor",
+    "keep_best(Tensor[] scores, Tensor[] weights, float budget, bool guarded) -> Tensor[]",
+    "held_scores(Tensor scores, Tensor kept, float share, bool magnitudes) -> Tensor",
+    "shared_rows(Tensor mask, int[] groups) -> int",
     "isa() -> str",
     "set_isa(str name) -> ()",
 )

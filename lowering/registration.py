@@ -6,7 +6,7 @@ import threading
 
 import torch
 
-from ..ops import OPS, add_squares, clear_pruned, marks
+from ..ops import OPS, beside_graphs, marks
 from . import library
 from .kernels import libraries
 from .kernels.cpu import REFERENCE_ONLY
@@ -27,4 +27,4 @@ def register() -> None:
             torch.library.register_autograd(op.qualname, op.backward, setup_context=op.setup_context, lib=lib)
             if not compiled or op.name in REFERENCE_ONLY:
                 lib.impl(op.name, op.reference, "CompositeExplicitAutograd")
-        _DONE.extend((lib, marks.define(), clear_pruned.define(compiled), add_squares.define(compiled), libraries.define()))
+        _DONE.extend((lib, marks.define(), beside_graphs.define(compiled), libraries.define()))

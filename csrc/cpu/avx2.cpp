@@ -26,6 +26,7 @@
 #include "fxprune/clear_rows_lanes.h"
 #include "fxprune/depthwise_bf16.h"
 #include "fxprune/depthwise_planes.h"
+#include "fxprune/held_scores_lanes.h"
 #include "fxprune/max_pool_lines.h"
 #include "fxprune/nm_prune_lanes.h"
 #include "fxprune/partial_sums.h"
@@ -40,6 +41,7 @@
 #include "fxprune/tile_gemm_panel.h"
 #include "fxprune/tile_gemm_row_major.h"
 #include "fxprune/tile_pack.h"
+#include "fxprune/tile_scores_lanes.h"
 #include "fxprune/vec_avx2.h"
 
 namespace fxprune {

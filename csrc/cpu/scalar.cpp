@@ -5,6 +5,7 @@
 #include "fxprune/clear_rows_lanes.h"
 #include "fxprune/depthwise_bf16.h"
 #include "fxprune/depthwise_planes.h"
+#include "fxprune/held_scores_lanes.h"
 #include "fxprune/kernels.h"
 #include "fxprune/math_scalar.h"
 #include "fxprune/max_pool_lines.h"
@@ -21,6 +22,7 @@
 #include "fxprune/tile_gemm_panel.h"
 #include "fxprune/tile_gemm_row_major.h"
 #include "fxprune/tile_pack.h"
+#include "fxprune/tile_scores_lanes.h"
 #include "fxprune/vec_scalar.h"
 
 namespace fxprune {

@@ -9,17 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
-
-
-def define(compiled: bool) -> torch.library.Library:
-    """Attach what PyTorch needs, and the reference where no library is; both live as long as the result."""
-    lib = torch.library.Library("fxprune", "FRAGMENT")
-    torch.library.register_fake("fxprune::add_squares", lambda sums, a, b: None, lib=lib)
-    if not compiled:
-        lib.impl("add_squares", reference, "CompositeExplicitAutograd")
-    return lib
 
 
 def reference(sums: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor]) -> None:

@@ -16,15 +16,6 @@ from torch import Tensor
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
-def define(compiled: bool) -> torch.library.Library:
-    """Attach what PyTorch needs, and the reference where no library is; both live as long as the result."""
-    lib = torch.library.Library("fxprune", "FRAGMENT")
-    torch.library.register_fake("fxprune::clear_pruned", lambda values, kept: None, lib=lib)
-    if not compiled:
-        lib.impl("clear_pruned", reference, "CompositeExplicitAutograd")
-    return lib
-
-
 def reference(values: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
     for tensor, bits in zip(values, kept, strict=True):
         if tensor.numel():

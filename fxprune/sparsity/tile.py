@@ -36,11 +36,10 @@ from fxprune.sparsity.tile_plan import (
     full_tiling,
     mismatch,
     plan_layers,
-    real,
+    ranked,
     require_packable,
     require_shape,
     row_scores,
-    scale_of,
     tile_view,
     tile_widths,
     width_in_groups,
@@ -92,8 +91,7 @@ class Tile:
     def score(self, importance: Tensor, tiling: Tiling) -> list[Tensor]:
         """Return per tile the RMS over its kept output features of each K row, (K,)."""
         require_shape(importance, tiling)
-        importance = real(importance)
-        return list(row_scores(importance, tiling, scale_of("weight", importance)))
+        return list(row_scores(ranked(importance), tiling, "weight"))
 
     def unit_size(self, tiling: Tiling, tile: int) -> int:
         """Return the width of the tile: a row spans its output features."""

@@ -39,19 +39,25 @@ def divisor(size: int, most: int) -> int:
     return max(width for width in range(1, min(size, most) + 1) if size % width == 0)
 
 
-def expand_rows(tiling: Tiling, selection: Sequence[Tensor]) -> Tensor:
-    """Return bool (N, K): a weight is kept when its output feature and its row in that tile are."""
-    mask = torch.zeros(tiling.shape, dtype=torch.bool)
-    if selection:
-        rows = torch.stack(list(selection)).repeat_interleave(tiling.granularity, 0)
-        mask[tiling.columns] = rows[: len(tiling.columns)]
-    return mask
+def expand_rows(tiling: Tiling, selection: Sequence[Tensor] | Tensor) -> Tensor:
+    """Return bool (N, K): a weight is kept when its output feature and its row in that tile are.
+
+    selection: bool (K,) of each tile.
+    """
+    n, k = tiling.shape
+    if not len(selection):
+        return torch.zeros(n, k, dtype=torch.bool)
+    rows = selection if isinstance(selection, Tensor) else torch.stack(list(selection))
+    inside = rows.repeat_interleave(tiling.granularity, 0)[: len(tiling.columns)]
+    if len(inside) == n:
+        return inside
+    return torch.zeros(n, k, dtype=torch.bool).index_copy_(0, tiling.columns, inside)
 
 
 @dataclass(frozen=True)
 class _Layer:
+    name: str
     importance: Tensor
-    scale: float
     ratio: float
     granularity: int
     columns: bool
@@ -122,8 +128,7 @@ def plan_layers(
         if not importance.numel():
             raise mismatch(importance.shape, width, "it has no elements", "Exclude it with ignored_layers.")
         two_dimensional = columns if isinstance(columns, bool) else columns[name]
-        importance = real(importance)
-        layers[name] = _Layer(importance, scale_of(name, importance), ratio, width, two_dimensional, apriori)
+        layers[name] = _Layer(name, ranked(importance), ratio, width, two_dimensional, apriori)
     groups = [list(layers)] if scope == "global" and layers else [[name] for name in layers]
     plan: dict[str, LayerMask] = {}
     for names in groups:
@@ -139,7 +144,7 @@ def _plan_columns(layers: Sequence[_Layer], ranking: str, step: int) -> list[Til
     pruned = [i for i, layer in enumerate(layers) if layer.columns]
     if not pruned:
         return tilings
-    norms = {i: (layers[i].importance / layers[i].scale).square_().sum(1).sqrt_() * layers[i].scale for i in pruned}
+    norms = {i: _norms(layers[i]) for i in pruned}
     corrected = ranking == "corrected"
     scores, weights, budget = [], [], 0.0
     for i, norm in list(norms.items()):
@@ -148,10 +153,10 @@ def _plan_columns(layers: Sequence[_Layer], ranking: str, step: int) -> list[Til
         prior = layers[i].prior
         if prior is not None:
             score = norms[i] = _settled(score, prior.mean(1), layers[i].apriori)
-        scores.append(_guarded(score)[None] if corrected else score[None])
-        weights.append(torch.full((n,), k if corrected else 1))
+        scores.append(score[None])
+        weights.append(torch.tensor([k if corrected else 1]))
         budget += (1.0 - layers[i].column_ratio) * n * (k if corrected else 1)
-    kept = _keep_best([s.flatten() for s in scores], weights, budget)
+    kept = torch.ops.fxprune.keep_best(scores, weights, budget, corrected)
     for i, keep in zip(pruned, kept, strict=True):
         n = tilings[i].shape[0]
         count = int(keep.sum())
@@ -171,28 +176,26 @@ def _plan_rows(layers: Sequence[_Layer], tilings: Sequence[Tiling], ranking: str
         k = tiling.shape[1]
         widths = tile_widths(len(tiling.columns), tiling.granularity)
         if corrected:
-            score = row_scores(layer.importance, tiling, layer.scale)
-            scores.append(score)
-            weights.append(widths.repeat_interleave(k))
+            scores.append(row_scores(layer.importance, tiling, layer.name))
+            weights.append(widths)
             budget += (1.0 - layer.ratio) * tiling.shape[0] * k
         else:
-            scores.append(_published_row_scores(layer.importance, tiling, layer.scale))
-            weights.append(torch.ones(tiling.tiles * k, dtype=torch.int64))
+            scores.append(_published_row_scores(layer.importance, tiling, scale_of(layer.name, layer.importance)))
+            weights.append(torch.ones_like(widths))
             budget += (1.0 - (layer.column_ratio or layer.ratio)) * max(tiling.tiles, 1) * k
         prior = layer.prior
         if prior is not None:
             density = tile_view(prior[tiling.columns], tiling.granularity).sum(1) / widths[:, None]
             scores[-1] = _settled(scores[-1], density, layer.apriori)
-    guarded = [(_guarded(s) if corrected else s).flatten() for s in scores]
-    kept = _keep_best(guarded, weights, budget)
-    counts = [keep.reshape(score.shape).sum(1).tolist() for keep, score in zip(kept, scores, strict=True)]
+    rows = torch.ops.fxprune.keep_best(scores, weights, budget, corrected)
     if step > 1:
-        counts = _round_rows(tilings, counts, step, budget if corrected else None)
-    plan = []
-    for tiling, score, count in zip(tilings, scores, counts, strict=True):
-        mask = expand_rows(tiling, keep_largest(list(score), count))
-        plan.append(LayerMask(tiling, mask, tuple(count)))
-    return plan
+        counts = _round_rows(tilings, [kept.sum(1).tolist() for kept in rows], step, budget if corrected else None)
+        chosen = [keep_largest(list(score), count) for score, count in zip(scores, counts, strict=True)]
+        rows = [torch.stack(kept) if kept else score for kept, score in zip(chosen, scores, strict=True)]
+    return [
+        LayerMask(tiling, expand_rows(tiling, kept), tuple(kept.sum(1).tolist()))
+        for tiling, kept in zip(tilings, rows, strict=True)
+    ]
 
 
 def _round_rows(tilings: Sequence[Tiling], counts: Sequence[list[int]], step: int, budget: float | None) -> list[list[int]]:
@@ -213,13 +216,21 @@ def _round_rows(tilings: Sequence[Tiling], counts: Sequence[list[int]], step: in
     return [[next(rounded) for _ in layer_counts] for layer_counts in counts]
 
 
-def row_scores(importance: Tensor, tiling: Tiling, scale: float) -> Tensor:
-    """Return (tiles, K): the RMS of each row over the kept output features of its tile."""
-    kept = importance if len(tiling.columns) == len(importance) else importance[tiling.columns]
-    scaled = kept * (1.0 / scale)
-    squares = tile_view(scaled.square_(), tiling.granularity).sum(1)
-    widths = tile_widths(len(tiling.columns), tiling.granularity)[:, None]
-    return (squares / widths).sqrt_().mul_(scale)
+def row_scores(importance: Tensor, tiling: Tiling, name: str) -> Tensor:
+    """Return (tiles, K): the RMS of each row over the kept output features of its tile.
+
+    Raises :class:`NonFiniteWeight`, of ``name``, for NaN and infinity in them.
+    """
+    scores = torch.ops.fxprune.tile_scores(importance, tiling.columns, tiling.granularity)
+    if not math.isfinite(scores.sum()):  # which is quick to say when all is well; a sum may also overflow
+        scale_of(name, importance[tiling.columns])
+    return scores
+
+
+def _norms(layer: _Layer) -> Tensor:
+    """Return the L2 norm of each output feature, (N,)."""
+    scale = scale_of(layer.name, layer.importance)
+    return (layer.importance / scale).square_().sum(1).sqrt_() * scale
 
 
 def _published_row_scores(importance: Tensor, tiling: Tiling, scale: float) -> Tensor:
@@ -247,29 +258,6 @@ def tile_widths(columns: int, granularity: int) -> Tensor:
     return (columns - starts).clamp_(max=granularity)
 
 
-def _keep_best(scores: Sequence[Tensor], weights: Sequence[Tensor], budget: float) -> list[Tensor]:
-    """Return bools: the best vectors of all layers whose weights add up to ``budget``, to the nearest vector.
-
-    Ties go to the earlier layer and the lower index; an infinite score is always kept.
-    """
-    flat, weight = torch.cat(list(scores)), torch.cat(list(weights))
-    weight = weight.double()
-    if len(flat) and bool((weight == weight[0]).all()):  # in any order: nothing has to be sorted
-        (chosen,) = keep_elements([flat], int(_within(weight, budget).sum()))
-    else:
-        order = flat.argsort(descending=True, stable=True)
-        chosen = torch.zeros(len(flat), dtype=torch.bool)
-        chosen[order] = _within(weight[order], budget)
-    chosen |= flat == torch.inf
-    chosen &= flat != -torch.inf
-    return list(chosen.split([len(s) for s in scores]))
-
-
-def _within(weights: Tensor, budget: float) -> Tensor:
-    """Return which vectors, taken in this order, add up to the budget, to the nearest one."""
-    return weights.cumsum(0) - weights / 2 <= budget
-
-
 def _settled(scores: Tensor, density: Tensor, share: float) -> Tensor:
     """Make the scores of the densest ``share`` infinite and those of the emptiest negative infinite."""
     count = round(share * density.numel())
@@ -280,15 +268,14 @@ def _settled(scores: Tensor, density: Tensor, share: float) -> Tensor:
     return settled.reshape(scores.shape)
 
 
-def _guarded(scores: Tensor) -> Tensor:
-    """Make the best score of each row of ``scores`` infinite, so that something of it stays."""
-    best = scores.argmax(-1, keepdim=True)
-    return scores.scatter(-1, best, torch.inf)
-
-
 def real(importance: Tensor) -> Tensor:
     importance = importance.detach()
     return importance if importance.dtype == torch.float64 else importance.float()
+
+
+def ranked(importance: Tensor) -> Tensor:
+    """Return element scores as the operators that rank tiles take them."""
+    return importance.detach().float().cpu().contiguous()
 
 
 def scale_of(name: str, importance: Tensor) -> float:

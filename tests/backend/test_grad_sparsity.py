@@ -255,6 +255,29 @@ def test_auto_without_a_gain_is_dense() -> None:
     assert "its time was not measured" in str(fxprune.gradient_report())
 
 
+def test_auto_without_a_winner_compiles_what_stock_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left of the option: stock gets the user's graph and no more inputs, so a step costs what it costs there."""
+    monkeypatch.setattr(MeasureGradient, "__call__", lambda self, *layer: GradientTimes(1.0, 2.0, 1.5))
+    asked: list[tuple[str, int]] = []
+    given: list[tuple[str, int]] = []
+    stock = backend.codegen.stock
+
+    def watch(gm: Any, inputs: Any, config: Any) -> Any:
+        given.append((str(gm.graph), len(inputs)))
+        return stock(gm, inputs, config)
+
+    def called(gm: Any, inputs: Any) -> Any:
+        asked.append((str(gm.graph), len(inputs)))
+        return fxprune.hwprune(gm, inputs, options={"grad_sparsity": "auto:2:4"})
+
+    monkeypatch.setattr(backend.codegen, "stock", watch)
+    model = small()
+    gradients(model, torch.compile(model, backend=called), image().requires_grad_())
+    assert given == asked and len(asked) == 1
+    reasons = [row["reason"] for row in fxprune.gradient_report().to_dict()["rows"]]
+    assert reasons == ["pruned it is 0.67 times as fast"] * 3
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_fixed_ratio_reports_its_cost(dynamic: bool | None) -> None:
     options = {**FORCED, "autotune": "fast", "grad_sparsity": "2:4"}

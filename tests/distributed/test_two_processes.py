@@ -49,7 +49,7 @@ def launch(cases: str, folder: Path, number: int = 0) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranks")
-    launch("ddp,fsdp,dtensor,sdgp,plan,split,both", path)
+    launch("ddp,fsdp,dtensor,sdgp,plan,split,both,sharded", path)
     launch("resume", path)
     return path
 
@@ -179,6 +179,27 @@ def test_masks_of_a_plan_and_pruned_gradients_together_in_split_graphs(folder: P
     dense: dict[str, Tensor] = {}
     worker.masked_steps(masked, lambda m: m, 0, 1, dense)
     assert not torch.allclose(whole["gradients"]["layers.0.weight"], dense["layers.0.weight"], rtol=1e-2)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("how", ["blocks", "whole"])
+def test_pruned_gradients_and_a_pruner_under_fsdp(folder: Path, worker: Any, how: str) -> None:
+    first, second = (given[how] for given in found(folder, "sharded"))
+    for part in ("gradients", "weights", "masks"):
+        same(first[part], second[part])
+    assert sum(first["counts"]) == 3  # the first layer's input needs no gradient
+    alone = worker.pruned_steps(worker.compiled_pruned, 0, 1)
+    assert sum(alone["counts"]) == 3
+    for name, value in alone["gradients"].items():
+        torch.testing.assert_close(first["gradients"][name], value, rtol=1e-4, atol=1e-6, msg=name)
+    same(first["masks"], alone["masks"])
+    for name, value in alone["weights"].items():
+        torch.testing.assert_close(first["weights"][name], value, rtol=1e-3, atol=1e-4, msg=name)
+        assert torch.equal(first["weights"][name] == 0, value == 0), name
+    dense = worker.Deep()
+    (dense(worker.batch(0, 0, 1)) - 1).square().mean().backward()
+    grad = dense.blocks[0].layer.weight.grad
+    assert not torch.allclose(first["gradients"]["blocks.0.layer.weight"], grad, rtol=1e-2)
     torch._dynamo.reset()
 
 

@@ -56,6 +56,29 @@ class Wide(nn.Module):
         return self.layers[-1](x)
 
 
+class Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.gelu(self.layer(x))
+
+
+class Deep(nn.Module):
+    """Blocks that FSDP shards one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([Block(16, 64), Block(64, 64), Block(64, 48), Block(48, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 def batch(step: int, rank: int, world: int) -> Tensor:
     """Return this rank's part of a batch of 16; (16, 16) in all."""
     whole = torch.randn(16, 16, generator=torch.Generator().manual_seed(step))
@@ -190,12 +213,58 @@ def sdgp(rank: int, world: int, folder: Path) -> dict[str, Any]:
     """DDP splits the graph at its buckets; each part has the pruned gradients of its layers."""
     model = Wide()
     wrapped = DistributedDataParallel(model, bucket_cap_mb=1)
-    options = {"fallback": "eager", "autotune": "off", "grad_sparsity": "2:4"}
-    call = torch.compile(wrapped, backend=fxprune.hwprune, options=options)
+    call = compiled_pruned(wrapped)
     with pruned_gradients() as counts:
         (call(batch(0, rank, world)) - 1).square().mean().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     return {"counts": counts, "gradients": gradients}
+
+
+def sharded(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """FSDP2 with pruned gradients: blocks compiled one by one, as torchtitan does, and the model as a whole."""
+    return {
+        "blocks": pruned_steps(lambda m: shard_blocks(m, world, True), rank, world),
+        "whole": pruned_steps(lambda m: compiled_pruned(shard_blocks(m, world, False)), rank, world),
+    }
+
+
+def compiled_pruned(module: nn.Module) -> Any:
+    options = {"fallback": "eager", "autotune": "off", "grad_sparsity": "2:4"}
+    return torch.compile(module, backend=fxprune.hwprune, options=options)
+
+
+def shard_blocks(model: Deep, world: int, compiled: bool) -> nn.Module:
+    """Shard each block and then the rest; the hooks of FSDP lie around what is compiled."""
+    mesh = init_device_mesh("cpu", (world,))
+    for name, block in list(model.blocks.named_children()):
+        model.blocks.register_module(name, compiled_pruned(block) if compiled else block)
+        fully_shard(model.blocks.get_submodule(name), mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def pruned_steps(wrap: Any, rank: int, world: int) -> dict[str, Any]:
+    """Train four steps with pruned gradients while a Pruner prunes the weights; returns what the first and all did."""
+    torch._dynamo.reset()
+    model = Deep()
+    pruner = pruned(model)
+    call = wrap(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    gradients: dict[str, Tensor] = {}
+    with pruned_gradients() as counts:
+        for step in range(8):
+            optimizer.zero_grad()
+            (call(batch(step, rank, world)) - 1).square().mean().backward()
+            if step == 0:
+                named = plain_names(model).items()
+                gradients = {name: fxprune.hold.whole(p.grad).clone() for name, p in named}
+            optimizer.step()
+            pruner.step()
+    weights = {name: fxprune.hold.whole(p.detach()).clone() for name, p in plain_names(model).items()}
+    return {"gradients": gradients, "counts": counts, "weights": weights, "masks": pruner.state_dict()["masks"]}
+
+
+def plain_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
 
 
 def masked_steps(
@@ -262,6 +331,7 @@ CASES = {
     "fsdp": fsdp,
     "dtensor": dtensor,
     "sdgp": sdgp,
+    "sharded": sharded,
 }
 
 

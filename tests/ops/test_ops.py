@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from fxprune.ops import OPS, region
 from fxprune.ops.activation import NAMES
+from fxprune.ops.beside_graphs import REFERENCES
 from fxprune.ops.bundle import bundle, unbundle
 from fxprune.ops.operator import Operator
 from tests.oracle import assert_close_fp64, assert_exact, integers, poisoned
@@ -47,10 +48,6 @@ WITHOUT_GRADIENT = {"region", "rnn_steps", "nm_prune", "nm_mm", "dsconv", "depth
 # a sigmoid between sums (tests/csrc/test_rnn.py has the exact cases); draws and quotients (tests/ops/test_nm_prune.py);
 # a square root (tests/csrc/test_channel_norm.py)
 ROUNDS = {"rnn_steps", "nm_prune", "channel_norm"}
-BESIDE_GRAPHS = {
-    "clear_pruned",
-    "add_squares",
-}  # change their operands; called next to an optimizer's step, never by a graph
 WHOLE = [case for case in CASES if case.values[0].name not in ROUNDS]
 DIFFERENTIABLE = [case for case in CASES if case.values[0].name not in WITHOUT_GRADIENT]
 OTHERS = [case for case in CASES if case.values[0].name in WITHOUT_GRADIENT]
@@ -231,13 +228,13 @@ def test_schema_is_the_librarys(schema: str) -> None:
     name = schema.partition("(")[0]
     registered = getattr(torch.ops.fxprune, name).default._schema
     assert str(declared) == str(registered)
-    assert registered.is_mutable == (name in BESIDE_GRAPHS)
+    assert registered.is_mutable == (name in ("clear_pruned", "add_squares"))
 
 
 @needs_library
 def test_every_operator_of_the_library_has_a_record() -> None:
     names = {schema.partition("(")[0] for schema in library.SCHEMAS}
-    assert names - {"isa", "set_isa"} - BESIDE_GRAPHS == {op.name for op in OPS}
+    assert names - {"isa", "set_isa", *REFERENCES} == {op.name for op in OPS}
 
 
 @needs_library

@@ -9,12 +9,14 @@
 #include "fxprune/channel_norm.h"
 #include "fxprune/clear_rows.h"
 #include "fxprune/depthwise_taps.h"
+#include "fxprune/held_scores.h"
 #include "fxprune/max_pool.h"
 #include "fxprune/nm_prune.h"
 #include "fxprune/skip_zeros.h"
 #include "fxprune/tile_conv.h"
 #include "fxprune/tile_gemm.h"
 #include "fxprune/tile_image.h"
+#include "fxprune/tile_scores.h"
 
 namespace fxprune {
 

@@ -8,6 +8,7 @@
 
 #include "fxprune/lanes.h"
 #include "fxprune/nm_prune.h"
+#include "fxprune/nm_prune_halves.h"
 #include "fxprune/nm_select.h"
 
 namespace fxprune {
@@ -322,6 +323,7 @@ struct NmKernel {
 // scratch: nm_scratch() floats, used with row-major memory.
 template <class V>
 void nm_prune(const NmPrune& a, const NmSpan& s, float* scratch) {
+  if (NmHalves<V>{a}.run(s)) return;
   if (a.element == Element::kFloat32) return NmKernel<V, Float32>{a}.run(s, scratch);
   if (a.element == Element::kBfloat16) return NmKernel<V, Bfloat16>{a}.run(s, scratch);
   NmKernel<V, Float16>{a}.run(s, scratch);

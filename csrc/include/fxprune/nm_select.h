@@ -28,7 +28,7 @@ inline void keep_by_rank(const typename L::Int* key, int m, int n, typename L::I
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < size; ++i) keep[i] = rank[i] < n;
+  for (int i = 0; i < size; ++i) keep[i] = rank[i] < L::splat(n);
 }
 
 // The same for N of many keys, none of them negative: the N largest are held in order, each key
@@ -93,7 +93,7 @@ inline typename L::Int lanes_ahead(typename L::Int key) {
 
 template <class L, int M>
 inline typename L::Int keep_largest_lanes(typename L::Int key, int n) {
-  return lanes_ahead<L, M>(key) < n;
+  return lanes_ahead<L, M>(key) < L::splat(n);
 }
 
 // Finaliser of MurmurHash3 (Appleby): every input bit changes every output bit with probability
