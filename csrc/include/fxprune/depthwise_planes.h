@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "fxprune/depthwise_taps.h"
+#include "fxprune/depthwise_lists.h"
 #include "fxprune/math.h"
 #include "fxprune/unroll.h"
 
@@ -21,8 +21,8 @@ template <class V>
 struct Depthwise {
   using Reg = typename V::Reg;
   static constexpr int kW = V::kWidth;
-  static constexpr int kFlatVecs =
-      8;  // sums per block: enough to hide the latency of a multiply-add
+  // Sums per block: more hide a multiply-add's latency no better, but a plane of 14 x 14 is one.
+  static constexpr int kFlatVecs = 2 * V::kAccumulators / 3;
   static constexpr int kRows = 4;
   static constexpr int kRowVecs = std::min(4, V::kAccumulators / kRows);
 
@@ -33,18 +33,12 @@ struct Depthwise {
     const Tap* taps;
     int64_t count;
     float bias;
-    Clamp clamp;
   };
 
   static int64_t list_taps(const DepthwiseTaps& a, int64_t c, Tap* taps) {
     const float* weight = a.weight + c * a.kernel();
     int64_t count = 0;
-    for (int64_t word = 0; word < a.tap_words; ++word) {
-      for (uint64_t bits = a.taps[c * a.tap_words + word]; bits; bits &= bits - 1) {
-        const int64_t t = word * 64 + __builtin_ctzll(bits);
-        taps[count++] = {weight[t], a.sites + t};
-      }
-    }
+    each_tap(a, c, [&](int64_t t) { taps[count++] = {weight[t], a.sites + t}; });
     return count;
   }
 
@@ -52,23 +46,23 @@ struct Depthwise {
   static void flat_block(const Plane& p, int64_t first) {
     const float* base = p.x + first * kW;
     const Tap* const end = p.taps + p.count;
-    Reg acc[Vecs];
+    Reg acc[1][Vecs];
     FXPRUNE_UNROLL
-    for (int v = 0; v < Vecs; ++v) acc[v] = V::set1(p.bias);
+    for (int v = 0; v < Vecs; ++v) acc[0][v] = V::set1(p.bias);
     for (const Tap* tap = p.taps; tap != end; ++tap) {
       const Reg weight = V::set1(tap->weight);
       const float* x = base + tap->site->offset;
       const uint32_t* masks = tap->site->masks + first;
       FXPRUNE_UNROLL
       for (int v = 0; v < Vecs; ++v)
-        acc[v] = V::fma_load(weight, x + v * kW, V::bits(masks[v]), acc[v]);
+        acc[0][v] = V::fma_load(weight, x + v * kW, V::bits(masks[v]), acc[0][v]);
     }
-    const Reg low = V::set1(p.clamp.low), high = V::set1(p.clamp.high);
+    end_sums<V>(p.args->activation, acc);
     float* out = p.out + first * kW;
     FXPRUNE_UNROLL
-    for (int v = 0; v + 1 < Vecs; ++v) V::store(out + v * kW, V::min(high, V::max(low, acc[v])));
+    for (int v = 0; v + 1 < Vecs; ++v) V::store(out + v * kW, acc[0][v]);
     const int64_t tail = p.args->out_h * p.args->out_w - (first + Vecs - 1) * kW;
-    V::store(out + (Vecs - 1) * kW, V::first(tail), V::min(high, V::max(low, acc[Vecs - 1])));
+    V::store(out + (Vecs - 1) * kW, V::first(tail), acc[0][Vecs - 1]);
   }
 
   // Output rows [oy, oy + Rows) x vectors [first, first + Vecs). Inside: every window row lies in
@@ -107,16 +101,15 @@ struct Depthwise {
         }
       }
     }
-    const Reg low = V::set1(p.clamp.low), high = V::set1(p.clamp.high);
+    end_sums<V>(a.activation, acc);
     const auto tail = V::first(a.out_w - (first + Vecs - 1) * kW);
     const int64_t ldo = a.out_w;
     float* out = p.out + oy * ldo + first * kW;
     FXPRUNE_UNROLL
     for (int r = 0; r < Rows; ++r, out += ldo) {
       FXPRUNE_UNROLL
-      for (int v = 0; v + 1 < Vecs; ++v)
-        V::store(out + v * kW, V::min(high, V::max(low, acc[r][v])));
-      V::store(out + (Vecs - 1) * kW, tail, V::min(high, V::max(low, acc[r][Vecs - 1])));
+      for (int v = 0; v + 1 < Vecs; ++v) V::store(out + v * kW, acc[r][v]);
+      V::store(out + (Vecs - 1) * kW, tail, acc[r][Vecs - 1]);
     }
   }
 
@@ -186,10 +179,12 @@ struct Depthwise {
         for (int64_t ox = left; ox < end; ++ox) out[ox] += weight * x[ox * a.stride_w];
       }
     }
+    const Clamp clamp = clamp_of(a.activation);
     for (int64_t i = 0; i < size; ++i) {
       const float y = p.out[i];
-      p.out[i] = y < p.clamp.low ? p.clamp.low : y > p.clamp.high ? p.clamp.high : y;
+      p.out[i] = y < clamp.low ? clamp.low : y > clamp.high ? clamp.high : y;
     }
+    if (!is_clamp(a.activation)) activate<V>(a.activation, p.out, size);
   }
 };
 
@@ -201,6 +196,9 @@ void depthwise_taps(const DepthwiseTaps& a, const PlaneSpan& span, Tap* taps) {
   const int64_t size = a.out_h * a.out_w, begin = span.band_begin, end = span.band_end;
   const int64_t line = a.flat(V::kWidth) ? V::kWidth : a.out_w;  // floats a band counts in
   const int64_t written = begin * line, count = std::min(end * line, size) - written;
+  const auto band = a.flat(V::kWidth) ? &D::flat
+                    : a.stride_w == 1 ? &D::template rows<1>
+                                      : &D::template rows<2>;
   for (int64_t i = span.begin; i < span.end; ++i) {
     const int64_t c = i % a.channels;
     typename D::Plane p;
@@ -209,18 +207,13 @@ void depthwise_taps(const DepthwiseTaps& a, const PlaneSpan& span, Tap* taps) {
     p.out = a.out + i * (size + a.out_gap);
     p.taps = taps;
     p.bias = a.bias ? a.bias[c] : 0.0f;
-    p.clamp = clamp_of(a.activation);
-    p.count = a.vectorised() ? D::list_taps(a, c, taps) : 0;
     if (!a.vectorised()) {
       D::plain(a, p, c);
-    } else if (a.flat(V::kWidth)) {
-      D::flat(p, begin, end);
-    } else if (a.stride_w == 1) {
-      D::template rows<1>(p, begin, end);
-    } else {
-      D::template rows<2>(p, begin, end);
+      continue;
     }
-    if (!is_clamp(a.activation)) activate<V>(a.activation, p.out + written, count);
+    p.count = D::list_taps(a, c, taps);
+    band(p, begin, end);
+    if (!ends_in_registers(a.activation)) activate<V>(a.activation, p.out + written, count);
   }
 }
 
