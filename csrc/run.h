@@ -149,6 +149,8 @@ inline void run_tile_gemm_panel(const TileGemm& a, bool feature_major, int64_t p
 
 inline void run_tile_gemm(const TileGemm& a, bool feature_major, int64_t pool) {
   const Kernels& k = kernels();
+  // One row is one pixel, too, whose output features in vectors need no panel.
+  feature_major |= a.batch * a.m == 1 && uses_panel(a, false, k.width);
   if (uses_panel(a, feature_major, k.width)) return run_tile_gemm_panel(a, feature_major, pool);
   const TileGrid grid = feature_major ? feature_major_grid(a, k, pool) : row_major_grid(a, pool);
   const auto kernel = feature_major ? k.tile_gemm_feature_major : k.tile_gemm_row_major;
@@ -158,8 +160,10 @@ inline void run_tile_gemm(const TileGemm& a, bool feature_major, int64_t pool) {
   });
 }
 
-inline void run_channel_mean(const float* x, float* out, int64_t channels, int64_t size) {
-  kernels().channel_mean(x, out, channels, size);
+// pitch: from plane to plane.
+inline void run_channel_mean(const float* x, float* out, int64_t channels, int64_t size,
+                             int64_t pitch) {
+  kernels().channel_mean(x, out, channels, size, pitch);
 }
 
 // Largest expanded tile, in numbers, that run_expand_depthwise keeps beside the rest of its working

@@ -84,8 +84,9 @@ inline void run_tile_gemm(const TileGemmBf16& a, bool feature_major, int64_t poo
 // Pixels of an image that are worth a band a thread.
 constexpr int64_t kLeastPixels = 256;
 
-inline void run_channel_mean(const Bf16* x, Bf16* out, int64_t channels, int64_t size) {
-  kernels().bf16.channel_mean_bf16(x, out, channels, size);
+inline void run_channel_mean(const Bf16* x, Bf16* out, int64_t channels, int64_t size,
+                             int64_t pitch) {
+  kernels().bf16.channel_mean_bf16(x, out, channels, size, pitch);
 }
 
 inline bool can_expand_depthwise(const TileGemmBf16& g) {

@@ -52,20 +52,17 @@ void depthwise_taps_bf16(const DepthwiseTapsBf16& a, const PlaneSpan& span, Tap*
   }
 }
 
-// x: (channels, size) -> out: (channels), the mean of each plane.
+// x: (channels, size), planes `pitch` apart -> out: (channels), the mean of each plane.
 template <class V>
-void channel_mean_bf16(const Bf16* x, Bf16* out, int64_t channels, int64_t size) {
+void channel_mean_bf16(const Bf16* x, Bf16* out, int64_t channels, int64_t size,
+                       int64_t pitch) {
   constexpr int64_t kW = V::kWidth;
-  for (int64_t c = 0; c < channels; ++c, x += size) {
+  for (int64_t c = 0; c < channels; ++c, x += pitch) {
     typename V::Reg sum = V::zero();
     int64_t i = 0;
     for (; i + kW <= size; i += kW) sum = V::add(sum, V::load_bf16(x + i));
     if (i < size) sum = V::add(sum, V::load_bf16(x + i, size - i));
-    alignas(64) float lanes[kW];
-    V::store(lanes, sum);
-    float total = 0.0f;
-    for (int64_t lane = 0; lane < kW; ++lane) total += lanes[lane];
-    out[c] = narrow(total / static_cast<float>(size));
+    out[c] = narrow(V::sum(sum) / static_cast<float>(size));
   }
 }
 

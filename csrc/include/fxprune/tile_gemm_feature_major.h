@@ -205,11 +205,10 @@ struct FeatureMajor {
   }
 
   static constexpr int kMostEdge = kW >= 8 ? 2 : 0;
-  // Pixels of an image computed by edge(); none where the image is a single vector, which has no
-  // full one to follow.
+  // Pixels of an image computed by edge(): all, or those that follow its full vectors.
   static int64_t edge_pixels(int64_t m, int64_t granularity) {
     const int64_t most = std::min<int64_t>(kMostEdge, granularity);  // lanes are output features
-    return m > kW && m % kW <= most ? m % kW : 0;
+    return (m > kW || m <= most) && m % kW <= most ? m % kW : 0;
   }
 
   // A strip over `pixels` pixels from `pixel` on, with everything set that does not depend on the
@@ -277,9 +276,11 @@ struct FeatureMajor {
       const int64_t width = a.width(t), start = a.tile_ptr[t] * a.granularity;
       const float* from = a.values + start;
       float* scaled = to + start;
+      const auto first = V::first(width);
       for (int64_t i = a.tile_ptr[t]; i < a.tile_end[t]; ++i, from += width, scaled += width) {
-        const float factor = gate[a.index[i]];
-        for (int64_t j = 0; j < width; ++j) scaled[j] = from[j] * factor;
+        const Reg factor = V::set1(gate[a.index[i]]);
+        V::store(scaled, first, V::mul(V::load(from, first), factor));
+        for (int64_t j = kW; j < width; ++j) scaled[j] = from[j] * gate[a.index[i]];
       }
     }
   }

@@ -64,6 +64,7 @@ struct Avx512Vectors {
   // A NaN in the second operand is returned: clamp(x) = min(high, max(low, x)) keeps NaN.
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
+  static float sum(Reg a) { return _mm512_reduce_add_ps(a); }
   // max that returns a NaN of either
   static Reg highest(Reg a, Reg b) {
     return _mm512_mask_mov_ps(max(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
