@@ -72,8 +72,18 @@ inline TileGrid bf16_grid(const TileShape& a, bool feature_major, int64_t pool) 
   return g;
 }
 
+// A single row, or a single pixel.
+inline void run_tile_row(const TileGemmBf16& a, int64_t pool) {
+  const Bf16Kernels& k = kernels().bf16;
+  const TileGrid grid = {1, 1, 1, 1, pool == 1 ? 1 : std::clamp<int64_t>(a.tiles, 1, 4 * pool)};
+  for_each_unit(grid.units(), pool, [&](int64_t unit) {
+    k.tile_row_bf16(a, tile_unit(a, grid, unit), scratch<1>(row_scratch(a)));
+  });
+}
+
 inline void run_tile_gemm(const TileGemmBf16& a, bool feature_major, int64_t pool) {
   const Bf16Kernels& k = kernels().bf16;
+  if (a.batch * a.m == 1 && a.gate == nullptr) return run_tile_row(a, pool);
   const TileGrid grid = bf16_grid(a, feature_major, pool);
   const auto kernel = feature_major ? k.tile_gemm_bf16_feature_major : k.tile_gemm_bf16_row_major;
   for_each_unit(grid.units(), pool, [&](int64_t unit) {

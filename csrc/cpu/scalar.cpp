@@ -21,6 +21,7 @@
 #include "fxprune/tile_gemm_panel.h"
 #include "fxprune/tile_gemm_row_major.h"
 #include "fxprune/tile_pack.h"
+#include "fxprune/tile_row_bf16.h"
 #include "fxprune/vec_scalar.h"
 
 namespace fxprune {
