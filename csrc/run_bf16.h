@@ -52,7 +52,7 @@ class TileImage {
 inline void run_depthwise(const DepthwiseTapsBf16& a, int64_t pool) {
   const Kernels& k = kernels();
   for_each_plane_span(a, pool, [&](const PlaneSpan& span) {
-    k.bf16.depthwise_taps_bf16(a, span, tap_list(a), scratch(depthwise_bf16_scratch(a)));
+    k.bf16.depthwise_taps_bf16(a, span, scratch(depthwise_bf16_scratch(a)));
   });
 }
 
@@ -109,7 +109,7 @@ inline void multiply(const TileGemmBf16& a, const TileSpan& span) {
   k.tile_gemm_bf16_feature_major(a, span, scratch<1>(k.bf16_scratch(a, span.end - span.begin)));
 }
 inline void convolve(const DepthwiseTapsBf16& d, const PlaneSpan& span) {
-  kernels().bf16.depthwise_taps_bf16(d, span, tap_list(d), scratch(depthwise_bf16_scratch(d)));
+  kernels().bf16.depthwise_taps_bf16(d, span, scratch(depthwise_bf16_scratch(d)));
 }
 
 // One band of a depthwise convolution and the tiles [begin, end) of the product that feeds it, a

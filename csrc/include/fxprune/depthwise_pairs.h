@@ -47,18 +47,18 @@ struct DepthwisePairs {
     constexpr int kParts = 3;
     const float* weight = a.weight + c * a.kernel();
     int64_t count = 0;
-    each_tap(a, c, [&](int64_t t) {
-      float rest = weight[t];
+    for (KeptTaps tap(a, c); tap; ++tap) {
+      float rest = weight[*tap];
       for (int part = 0; part < kParts; ++part) {
         const Bf16 held = narrow(rest);
         Pair& pair = pairs[count / 2];
         pair.weights[count % 2] = held;
-        (count % 2 == 0 ? pair.first : pair.second) = a.sites + t;
+        (count % 2 == 0 ? pair.first : pair.second) = a.sites + *tap;
         ++count;
         rest -= widen(held);
         if (rest == 0.0f || !(rest - rest == 0.0f)) break;  // nothing is left, or infinity
       }
-    });
+    }
     if (count % 2 != 0) {
       pairs[count / 2].weights[1] = Bf16{0};
       pairs[count / 2].second = nullptr;

@@ -30,38 +30,32 @@ struct Depthwise {
     const DepthwiseTaps* args;
     const float* x;
     float* out;
-    const Tap* taps;
-    int64_t count;
+    int64_t channel;
+    const float* weight;  // of the channel
     float bias;
   };
 
-  static int64_t list_taps(const DepthwiseTaps& a, int64_t c, Tap* taps) {
-    const float* weight = a.weight + c * a.kernel();
-    int64_t count = 0;
-    each_tap(a, c, [&](int64_t t) { taps[count++] = {weight[t], a.sites + t}; });
-    return count;
-  }
-
   template <int Vecs>
   static void flat_block(const Plane& p, int64_t first) {
+    const DepthwiseTaps& a = *p.args;
     const float* base = p.x + first * kW;
-    const Tap* const end = p.taps + p.count;
     Reg acc[1][Vecs];
     FXPRUNE_UNROLL
     for (int v = 0; v < Vecs; ++v) acc[0][v] = V::set1(p.bias);
-    for (const Tap* tap = p.taps; tap != end; ++tap) {
-      const Reg weight = V::set1(tap->weight);
-      const float* x = base + tap->site->offset;
-      const uint32_t* masks = tap->site->masks + first;
+    for (KeptTaps tap(a, p.channel); tap; ++tap) {
+      const Reg weight = V::set1(p.weight[*tap]);
+      const TapSite& site = a.sites[*tap];
+      const float* x = base + site.offset;
+      const uint32_t* masks = site.masks + first;
       FXPRUNE_UNROLL
       for (int v = 0; v < Vecs; ++v)
         acc[0][v] = V::fma_load(weight, x + v * kW, V::bits(masks[v]), acc[0][v]);
     }
-    end_sums<V>(p.args->activation, acc);
+    end_sums<V>(a.activation, acc);
     float* out = p.out + first * kW;
     FXPRUNE_UNROLL
     for (int v = 0; v + 1 < Vecs; ++v) V::store(out + v * kW, acc[0][v]);
-    const int64_t tail = p.args->out_h * p.args->out_w - (first + Vecs - 1) * kW;
+    const int64_t tail = a.out_h * a.out_w - (first + Vecs - 1) * kW;
     V::store(out + (Vecs - 1) * kW, V::first(tail), acc[0][Vecs - 1]);
   }
 
@@ -73,16 +67,15 @@ struct Depthwise {
     const int64_t height = a.height, pitch = a.stride_h * a.width, column = first * kW * Stride;
     const int64_t top = oy * a.stride_h;
     const float* base = p.x + oy * pitch + column;
-    const Tap* const end = p.taps + p.count;
     Reg acc[Rows][Vecs];
     FXPRUNE_UNROLL
     for (int r = 0; r < Rows; ++r) {
       FXPRUNE_UNROLL
       for (int v = 0; v < Vecs; ++v) acc[r][v] = V::set1(p.bias);
     }
-    for (const Tap* tap = p.taps; tap != end; ++tap) {
-      const Reg weight = V::set1(tap->weight);
-      const TapSite& site = *tap->site;
+    for (KeptTaps tap(a, p.channel); tap; ++tap) {
+      const Reg weight = V::set1(p.weight[*tap]);
+      const TapSite& site = a.sites[*tap];
       const uint32_t* masks = site.masks + first;
       const float* row = base + site.offset;
       FXPRUNE_UNROLL
@@ -162,12 +155,13 @@ struct Depthwise {
     }
   }
 
-  static void plain(const DepthwiseTaps& a, const Plane& p, int64_t c) {
+  static void plain(const Plane& p, int64_t, int64_t) {
+    const DepthwiseTaps& a = *p.args;
     const int64_t size = a.out_h * a.out_w;
     std::fill(p.out, p.out + size, p.bias);
-    for (int64_t t = 0; t < a.kernel(); ++t) {
-      if (!(a.taps[c * a.tap_words + t / 64] >> (t % 64) & 1)) continue;
-      const float weight = a.weight[c * a.kernel() + t];
+    for (KeptTaps tap(a, p.channel); tap; ++tap) {
+      const int64_t t = *tap;
+      const float weight = p.weight[t];
       const int64_t down = t / a.kernel_w * a.dilation_h - a.pad_h,
                     right = t % a.kernel_w * a.dilation_w - a.pad_w;
       int64_t top, bottom, left, end;
@@ -188,32 +182,28 @@ struct Depthwise {
   }
 };
 
-// `taps`: room for one channel's taps. A plane without a vector kernel is not cut: its band is all
-// its rows.
+// A plane without a vector kernel is not cut: its band is all its rows.
 template <class V>
-void depthwise_taps(const DepthwiseTaps& a, const PlaneSpan& span, Tap* taps) {
+void depthwise_taps(const DepthwiseTaps& a, const PlaneSpan& span) {
   using D = Depthwise<V>;
   const int64_t size = a.out_h * a.out_w, begin = span.band_begin, end = span.band_end;
   const int64_t line = a.flat(V::kWidth) ? V::kWidth : a.out_w;  // floats a band counts in
   const int64_t written = begin * line, count = std::min(end * line, size) - written;
-  const auto band = a.flat(V::kWidth) ? &D::flat
-                    : a.stride_w == 1 ? &D::template rows<1>
-                                      : &D::template rows<2>;
+  const auto band = !a.vectorised()     ? &D::plain
+                    : a.flat(V::kWidth) ? &D::flat
+                    : a.stride_w == 1   ? &D::template rows<1>
+                                        : &D::template rows<2>;
+  const bool apart = a.vectorised() && !ends_in_registers(a.activation);
   for (int64_t i = span.begin; i < span.end; ++i) {
     const int64_t c = i % a.channels;
-    typename D::Plane p;
-    p.args = &a;
-    p.x = a.x + i * (a.height * a.width + a.x_gap);
-    p.out = a.out + i * (size + a.out_gap);
-    p.taps = taps;
-    p.bias = a.bias ? a.bias[c] : 0.0f;
-    if (!a.vectorised()) {
-      D::plain(a, p, c);
-      continue;
-    }
-    p.count = D::list_taps(a, c, taps);
-    band(p, begin, end);
-    if (!ends_in_registers(a.activation)) activate<V>(a.activation, p.out + written, count);
+    const typename D::Plane plane = {&a,
+                                     a.x + i * (a.height * a.width + a.x_gap),
+                                     a.out + i * (size + a.out_gap),
+                                     c,
+                                     a.weight + c * a.kernel(),
+                                     a.bias ? a.bias[c] : 0.0f};
+    band(plane, begin, end);
+    if (apart) activate<V>(a.activation, plane.out + written, count);
   }
 }
 
