@@ -179,10 +179,11 @@ class Region {
     T* out = at(step.out, image, arena);
     if (step.code == Step::kMean) {
       const Shape& shape = program_.values()[step.x].shape;
-      const int64_t size = floats(shape) / shape[0], parts = std::min(shape[0], 4 * pool);
+      const int64_t size = floats(shape) / shape[0], pitch = size + gap(step.x),
+                    parts = std::min(shape[0], 4 * pool);
       for_each_unit(parts, pool, [&](int64_t part) {
         const int64_t begin = shape[0] * part / parts, end = shape[0] * (part + 1) / parts;
-        run_channel_mean(x + begin * size, out + begin, end - begin, size);
+        run_channel_mean(x + begin * pitch, out + begin, end - begin, size, pitch);
       });
     } else if (step.code == Step::kDepthwise) {
       const DepthwiseTapsOf<T> a = depthwise(step, image, arena);

@@ -161,6 +161,7 @@ class RegionPlan {
   }
   static bool takes_gaps(const Step& step) {
     return step.code == Step::kDepthwise || step.code == Step::kPool || step.code == Step::kNorm ||
+           step.code == Step::kMean ||
            (step.code == Step::kGemm && step.feature_major && !runs_panel(step.gemm));
   }
   static bool runs_panel(const TileShape& gemm) {

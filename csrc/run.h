@@ -51,13 +51,6 @@ std::shared_ptr<const DepthwiseTables> depthwise_tables(DepthwiseShape* a) {
   return tables;
 }
 
-// This thread's room for the taps of one channel.
-inline Tap* tap_list(const DepthwiseShape& a) {
-  static thread_local std::vector<Tap> list;
-  if (static_cast<int64_t>(list.size()) < a.kernel()) list.resize(a.kernel());
-  return list.data();
-}
-
 // Bands of pixels that one image's plane of `length` vectors is cut in, one a thread, so that what
 // a core writes is what it reads in the next operator. Planes too small for it are cut by feature.
 inline int64_t pixel_bands(int64_t length, int64_t pool) {
@@ -87,8 +80,7 @@ void for_each_plane_span(const DepthwiseTapsOf<T>& a, int64_t pool, const F& f) 
 
 inline void run_depthwise(const DepthwiseTaps& a, int64_t pool) {
   const Kernels& k = kernels();
-  for_each_plane_span(a, pool,
-                      [&](const PlaneSpan& span) { k.depthwise_taps(a, span, tap_list(a)); });
+  for_each_plane_span(a, pool, [&](const PlaneSpan& span) { k.depthwise_taps(a, span); });
 }
 
 // Feature-major: pixels are cut first. Where an image has too few of them, tiles are cut as well,
@@ -148,6 +140,8 @@ inline void run_tile_gemm_panel(const TileGemm& a, bool feature_major, int64_t p
 
 inline void run_tile_gemm(const TileGemm& a, bool feature_major, int64_t pool) {
   const Kernels& k = kernels();
+  // One row is one pixel, too, whose output features in vectors need no panel.
+  feature_major |= a.batch * a.m == 1 && uses_panel(a, false, k.width);
   if (uses_panel(a, feature_major, k.width)) return run_tile_gemm_panel(a, feature_major, pool);
   const TileGrid grid = feature_major ? feature_major_grid(a, k, pool) : row_major_grid(a, pool);
   const auto kernel = feature_major ? k.tile_gemm_feature_major : k.tile_gemm_row_major;
@@ -157,8 +151,10 @@ inline void run_tile_gemm(const TileGemm& a, bool feature_major, int64_t pool) {
   });
 }
 
-inline void run_channel_mean(const float* x, float* out, int64_t channels, int64_t size) {
-  kernels().channel_mean(x, out, channels, size);
+// pitch: from plane to plane.
+inline void run_channel_mean(const float* x, float* out, int64_t channels, int64_t size,
+                             int64_t pitch) {
+  kernels().channel_mean(x, out, channels, size, pitch);
 }
 
 // Largest expanded tile, in numbers, that run_expand_depthwise keeps beside the rest of its working
@@ -209,7 +205,7 @@ inline void run_expand_depthwise(const TileGemm& g, const DepthwiseTaps& d, int6
     DepthwiseTaps taps = d;
     taps.x = planes;
     taps.x_gap = pitch - g.m;
-    k.depthwise_taps(taps, {first, last, band_begin, band_end}, tap_list(d));
+    k.depthwise_taps(taps, {first, last, band_begin, band_end});
   });
 }
 

@@ -52,7 +52,7 @@ class TileImage {
 inline void run_depthwise(const DepthwiseTapsBf16& a, int64_t pool) {
   const Kernels& k = kernels();
   for_each_plane_span(a, pool, [&](const PlaneSpan& span) {
-    k.bf16.depthwise_taps_bf16(a, span, tap_list(a), scratch(depthwise_bf16_scratch(a)));
+    k.bf16.depthwise_taps_bf16(a, span, scratch(depthwise_bf16_scratch(a)));
   });
 }
 
@@ -72,8 +72,18 @@ inline TileGrid bf16_grid(const TileShape& a, bool feature_major, int64_t pool) 
   return g;
 }
 
+// A single row, or a single pixel.
+inline void run_tile_row(const TileGemmBf16& a, int64_t pool) {
+  const Bf16Kernels& k = kernels().bf16;
+  const TileGrid grid = {1, 1, 1, 1, pool == 1 ? 1 : std::clamp<int64_t>(a.tiles, 1, 4 * pool)};
+  for_each_unit(grid.units(), pool, [&](int64_t unit) {
+    k.tile_row_bf16(a, tile_unit(a, grid, unit), scratch<1>(row_scratch(a)));
+  });
+}
+
 inline void run_tile_gemm(const TileGemmBf16& a, bool feature_major, int64_t pool) {
   const Bf16Kernels& k = kernels().bf16;
+  if (a.batch * a.m == 1 && a.gate == nullptr) return run_tile_row(a, pool);
   const TileGrid grid = bf16_grid(a, feature_major, pool);
   const auto kernel = feature_major ? k.tile_gemm_bf16_feature_major : k.tile_gemm_bf16_row_major;
   for_each_unit(grid.units(), pool, [&](int64_t unit) {
@@ -84,8 +94,9 @@ inline void run_tile_gemm(const TileGemmBf16& a, bool feature_major, int64_t poo
 // Pixels of an image that are worth a band a thread.
 constexpr int64_t kLeastPixels = 256;
 
-inline void run_channel_mean(const Bf16* x, Bf16* out, int64_t channels, int64_t size) {
-  kernels().bf16.channel_mean_bf16(x, out, channels, size);
+inline void run_channel_mean(const Bf16* x, Bf16* out, int64_t channels, int64_t size,
+                             int64_t pitch) {
+  kernels().bf16.channel_mean_bf16(x, out, channels, size, pitch);
 }
 
 inline bool can_expand_depthwise(const TileGemmBf16& g) {
@@ -98,7 +109,7 @@ inline void multiply(const TileGemmBf16& a, const TileSpan& span) {
   k.tile_gemm_bf16_feature_major(a, span, scratch<1>(k.bf16_scratch(a, span.end - span.begin)));
 }
 inline void convolve(const DepthwiseTapsBf16& d, const PlaneSpan& span) {
-  kernels().bf16.depthwise_taps_bf16(d, span, tap_list(d), scratch(depthwise_bf16_scratch(d)));
+  kernels().bf16.depthwise_taps_bf16(d, span, scratch(depthwise_bf16_scratch(d)));
 }
 
 // One band of a depthwise convolution and the tiles [begin, end) of the product that feeds it, a

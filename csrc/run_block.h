@@ -83,7 +83,7 @@ inline void run_depthwise_band(const FusedBlock& b, const DepthwiseTaps& d, int6
     DepthwiseTaps taps = d;
     taps.x = planes.moved;
     taps.x_gap = planes.pitch - d.height * d.width;
-    k.depthwise_taps(taps, {from, to, begin, end}, tap_list(d));
+    k.depthwise_taps(taps, {from, to, begin, end});
   }
 }
 

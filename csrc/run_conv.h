@@ -47,7 +47,7 @@ class ConvTables {
     a->pitch = own_planes(*a)
                    ? a->out_w
                    : std::max(a->out_w, (a->width + a->pad_w + a->stride_w - 1) / a->stride_w);
-    a->gap = (a->pad_w + a->stride_w - 1) / a->stride_w;
+    a->gap = own_planes(*a) ? 0 : (a->pad_w + a->stride_w - 1) / a->stride_w;
     const int64_t reach = rows_.reach(),
                   row = a->channels * a->row_planes * a->column_planes * a->pitch;
     // Rows that fit; of a small image more of them, because each band reads all weights anew.
@@ -116,10 +116,13 @@ class ConvTables {
   // Bytes of a band's copy: so that most of it stays in the nearest caches, and so that it stays
   // in L2 beside the weights. Pixels of a band that are worth the second.
   static constexpr int64_t kNearCopy = 128 * 1024, kCopy = 512 * 1024, kBandPixels = 192;
-  // Small images: positions between rows would be a large part of all.
+  // Small images: positions between rows would be a large part of all. Few channels under a stride
+  // (a network's first convolution): the copy is small beside the products, and without those
+  // positions vectors lie where cache lines do.
   template <class Conv>
   static bool own_planes(const Conv& a) {
-    return a.out_w <= 8 && a.kernel_w > 1;
+    const bool few = a.stride_w > 1 && a.channels <= 4 && a.out_w % kernels().width == 0;
+    return a.kernel_w > 1 && (a.out_w <= 8 || few);
   }
 
   ConvAxis rows_, columns_;

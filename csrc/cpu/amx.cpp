@@ -28,6 +28,7 @@
 #include "fxprune/tile_conv_bf16.h"
 #include "fxprune/tile_gemm_bf16_feature_major.h"
 #include "fxprune/tile_gemm_bf16_row_major.h"
+#include "fxprune/tile_row_bf16.h"
 
 namespace fxprune {
 

@@ -41,6 +41,7 @@
 #include "fxprune/tile_gemm_panel.h"
 #include "fxprune/tile_gemm_row_major.h"
 #include "fxprune/tile_pack.h"
+#include "fxprune/tile_row_bf16.h"
 #include "fxprune/tile_scores_lanes.h"
 #include "fxprune/vec_avx2.h"
 

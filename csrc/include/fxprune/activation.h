@@ -34,7 +34,8 @@ inline bool parse_activation(const char* name, Activation* activation) {
 
 // none, relu and relu6 are one clamp, which kernels apply to their accumulators. The others run
 // over the stored values while these are still in L1, so that no kernel is instantiated per
-// activation.
+// activation; where a hardswish is too short for that, kernels apply it as they do a clamp
+// (ends_in_registers).
 struct Clamp {
   float low, high;
 };
@@ -48,6 +49,10 @@ inline Clamp clamp_of(Activation activation) {
 
 inline bool is_clamp(Activation activation) {
   return activation <= Activation::kRelu6;
+}
+
+inline bool ends_in_registers(Activation activation) {
+  return is_clamp(activation) || activation == Activation::kHardswish;
 }
 
 }  // namespace fxprune

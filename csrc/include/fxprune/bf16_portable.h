@@ -89,12 +89,12 @@ struct PortableBf16 {
       }
     }
   }
-  // from + bias, clamped and rounded; from: a line of sums.
-  template <class Reg>
-  static Line line_of(const float* from, Reg bias, Reg low, Reg high) {
+  // end(from + bias), rounded; from: a line of sums, end: a function of a vector.
+  template <class Reg, class End>
+  static Line line_of(const float* from, Reg bias, const End& end) {
     Line line;
     for (int64_t p = 0; p < 32; p += V::kWidth)
-      V::store_bf16(line.lane + p, V::min(high, V::max(low, V::add(V::load(from + p), bias))));
+      V::store_bf16(line.lane + p, end(V::add(V::load(from + p), bias)));
     return line;
   }
   // sums += bias + pixels

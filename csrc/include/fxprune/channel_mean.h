@@ -5,11 +5,12 @@
 
 namespace fxprune {
 
-// x: (channels, size) -> out: (channels). The order of the sum depends on `size` alone.
+// x: (channels, size), planes `pitch` apart -> out: (channels). The order of the sum depends on
+// `size` alone.
 template <class V>
-void channel_mean(const float* x, float* out, int64_t channels, int64_t size) {
+void channel_mean(const float* x, float* out, int64_t channels, int64_t size, int64_t pitch) {
   constexpr int kW = V::kWidth;
-  for (int64_t c = 0; c < channels; ++c, x += size) {
+  for (int64_t c = 0; c < channels; ++c, x += pitch) {
     typename V::Reg a = V::zero(), b = V::zero();
     int64_t i = 0;
     for (; i + 2 * kW <= size; i += 2 * kW) {
@@ -17,11 +18,7 @@ void channel_mean(const float* x, float* out, int64_t channels, int64_t size) {
       b = V::add(b, V::load(x + i + kW));
     }
     for (; i < size; i += kW) a = V::add(a, V::load(x + i, V::first(size - i)));
-    alignas(64) float lanes[kW];
-    V::store(lanes, V::add(a, b));
-    float sum = 0.0f;
-    for (int lane = 0; lane < kW; ++lane) sum += lanes[lane];
-    out[c] = sum / static_cast<float>(size);
+    out[c] = V::sum(V::add(a, b)) / static_cast<float>(size);
   }
 }
 

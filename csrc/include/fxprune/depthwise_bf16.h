@@ -17,10 +17,9 @@ int64_t depthwise_bf16_width(const DepthwiseShape& a) {
   return V::kDotsPairs && a.stride_w == 1 ? 2 * V::kWidth : V::kWidth;
 }
 
-// `taps` as for depthwise_taps; `scratch`: depthwise_bf16_scratch floats.
+// `scratch`: depthwise_bf16_scratch floats.
 template <class V>
-void depthwise_taps_bf16(const DepthwiseTapsBf16& a, const PlaneSpan& span, Tap* taps,
-                         float* scratch) {
+void depthwise_taps_bf16(const DepthwiseTapsBf16& a, const PlaneSpan& span, float* scratch) {
   if constexpr (V::kDotsPairs) {
     if (a.vectorised()) return depthwise_pairs<V>(a, span, scratch);
   }
@@ -44,7 +43,7 @@ void depthwise_taps_bf16(const DepthwiseTapsBf16& a, const PlaneSpan& span, Tap*
     // The float kernel finds plane i where its one-plane arguments begin.
     wide.x = x - i * plane;
     wide.out = out - i * size;
-    depthwise_taps<V>(wide, {i, i + 1, span.band_begin, span.band_end}, taps);
+    depthwise_taps<V>(wide, {i, i + 1, span.band_begin, span.band_end});
     Bf16* to = a.out + i * (size + a.out_gap);
     int64_t o = begin;
     for (; o + kW <= end; o += kW) V::store_bf16(to + o, V::load(out + o));
@@ -52,20 +51,16 @@ void depthwise_taps_bf16(const DepthwiseTapsBf16& a, const PlaneSpan& span, Tap*
   }
 }
 
-// x: (channels, size) -> out: (channels), the mean of each plane.
+// x: (channels, size), planes `pitch` apart -> out: (channels), the mean of each plane.
 template <class V>
-void channel_mean_bf16(const Bf16* x, Bf16* out, int64_t channels, int64_t size) {
+void channel_mean_bf16(const Bf16* x, Bf16* out, int64_t channels, int64_t size, int64_t pitch) {
   constexpr int64_t kW = V::kWidth;
-  for (int64_t c = 0; c < channels; ++c, x += size) {
+  for (int64_t c = 0; c < channels; ++c, x += pitch) {
     typename V::Reg sum = V::zero();
     int64_t i = 0;
     for (; i + kW <= size; i += kW) sum = V::add(sum, V::load_bf16(x + i));
     if (i < size) sum = V::add(sum, V::load_bf16(x + i, size - i));
-    alignas(64) float lanes[kW];
-    V::store(lanes, sum);
-    float total = 0.0f;
-    for (int64_t lane = 0; lane < kW; ++lane) total += lanes[lane];
-    out[c] = narrow(total / static_cast<float>(size));
+    out[c] = narrow(V::sum(sum) / static_cast<float>(size));
   }
 }
 

@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "fxprune/depthwise_taps.h"
+#include "fxprune/depthwise_lists.h"
 #include "fxprune/math.h"
 #include "fxprune/unroll.h"
 
@@ -31,7 +31,7 @@ struct DepthwisePairs {
   using Pairs = typename V::Pairs;
   using Pair = TapPair<V>;
   static constexpr int64_t kLine = 32, kHalf = kLine / 2;
-  static constexpr int kLines = 4;  // lines whose sums are in registers
+  static constexpr int kLines = 8;  // lines whose sums are in registers
 
   struct Plane {
     const DepthwiseTapsBf16* args;
@@ -40,27 +40,23 @@ struct DepthwisePairs {
     const Pair* pairs;
     int64_t count;
     float bias;
-    Clamp clamp;
-    float* sums;  // of a row or a plane, for activations that are no clamp; else null
+    float* sums;  // of a row or a plane, for activations that do not end in registers; else null
   };
 
   static int64_t list_pairs(const DepthwiseTapsBf16& a, int64_t c, Pair* pairs) {
     constexpr int kParts = 3;
     const float* weight = a.weight + c * a.kernel();
     int64_t count = 0;
-    for (int64_t word = 0; word < a.tap_words; ++word) {
-      for (uint64_t bits = a.taps[c * a.tap_words + word]; bits; bits &= bits - 1) {
-        const int64_t t = word * 64 + __builtin_ctzll(bits);
-        float rest = weight[t];
-        for (int part = 0; part < kParts; ++part) {
-          const Bf16 held = narrow(rest);
-          Pair& pair = pairs[count / 2];
-          pair.weights[count % 2] = held;
-          (count % 2 == 0 ? pair.first : pair.second) = a.sites + t;
-          ++count;
-          rest -= widen(held);
-          if (rest == 0.0f || !(rest - rest == 0.0f)) break;  // nothing is left, or infinity
-        }
+    for (KeptTaps tap(a, c); tap; ++tap) {
+      float rest = weight[*tap];
+      for (int part = 0; part < kParts; ++part) {
+        const Bf16 held = narrow(rest);
+        Pair& pair = pairs[count / 2];
+        pair.weights[count % 2] = held;
+        (count % 2 == 0 ? pair.first : pair.second) = a.sites + *tap;
+        ++count;
+        rest -= widen(held);
+        if (rest == 0.0f || !(rest - rest == 0.0f)) break;  // nothing is left, or infinity
       }
     }
     if (count % 2 != 0) {
@@ -70,43 +66,54 @@ struct DepthwisePairs {
     return (count + 1) / 2;
   }
 
-  static void finish(const Plane& p, Reg low, Reg high, int64_t lanes, float* sums, Bf16* out) {
-    if (sums) {
-      V::store(sums, low);
-      V::store(sums + kHalf, high);
+  // sums[v]: of both halves of line v, whose first output is number `at`; `size`: outputs that
+  // exist. to: where their sums go, or null.
+  template <int Lines>
+  static void finish(const Plane& p, Reg (&sums)[Lines][2], int64_t at, int64_t size, float* to,
+                     Bf16* out) {
+    if (to) {
+      FXPRUNE_UNROLL
+      for (int v = 0; v < Lines; ++v) {
+        V::store(to + at + v * kLine, sums[v][0]);
+        V::store(to + at + v * kLine + kHalf, sums[v][1]);
+      }
       return;
     }
-    const Reg least = V::set1(p.clamp.low), most = V::set1(p.clamp.high);
-    const uint32_t mask = lanes >= kLine ? ~0u : (1u << lanes) - 1u;
-    V::store_line(out, mask, V::min(most, V::max(least, low)), V::min(most, V::max(least, high)));
+    end_sums<V>(p.args->activation, sums);
+    FXPRUNE_UNROLL
+    for (int v = 0; v < Lines; ++v, at += kLine)
+      V::store_line(out + at, lanes(size - at), sums[v][0], sums[v][1]);
   }
+  static uint32_t lanes(int64_t count) { return count >= kLine ? ~0u : (1u << count) - 1u; }
 
   // Lines [first, first + Lines) of a flat plane.
   template <int Lines>
   static void flat_block(const Plane& p, int64_t first) {
     const Bf16* base = p.x + first * kLine;
-    Reg low[Lines], high[Lines];
-    FXPRUNE_UNROLL
-    for (int v = 0; v < Lines; ++v) low[v] = high[v] = V::set1(p.bias);
+    Reg sums[Lines][2];
+    start(p, sums);
     for (const Pair *pair = p.pairs, *end = pair + p.count; pair != end; ++pair) {
+      const TapSite *one = pair->first, *two = pair->second ? pair->second : one;
       const Pairs weight = V::set1_pairs(pair->weights);
-      const Bf16 *x = base + pair->first->offset,
-                 *y = pair->second ? base + pair->second->offset : x;
-      const uint32_t* here = pair->first->masks + first;
-      const uint32_t* there = pair->second ? pair->second->masks + first : nullptr;
+      const Bf16 *x = base + one->offset, *y = base + two->offset;
+      const uint32_t *here = one->masks + first, *there = two->masks + first;
+      const uint32_t present = pair->second ? ~0u : 0;
       FXPRUNE_UNROLL
       for (int v = 0; v < Lines; ++v) {
         const Pairs a = V::load_lanes(x + v * kLine, here[v]),
-                    b = V::load_lanes(y + v * kLine, there ? there[v] : 0);
-        low[v] = V::dot(weight, V::pairs_low(a, b), low[v]);
-        high[v] = V::dot(weight, V::pairs_high(a, b), high[v]);
+                    b = V::load_lanes(y + v * kLine, there[v] & present);
+        sums[v][0] = V::dot(weight, V::pairs_low(a, b), sums[v][0]);
+        sums[v][1] = V::dot(weight, V::pairs_high(a, b), sums[v][1]);
       }
     }
-    const int64_t size = p.args->out_h * p.args->out_w;
+    finish(p, sums, first * kLine, p.args->out_h * p.args->out_w, p.sums, p.out);
+  }
+  template <int Lines, int Parts>
+  static void start(const Plane& p, Reg (&sums)[Lines][Parts]) {
     FXPRUNE_UNROLL
     for (int v = 0; v < Lines; ++v) {
-      const int64_t at = (first + v) * kLine;
-      finish(p, low[v], high[v], size - at, p.sums ? p.sums + at : nullptr, p.out + at);
+      FXPRUNE_UNROLL
+      for (int i = 0; i < Parts; ++i) sums[v][i] = V::set1(p.bias);
     }
   }
 
@@ -116,9 +123,8 @@ struct DepthwisePairs {
     const DepthwiseTapsBf16& a = *p.args;
     const int64_t top = oy * a.stride_h;
     const Bf16* base = p.x + top * a.width + first * kLine;
-    Reg low[Lines], high[Lines];
-    FXPRUNE_UNROLL
-    for (int v = 0; v < Lines; ++v) low[v] = high[v] = V::set1(p.bias);
+    Reg sums[Lines][2];
+    start(p, sums);
     for (const Pair *pair = p.pairs, *end = pair + p.count; pair != end; ++pair) {
       const TapSite *one = pair->first, *two = pair->second ? pair->second : one;
       const Pairs weight = V::set1_pairs(pair->weights);
@@ -130,16 +136,11 @@ struct DepthwisePairs {
                                       one->masks[first + v] & in_one),
                     y = V::load_lanes(base + two->offset + v * kLine,
                                       two->masks[first + v] & in_two);
-        low[v] = V::dot(weight, V::pairs_low(x, y), low[v]);
-        high[v] = V::dot(weight, V::pairs_high(x, y), high[v]);
+        sums[v][0] = V::dot(weight, V::pairs_low(x, y), sums[v][0]);
+        sums[v][1] = V::dot(weight, V::pairs_high(x, y), sums[v][1]);
       }
     }
-    FXPRUNE_UNROLL
-    for (int v = 0; v < Lines; ++v) {
-      const int64_t at = (first + v) * kLine;
-      finish(p, low[v], high[v], a.out_w - at, p.sums ? p.sums + at : nullptr,
-             p.out + oy * a.out_w + at);
-    }
+    finish(p, sums, first * kLine, a.out_w, p.sums, p.out + oy * a.out_w);
   }
 
   // The same under a stride of 2, for lines of 16 outputs, in their order.
@@ -149,9 +150,8 @@ struct DepthwisePairs {
     const DepthwiseTapsBf16& a = *p.args;
     const int64_t top = oy * a.stride_h;
     const Bf16* base = p.x + top * a.width + first * kLine;
-    Reg sums[Lines];
-    FXPRUNE_UNROLL
-    for (int v = 0; v < Lines; ++v) sums[v] = V::set1(p.bias);
+    Reg sums[Lines][1];
+    start(p, sums);
     for (const Pair *pair = p.pairs, *end = pair + p.count; pair != end; ++pair) {
       const TapSite *one = pair->first, *two = pair->second ? pair->second : one;
       const Pairs weight = V::set1_pairs(pair->weights);
@@ -163,18 +163,17 @@ struct DepthwisePairs {
             V::load_lanes(base + one->offset + v * kLine, one->masks[first + v] & in_one);
         const uint32_t lanes = (two->masks[first + v] & in_two) << 1;
         const Pairs both = V::load_lanes(base + two->offset - 1 + v * kLine, lanes, x);
-        sums[v] = V::dot(weight, both, sums[v]);
+        sums[v][0] = V::dot(weight, both, sums[v][0]);
       }
     }
-    const Reg least = V::set1(p.clamp.low), most = V::set1(p.clamp.high);
+    if (!p.sums) end_sums<V>(a.activation, sums);
     FXPRUNE_UNROLL
     for (int v = 0; v < Lines; ++v) {
       const int64_t at = (first + v) * kHalf;
       if (p.sums) {
-        V::store(p.sums + at, sums[v]);
+        V::store(p.sums + at, sums[v][0]);
       } else {
-        V::store_bf16(p.out + oy * a.out_w + at, a.out_w - at,
-                      V::min(most, V::max(least, sums[v])));
+        V::store_bf16(p.out + oy * a.out_w + at, a.out_w - at, sums[v][0]);
       }
     }
   }
@@ -183,12 +182,23 @@ struct DepthwisePairs {
     return y >= 0 && y < a.height ? ~0u : 0u;
   }
 
+  // Blocks of at most kLines lines, as even as can be.
   template <class Block>
   static void in_blocks(int64_t begin, int64_t end, const Block& block) {
+    const int64_t lines = end - begin, blocks = (lines + kLines - 1) / kLines;
     int64_t at = begin;
-    for (; at + kLines <= end; at += kLines) block(std::integral_constant<int, kLines>(), at);
-    if (end - at >= 2) block(std::integral_constant<int, 2>(), at), at += 2;
-    if (at < end) block(std::integral_constant<int, 1>(), at);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t here = lines / blocks + (b < lines % blocks);
+      with_constant<kLines>(here, [&](auto count) { block(count, at); });
+      at += here;
+    }
+  }
+  template <int Most, class F>
+  static void with_constant(int64_t count, const F& f) {
+    if constexpr (Most > 1) {
+      if (count < Most) return with_constant<Most - 1>(count, f);
+    }
+    f(std::integral_constant<int, Most>());
   }
 
   static void flat(const Plane& p, int64_t begin, int64_t end) {
@@ -197,8 +207,8 @@ struct DepthwisePairs {
     const int64_t size = p.args->out_h * p.args->out_w;
     activate<V>(p.args->activation, p.sums + begin * kLine, (end - begin) * kLine);
     for (int64_t v = begin; v < end; ++v) {
-      const int64_t at = v * kLine, left = size - at;
-      V::store_line(p.out + at, left >= kLine ? ~0u : (1u << left) - 1u, V::load(p.sums + at),
+      const int64_t at = v * kLine;
+      V::store_line(p.out + at, lanes(size - at), V::load(p.sums + at),
                     V::load(p.sums + at + kHalf));
     }
   }
@@ -221,8 +231,7 @@ struct DepthwisePairs {
         if (even) {
           V::store_bf16(out + at, left, V::load(p.sums + at));
         } else {
-          V::store_line(out + at, left >= kLine ? ~0u : (1u << left) - 1u, V::load(p.sums + at),
-                        V::load(p.sums + at + kHalf));
+          V::store_line(out + at, lanes(left), V::load(p.sums + at), V::load(p.sums + at + kHalf));
         }
       }
     }
@@ -244,8 +253,7 @@ void depthwise_pairs(const DepthwiseTapsBf16& a, const PlaneSpan& span, float* s
                                      pairs,
                                      count,
                                      a.bias ? a.bias[c] : 0.0f,
-                                     clamp_of(a.activation),
-                                     is_clamp(a.activation) ? nullptr : sums};
+                                     ends_in_registers(a.activation) ? nullptr : sums};
     if (a.flat(D::kLine)) {
       D::flat(plane, span.band_begin, span.band_end);
     } else {

@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "fxprune/depthwise_taps.h"
+#include "fxprune/depthwise_lists.h"
 #include "fxprune/math.h"
 #include "fxprune/unroll.h"
 
@@ -21,8 +21,8 @@ template <class V>
 struct Depthwise {
   using Reg = typename V::Reg;
   static constexpr int kW = V::kWidth;
-  static constexpr int kFlatVecs =
-      8;  // sums per block: enough to hide the latency of a multiply-add
+  // Sums per block: more hide a multiply-add's latency no better, but a plane of 14 x 14 is one.
+  static constexpr int kFlatVecs = 2 * V::kAccumulators / 3;
   static constexpr int kRows = 4;
   static constexpr int kRowVecs = std::min(4, V::kAccumulators / kRows);
 
@@ -30,45 +30,33 @@ struct Depthwise {
     const DepthwiseTaps* args;
     const float* x;
     float* out;
-    const Tap* taps;
-    int64_t count;
+    int64_t channel;
+    const float* weight;  // of the channel
     float bias;
-    Clamp clamp;
   };
-
-  static int64_t list_taps(const DepthwiseTaps& a, int64_t c, Tap* taps) {
-    const float* weight = a.weight + c * a.kernel();
-    int64_t count = 0;
-    for (int64_t word = 0; word < a.tap_words; ++word) {
-      for (uint64_t bits = a.taps[c * a.tap_words + word]; bits; bits &= bits - 1) {
-        const int64_t t = word * 64 + __builtin_ctzll(bits);
-        taps[count++] = {weight[t], a.sites + t};
-      }
-    }
-    return count;
-  }
 
   template <int Vecs>
   static void flat_block(const Plane& p, int64_t first) {
+    const DepthwiseTaps& a = *p.args;
     const float* base = p.x + first * kW;
-    const Tap* const end = p.taps + p.count;
-    Reg acc[Vecs];
+    Reg acc[1][Vecs];
     FXPRUNE_UNROLL
-    for (int v = 0; v < Vecs; ++v) acc[v] = V::set1(p.bias);
-    for (const Tap* tap = p.taps; tap != end; ++tap) {
-      const Reg weight = V::set1(tap->weight);
-      const float* x = base + tap->site->offset;
-      const uint32_t* masks = tap->site->masks + first;
+    for (int v = 0; v < Vecs; ++v) acc[0][v] = V::set1(p.bias);
+    for (KeptTaps tap(a, p.channel); tap; ++tap) {
+      const Reg weight = V::set1(p.weight[*tap]);
+      const TapSite& site = a.sites[*tap];
+      const float* x = base + site.offset;
+      const uint32_t* masks = site.masks + first;
       FXPRUNE_UNROLL
       for (int v = 0; v < Vecs; ++v)
-        acc[v] = V::fma_load(weight, x + v * kW, V::bits(masks[v]), acc[v]);
+        acc[0][v] = V::fma_load(weight, x + v * kW, V::bits(masks[v]), acc[0][v]);
     }
-    const Reg low = V::set1(p.clamp.low), high = V::set1(p.clamp.high);
+    end_sums<V>(a.activation, acc);
     float* out = p.out + first * kW;
     FXPRUNE_UNROLL
-    for (int v = 0; v + 1 < Vecs; ++v) V::store(out + v * kW, V::min(high, V::max(low, acc[v])));
-    const int64_t tail = p.args->out_h * p.args->out_w - (first + Vecs - 1) * kW;
-    V::store(out + (Vecs - 1) * kW, V::first(tail), V::min(high, V::max(low, acc[Vecs - 1])));
+    for (int v = 0; v + 1 < Vecs; ++v) V::store(out + v * kW, acc[0][v]);
+    const int64_t tail = a.out_h * a.out_w - (first + Vecs - 1) * kW;
+    V::store(out + (Vecs - 1) * kW, V::first(tail), acc[0][Vecs - 1]);
   }
 
   // Output rows [oy, oy + Rows) x vectors [first, first + Vecs). Inside: every window row lies in
@@ -79,16 +67,15 @@ struct Depthwise {
     const int64_t height = a.height, pitch = a.stride_h * a.width, column = first * kW * Stride;
     const int64_t top = oy * a.stride_h;
     const float* base = p.x + oy * pitch + column;
-    const Tap* const end = p.taps + p.count;
     Reg acc[Rows][Vecs];
     FXPRUNE_UNROLL
     for (int r = 0; r < Rows; ++r) {
       FXPRUNE_UNROLL
       for (int v = 0; v < Vecs; ++v) acc[r][v] = V::set1(p.bias);
     }
-    for (const Tap* tap = p.taps; tap != end; ++tap) {
-      const Reg weight = V::set1(tap->weight);
-      const TapSite& site = *tap->site;
+    for (KeptTaps tap(a, p.channel); tap; ++tap) {
+      const Reg weight = V::set1(p.weight[*tap]);
+      const TapSite& site = a.sites[*tap];
       const uint32_t* masks = site.masks + first;
       const float* row = base + site.offset;
       FXPRUNE_UNROLL
@@ -107,16 +94,15 @@ struct Depthwise {
         }
       }
     }
-    const Reg low = V::set1(p.clamp.low), high = V::set1(p.clamp.high);
+    end_sums<V>(a.activation, acc);
     const auto tail = V::first(a.out_w - (first + Vecs - 1) * kW);
     const int64_t ldo = a.out_w;
     float* out = p.out + oy * ldo + first * kW;
     FXPRUNE_UNROLL
     for (int r = 0; r < Rows; ++r, out += ldo) {
       FXPRUNE_UNROLL
-      for (int v = 0; v + 1 < Vecs; ++v)
-        V::store(out + v * kW, V::min(high, V::max(low, acc[r][v])));
-      V::store(out + (Vecs - 1) * kW, tail, V::min(high, V::max(low, acc[r][Vecs - 1])));
+      for (int v = 0; v + 1 < Vecs; ++v) V::store(out + v * kW, acc[r][v]);
+      V::store(out + (Vecs - 1) * kW, tail, acc[r][Vecs - 1]);
     }
   }
 
@@ -169,12 +155,13 @@ struct Depthwise {
     }
   }
 
-  static void plain(const DepthwiseTaps& a, const Plane& p, int64_t c) {
+  static void plain(const Plane& p, int64_t, int64_t) {
+    const DepthwiseTaps& a = *p.args;
     const int64_t size = a.out_h * a.out_w;
     std::fill(p.out, p.out + size, p.bias);
-    for (int64_t t = 0; t < a.kernel(); ++t) {
-      if (!(a.taps[c * a.tap_words + t / 64] >> (t % 64) & 1)) continue;
-      const float weight = a.weight[c * a.kernel() + t];
+    for (KeptTaps tap(a, p.channel); tap; ++tap) {
+      const int64_t t = *tap;
+      const float weight = p.weight[t];
       const int64_t down = t / a.kernel_w * a.dilation_h - a.pad_h,
                     right = t % a.kernel_w * a.dilation_w - a.pad_w;
       int64_t top, bottom, left, end;
@@ -186,41 +173,37 @@ struct Depthwise {
         for (int64_t ox = left; ox < end; ++ox) out[ox] += weight * x[ox * a.stride_w];
       }
     }
+    const Clamp clamp = clamp_of(a.activation);
     for (int64_t i = 0; i < size; ++i) {
       const float y = p.out[i];
-      p.out[i] = y < p.clamp.low ? p.clamp.low : y > p.clamp.high ? p.clamp.high : y;
+      p.out[i] = y < clamp.low ? clamp.low : y > clamp.high ? clamp.high : y;
     }
+    if (!is_clamp(a.activation)) activate<V>(a.activation, p.out, size);
   }
 };
 
-// `taps`: room for one channel's taps. A plane without a vector kernel is not cut: its band is all
-// its rows.
+// A plane without a vector kernel is not cut: its band is all its rows.
 template <class V>
-void depthwise_taps(const DepthwiseTaps& a, const PlaneSpan& span, Tap* taps) {
+void depthwise_taps(const DepthwiseTaps& a, const PlaneSpan& span) {
   using D = Depthwise<V>;
   const int64_t size = a.out_h * a.out_w, begin = span.band_begin, end = span.band_end;
   const int64_t line = a.flat(V::kWidth) ? V::kWidth : a.out_w;  // floats a band counts in
   const int64_t written = begin * line, count = std::min(end * line, size) - written;
+  const auto band = !a.vectorised()     ? &D::plain
+                    : a.flat(V::kWidth) ? &D::flat
+                    : a.stride_w == 1   ? &D::template rows<1>
+                                        : &D::template rows<2>;
+  const bool apart = a.vectorised() && !ends_in_registers(a.activation);
   for (int64_t i = span.begin; i < span.end; ++i) {
     const int64_t c = i % a.channels;
-    typename D::Plane p;
-    p.args = &a;
-    p.x = a.x + i * (a.height * a.width + a.x_gap);
-    p.out = a.out + i * (size + a.out_gap);
-    p.taps = taps;
-    p.bias = a.bias ? a.bias[c] : 0.0f;
-    p.clamp = clamp_of(a.activation);
-    p.count = a.vectorised() ? D::list_taps(a, c, taps) : 0;
-    if (!a.vectorised()) {
-      D::plain(a, p, c);
-    } else if (a.flat(V::kWidth)) {
-      D::flat(p, begin, end);
-    } else if (a.stride_w == 1) {
-      D::template rows<1>(p, begin, end);
-    } else {
-      D::template rows<2>(p, begin, end);
-    }
-    if (!is_clamp(a.activation)) activate<V>(a.activation, p.out + written, count);
+    const typename D::Plane plane = {&a,
+                                     a.x + i * (a.height * a.width + a.x_gap),
+                                     a.out + i * (size + a.out_gap),
+                                     c,
+                                     a.weight + c * a.kernel(),
+                                     a.bias ? a.bias[c] : 0.0f};
+    band(plane, begin, end);
+    if (apart) activate<V>(a.activation, plane.out + written, count);
   }
 }
 

@@ -23,12 +23,6 @@ struct TapSite {
       masks;  // its lanes inside the image, one mask per vector of the plane (flat) or of a row
 };
 
-// A kept tap of one channel.
-struct Tap {
-  float weight;
-  const TapSite* site;
-};
-
 // What a depthwise convolution is apart from its activations. Weights are float whatever these are.
 struct DepthwiseShape {
   const float* weight;   // (channels, kernel_h * kernel_w)

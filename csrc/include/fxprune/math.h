@@ -9,6 +9,7 @@
 
 #include "fxprune/activation.h"
 #include "fxprune/fours.h"
+#include "fxprune/unroll.h"
 
 namespace fxprune {
 
@@ -99,6 +100,27 @@ template <class V>
 typename V::Reg hardswish(typename V::Reg x) {
   const auto shifted = V::max(V::zero(), V::add(x, V::set1(3.0f)));
   return V::sixth(V::mul(x, V::min(V::set1(6.0f), shifted)));
+}
+
+// Applies an activation that ends in registers to sums. Inlined, or they would pass through memory.
+template <class V, int Rows, int Vecs>
+__attribute__((always_inline)) inline void end_sums(Activation activation,
+                                                    typename V::Reg (&sums)[Rows][Vecs]) {
+  if (activation == Activation::kHardswish) {
+    FXPRUNE_UNROLL
+    for (int r = 0; r < Rows; ++r) {
+      FXPRUNE_UNROLL
+      for (int v = 0; v < Vecs; ++v) sums[r][v] = hardswish<V>(sums[r][v]);
+    }
+    return;
+  }
+  const Clamp clamp = clamp_of(activation);
+  const auto low = V::set1(clamp.low), high = V::set1(clamp.high);
+  FXPRUNE_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    FXPRUNE_UNROLL
+    for (int v = 0; v < Vecs; ++v) sums[r][v] = V::min(high, V::max(low, sums[r][v]));
+  }
 }
 
 // f(V(), x) is the function of a vector x. Vectors are taken by four, where they are wide enough to

@@ -23,27 +23,41 @@ struct PixelsBf16 : TileBf16<V> {
   // Rows [0, rows) of sums into the planes of their features.
   static void store(const TileGemmBf16& a, int64_t image, const BlockLanes& lanes,
                     const int32_t* columns, int64_t rows, float* sums) {
-    const Clamp clamp = clamp_of(a.activation);
-    const Reg low = V::set1(clamp.low), high = V::set1(clamp.high);
-    const bool smooth = !is_clamp(a.activation), whole = lanes.whole();
+    const bool smooth = !ends_in_registers(a.activation);
+    const float* bias = a.bias;
     if (smooth || a.residual) {
       for (int64_t r = 0; r < rows; ++r) add(a, image, lanes, columns[r], sums + r * kPixels);
       if (smooth) activate<V>(a.activation, sums, rows * kPixels);
+      bias = nullptr;
     }
-    const float* bias = smooth || a.residual ? nullptr : a.bias;
+    if (a.activation == Activation::kHardswish) {
+      return store(a, image, lanes, columns, rows, sums, bias,
+                   [](Reg x) { return hardswish<V>(x); });
+    }
+    const Clamp clamp = clamp_of(a.activation);
+    const Reg low = V::set1(clamp.low), high = V::set1(clamp.high);
+    store(a, image, lanes, columns, rows, sums, bias,
+          [=](Reg x) { return V::min(high, V::max(low, x)); });
+  }
+
+  // end(sums + bias), rounded. bias: of every feature, or null.
+  template <class End>
+  static void store(const TileGemmBf16& a, int64_t image, const BlockLanes& lanes,
+                    const int32_t* columns, int64_t rows, const float* sums, const float* bias,
+                    const End& end) {
     const int64_t pitch = a.ldo();
     Bf16* const plane = a.out + image * a.n * pitch;
-    if (whole) {
+    if (lanes.whole()) {
       Bf16* const line = plane + lanes.runs[0].shift;
       for (int64_t r = 0; r < rows; ++r, sums += kPixels) {
         const Reg shift = bias ? V::set1(bias[columns[r]]) : V::zero();
-        V::store_line(line + columns[r] * pitch, V::line_of(sums, shift, low, high));
+        V::store_line(line + columns[r] * pitch, V::line_of(sums, shift, end));
       }
       return;
     }
     for (int64_t r = 0; r < rows; ++r, sums += kPixels) {
       const Reg shift = bias ? V::set1(bias[columns[r]]) : V::zero();
-      V::store_line(plane + columns[r] * pitch, lanes, V::line_of(sums, shift, low, high));
+      V::store_line(plane + columns[r] * pitch, lanes, V::line_of(sums, shift, end));
     }
   }
 

@@ -45,8 +45,7 @@ struct FeatureMajor {
     float* out;             // same
     int64_t ldr, ldo;       // from feature to feature
     int64_t tail;           // lanes of the last vector that exist
-    Clamp clamp;
-    Activation activation;  // where it is no clamp: edge() applies it, and finish() to the rest
+    Activation activation;
   };
 
   static constexpr int64_t kDistance = 6;  // rows of x asked for ahead
@@ -105,8 +104,8 @@ struct FeatureMajor {
         acc[r][Vecs - 1] = V::add(acc[r][Vecs - 1], V::load(from + kLast, tail));
       }
     }
-    const Reg low = V::set1(s.clamp.low), high = V::set1(s.clamp.high);
     float* out = s.out;
+    end_sums<V>(s.activation, acc);
     FXPRUNE_UNROLL
     for (int r = 0; r < Rows; ++r) {
       float* to = out + columns[r] * ldo;
@@ -114,14 +113,13 @@ struct FeatureMajor {
         FXPRUNE_UNROLL
         for (int v = 0; v < Vecs; ++v) {
           const PixelLanes lanes = s.lanes[v];
-          V::compress(to + lanes.to, lanes.bits, V::min(high, V::max(low, acc[r][v])));
+          V::compress(to + lanes.to, lanes.bits, acc[r][v]);
         }
         continue;
       }
       FXPRUNE_UNROLL
-      for (int v = 0; v + 1 < Vecs; ++v)
-        V::store(to + v * kW, V::min(high, V::max(low, acc[r][v])));
-      V::store(to + kLast, tail, V::min(high, V::max(low, acc[r][Vecs - 1])));
+      for (int v = 0; v + 1 < Vecs; ++v) V::store(to + v * kW, acc[r][v]);
+      V::store(to + kLast, tail, acc[r][Vecs - 1]);
     }
   }
 
@@ -183,6 +181,7 @@ struct FeatureMajor {
       for (int p = 0; p < Pixels; ++p) acc[p][0] = V::fma(weight, V::set1(x[p]), acc[p][0]);
     }
     alignas(64) float y[kW];
+    const Clamp clamp = clamp_of(s.activation);
     FXPRUNE_UNROLL
     for (int p = 0; p < Pixels; ++p) {
       Reg sum = acc[p][0];
@@ -193,7 +192,7 @@ struct FeatureMajor {
         const int64_t feature = s.columns[r];
         if (s.bias) y[r] += s.bias[feature];
         if (s.residual) y[r] += s.residual[feature * s.ldr + p];
-        y[r] = y[r] < s.clamp.low ? s.clamp.low : y[r] > s.clamp.high ? s.clamp.high : y[r];
+        y[r] = y[r] < clamp.low ? clamp.low : y[r] > clamp.high ? clamp.high : y[r];
       }
       if (!is_clamp(s.activation)) activate<V>(s.activation, y, rows);
       for (int r = 0; r < rows; ++r) s.out[s.columns[r] * s.ldo + p] = y[r];
@@ -206,11 +205,10 @@ struct FeatureMajor {
   }
 
   static constexpr int kMostEdge = kW >= 8 ? 2 : 0;
-  // Pixels of an image computed by edge(); none where the image is a single vector, which has no
-  // full one to follow.
+  // Pixels of an image computed by edge(): all, or those that follow its full vectors.
   static int64_t edge_pixels(int64_t m, int64_t granularity) {
     const int64_t most = std::min<int64_t>(kMostEdge, granularity);  // lanes are output features
-    return m > kW && m % kW <= most ? m % kW : 0;
+    return (m > kW || m <= most) && m % kW <= most ? m % kW : 0;
   }
 
   // A strip over `pixels` pixels from `pixel` on, with everything set that does not depend on the
@@ -223,7 +221,6 @@ struct FeatureMajor {
     s.residual = a.residual ? a.residual + image * a.n * a.ldr() + pixel : nullptr;
     s.out = a.out + image * a.n * a.ldo() + pixel;
     s.tail = (pixels - 1) % kW + 1;
-    s.clamp = clamp_of(a.activation);
     s.activation = a.activation;
     return s;
   }
@@ -261,10 +258,10 @@ struct FeatureMajor {
     }
   }
 
-  // Applies an activation that is no clamp to pixels [begin, end) of the span's features: in long
+  // Applies an activation that strips leave to pixels [begin, end) of the span's features: in long
   // runs, because every few vectors would wait for those before them.
   static void finish(const TileGemm& a, const TileSpan& span, int64_t begin, int64_t end) {
-    if (is_clamp(a.activation)) return;
+    if (ends_in_registers(a.activation)) return;
     float* out = a.out + span.image * a.n * a.ldo() + begin;
     const int64_t to = a.features_to(span.tile_end);
     for (int64_t feature = a.features_from(span.tile_begin); feature < to; ++feature)
@@ -279,9 +276,11 @@ struct FeatureMajor {
       const int64_t width = a.width(t), start = a.tile_ptr[t] * a.granularity;
       const float* from = a.values + start;
       float* scaled = to + start;
+      const auto first = V::first(width);
       for (int64_t i = a.tile_ptr[t]; i < a.tile_end[t]; ++i, from += width, scaled += width) {
-        const float factor = gate[a.index[i]];
-        for (int64_t j = 0; j < width; ++j) scaled[j] = from[j] * factor;
+        const Reg factor = V::set1(gate[a.index[i]]);
+        V::store(scaled, first, V::mul(V::load(from, first), factor));
+        for (int64_t j = kW; j < width; ++j) scaled[j] = from[j] * gate[a.index[i]];
       }
     }
   }

@@ -125,7 +125,6 @@ struct Panel {
     typename Wide::Strip s{};
     s.ldx = s.ldo = vecs * kW;
     s.bias = bias;
-    s.clamp = clamp_of(Activation::kNone);
     s.activation = Activation::kNone;
     s.tail = kW;
     const int64_t most =

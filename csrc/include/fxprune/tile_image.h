@@ -40,6 +40,11 @@ inline int64_t bf16_group(const TileShape& a) {
   return std::max<int64_t>(1, kPanels / std::max<int64_t>(a.k * kPixels, 1));
 }
 
+// Floats of scratch of a single row: its sums, those of a strip, and the kept input features.
+inline int64_t row_scratch(const TileShape& a) {
+  return a.n + 2 * kDeep + (a.k + kDeep) / 2;
+}
+
 // Which pixels of a plane the lanes of a block are: in each run, lane i is pixel shift + i.
 struct BlockLanes {
   struct Run {

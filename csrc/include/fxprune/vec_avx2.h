@@ -31,11 +31,20 @@ struct Avx2 : PortableBf16<Avx2>, PortableLists<Avx2> {
   static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
   static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
   static Reg ratio(Reg a, Reg b) { return div(a, b); }
-  static Reg sixth(Reg a) { return div(a, set1(6.0f)); }
+  // As in vec_avx512.h.
+  static Reg sixth(Reg a) {
+    const Reg high = set1(0x1.555554p-3f), low = set1(0x1.555556p-27f);
+    return fma(a, high, mul(a, low));
+  }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static Reg fma_load(Reg a, const float* p, Mask m, Reg c) { return fma(a, load(p, m), c); }
   static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }  // NaN in b is returned
   static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
+  static float sum(Reg a) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
   // max that returns a NaN of either
   static Reg highest(Reg a, Reg b) {
     return _mm256_blendv_ps(max(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));

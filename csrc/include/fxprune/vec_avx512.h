@@ -44,12 +44,11 @@ struct Avx512Vectors {
     const Mask finite = _mm512_cmp_ps_mask(error, error, _CMP_ORD_Q);
     return mul(a, _mm512_mask_fmadd_ps(r, finite, error, r));
   }
-  // a / 6, rounded as a division rounds it (Markstein): a product, and what it is off by. Where
-  // that is infinite or NaN, so is the product.
+  // a / 6, rounded as a division rounds it where a * 2^-26 is a normal number: 1/6 in two parts
+  // (Brisebarre and Muller). Both are positive, so that infinities stay what they are.
   static Reg sixth(Reg a) {
-    const Reg factor = set1(1.0f / 6.0f), y = mul(a, factor),
-              error = _mm512_fnmadd_ps(y, set1(6.0f), a);
-    return _mm512_mask3_fmadd_ps(factor, error, y, _mm512_cmp_ps_mask(error, error, _CMP_ORD_Q));
+    const Reg high = set1(0x1.555554p-3f), low = set1(0x1.555556p-27f);
+    return fma(a, high, mul(a, low));
   }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }  // a * b + c
   // a * p[lane] + c in the lanes of m, c elsewhere. One instruction that touches no memory of other
@@ -65,6 +64,7 @@ struct Avx512Vectors {
   // A NaN in the second operand is returned: clamp(x) = min(high, max(low, x)) keeps NaN.
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
+  static float sum(Reg a) { return _mm512_reduce_add_ps(a); }
   // max that returns a NaN of either
   static Reg highest(Reg a, Reg b) {
     return _mm512_mask_mov_ps(max(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
@@ -268,10 +268,10 @@ struct Avx512Vectors {
     for (int64_t i = 0; i < lanes.count; ++i)
       _mm512_mask_storeu_epi16(plane + lanes.runs[i].shift, lanes.runs[i].lanes, line);
   }
-  // from + bias, clamped and rounded; from: a line of sums.
-  static Line line_of(const float* from, Reg bias, Reg low, Reg high) {
-    return line_of(min(high, max(low, add(load(from), bias))),
-                   min(high, max(low, add(load(from + 16), bias))));
+  // end(from + bias), rounded; from: a line of sums, end: a function of a vector.
+  template <class End>
+  static Line line_of(const float* from, Reg bias, const End& end) {
+    return line_of(end(add(load(from), bias)), end(add(load(from + 16), bias)));
   }
   // The lanes of a mask of a line, whose sums are in two registers.
   static void store_line(Bf16* to, uint32_t lanes, Reg a, Reg b) {

@@ -43,6 +43,7 @@ struct Scalar : PortableBf16<Scalar>, PortableLists<Scalar> {
   static Reg fma_load(Reg a, const float* p, Mask m, Reg c) { return fma(a, load(p, m), c); }
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }  // NaN in b is returned
   static Reg min(Reg a, Reg b) { return a < b ? a : b; }
+  static float sum(Reg a) { return (a[0] + a[2]) + (a[1] + a[3]); }
   // max that returns a NaN of either
   static Reg highest(Reg a, Reg b) { return a != a ? a : max(a, b); }
 
