@@ -31,6 +31,7 @@ from .measure_rnn import Weight, as_linear, predicted, recurrent_calls
 
 ROUNDS = {"fast": 5, "full": 25}
 _BURST_SECONDS = 3e-4
+_PATIENCE = 1.0  # seconds in which times may come to agree; large layers on a busy machine would take minutes
 _GPU_BURST = 10
 
 
@@ -169,10 +170,12 @@ def interleave(runs: list[Callable[[], Any]], rounds: int) -> tuple[list[float],
         run()
         repeats.append(max(2, min(50, math.ceil(_BURST_SECONDS * 1e6 / max(_micros(run), 0.1)))))
     samples: list[list[float]] = [[] for _ in runs]
-    while len(samples[0]) < rounds or (len(samples[0]) < 8 * rounds and not all(map(_settled, samples))):
+    end, settled = time.perf_counter() + _PATIENCE, False
+    while len(samples[0]) < rounds or not (settled or len(samples[0]) >= 8 * rounds or time.perf_counter() > end):
         for i, run in enumerate(runs):
             samples[i].append(min(_micros(run) for _ in range(repeats[i])))
-    return [min(taken) for taken in samples], all(map(_settled, samples))
+        settled = len(samples[0]) >= rounds and all(map(_settled, samples))
+    return [min(taken) for taken in samples], settled
 
 
 def _micros(run: Callable[[], Any]) -> float:
