@@ -171,6 +171,7 @@ class PlatformWheel(bdist_wheel):
 
 SOURCES = [
     "csrc/add_squares.cpp",
+    "csrc/attention.cpp",
     "csrc/channel_norm.cpp",
     "csrc/clear_pruned.cpp",
     "csrc/nm_prune.cpp",

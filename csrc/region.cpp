@@ -18,6 +18,7 @@
 #include "parallel.h"
 #include "region_program.h"
 #include "region_weights.h"
+#include "run_attention.h"
 #include "run_block.h"
 #include "run_block_bf16.h"
 #include "run_norm.h"
@@ -98,6 +99,15 @@ class Region {
     weights_.attach(step, &a);
     a.x = at(step.x, image, arena), a.out = at(step.out, image, arena);
     if (step.residual >= 0) a.residual = at(step.residual, image, arena);
+    return a;
+  }
+  AttentionBf16 attention(const Step& step, int64_t image, Bf16* arena) const {
+    AttentionBf16 a = step.attention;
+    a.q = at(step.x, image, arena), a.k = at(step.k, image, arena);
+    a.v = at(step.v, image, arena), a.out = at(step.out, image, arena);
+    if (step.mask >= 0) a.mask = at(step.mask, image, arena);
+    a.q_gap = gap(step.x), a.k_gap = gap(step.k), a.v_gap = gap(step.v);
+    a.mask_gap = gap(step.mask), a.out_gap = gap(step.out);
     return a;
   }
 
@@ -205,6 +215,8 @@ class Region {
       weights_.attach(step, &a);
       a.x = x, a.out = out, a.x_gap = gap(step.x), a.out_gap = gap(step.out);
       run_channel_norm(a, pool);
+    } else if (step.code == Step::kAttention) {
+      if constexpr (kBf16) run_attention(attention(step, image, arena), pool);
     } else {
       const TileConvOf<T> a = convolution(step, image, arena);
       if (a.n > 0) run_tile_conv(a, pool);

@@ -48,8 +48,8 @@ struct Value {
 
 template <class T>
 struct StepOf {
-  enum Code { kDepthwise, kGemm, kMean, kConv, kPool, kNorm } code;
-  int64_t x, residual = -1, gate = -1, out;
+  enum Code { kDepthwise, kGemm, kMean, kConv, kPool, kNorm, kAttention } code;
+  int64_t x, residual = -1, gate = -1, k = -1, v = -1, mask = -1, out;
   // Weights in the bundle, -1 where there is none.
   int64_t values = -1;  // of a depthwise step and of a norm: the weight
   int64_t index = -1, tile_ptr = -1, columns = -1, taps = -1, bias = -1;
@@ -58,6 +58,7 @@ struct StepOf {
   TileConvOf<T> conv{};
   MaxPoolOf<T> pool{};
   ChannelNormOf<T> norm{};
+  AttentionBf16 attention{};
 
   Activation& activation() {
     return code == kDepthwise ? depthwise.activation
@@ -161,7 +162,7 @@ class RegionPlan {
   }
   static bool takes_gaps(const Step& step) {
     return step.code == Step::kDepthwise || step.code == Step::kPool || step.code == Step::kNorm ||
-           step.code == Step::kMean ||
+           step.code == Step::kMean || step.code == Step::kAttention ||
            (step.code == Step::kGemm && step.feature_major && !runs_panel(step.gemm));
   }
   static bool runs_panel(const TileShape& gemm) {

@@ -11,9 +11,10 @@
 //                  kernel h w, stride h w, padding h w, dilation h w, groups, activation
 //   max pool (4):  x, kernel h w, stride h w, padding h w, dilation h w
 //   norm (5):      x, weight, bias, the bits of eps as a float
+//   attention (6): x, k, v, mask, heads, the bits of scale as a float
 //
-// x, residual and gate are values: first the inputs, then one per step. Weights are parts of a
-// bundle. -1 is absent.
+// x, residual, gate, k, v and mask are values: first the inputs, then one per step. Weights are
+// parts of a bundle. -1 is absent.
 #pragma once
 
 #include <algorithm>
@@ -26,6 +27,7 @@
 #include <vector>
 
 #include "bundle.h"
+#include "check_attention.h"
 #include "check_packed.h"
 #include "region_plan.h"
 #include "run.h"
@@ -121,8 +123,8 @@ class RegionProgram {
   }
 
   void read(int64_t code, const std::vector<int64_t>& arg) {
-    constexpr int64_t kCounts[] = {13, 12, 1, 19, 9, 4};
-    STD_TORCH_CHECK(code >= 0 && code <= 5, "unknown step code ", code);
+    constexpr int64_t kCounts[] = {13, 12, 1, 19, 9, 4, 6};
+    STD_TORCH_CHECK(code >= 0 && code <= 6, "unknown step code ", code);
     STD_TORCH_CHECK(static_cast<int64_t>(arg.size()) == kCounts[code], "step code ", code,
                     " takes ", kCounts[code], " arguments, got ", arg.size());
     Step step;
@@ -137,6 +139,8 @@ class RegionProgram {
       result.shape = read_pool(&step, shape, arg);
     } else if (step.code == Step::kNorm) {
       result.shape = read_norm(&step, shape, arg);
+    } else if (step.code == Step::kAttention) {
+      result.shape = read_attention(&step, shape, arg);
     } else {
       const int64_t activation = arg.back();
       STD_TORCH_CHECK(activation >= 0 && activation < 9, "unknown activation ", activation);
@@ -240,10 +244,32 @@ class RegionProgram {
     ChannelNormOf<T>& a = step->norm;
     a.channels = shape[0], a.size = floats(shape) / std::max<int64_t>(shape[0], 1);
     step->values = bias(arg[1], a.channels), step->bias = bias(arg[2], a.channels);
-    STD_TORCH_CHECK(arg[3] >= 0 && arg[3] < kInfinityBits, "eps must be the bits of a float >= 0");
-    const uint32_t bits = static_cast<uint32_t>(arg[3]);
-    std::memcpy(&a.eps, &bits, sizeof(bits));
+    a.eps = float_of(arg[3], "eps");
     return shape;
+  }
+
+  Shape read_attention(Step* step, const Shape& shape, const std::vector<int64_t>& arg) {
+    STD_TORCH_CHECK(kBf16, "attention needs bfloat16 values");
+    const Shape keys = use(arg[1]).shape;
+    STD_TORCH_CHECK(shape.size() == 2 && keys.size() == 2 && keys[0] == shape[0],
+                    "attention needs (features, queries) and (features, keys) values");
+    STD_TORCH_CHECK(use(arg[2]).shape == keys, "attention's v must have the shape of its k");
+    check_attention(shape[0], shape[1], keys[1], arg[4], float_of(arg[5], "scale"),
+                    &step->attention);
+    if (arg[3] >= 0)
+      STD_TORCH_CHECK((use(arg[3]).shape == Shape{keys[1], shape[1]}),
+                      "attention's mask must be a (keys, queries) value");
+    step->k = arg[1], step->v = arg[2], step->mask = arg[3];
+    return shape;
+  }
+
+  // The float >= 0 that has these bits.
+  static float float_of(int64_t bits, const char* name) {
+    STD_TORCH_CHECK(bits >= 0 && bits < kInfinityBits, name, " must be the bits of a float >= 0");
+    const uint32_t word = static_cast<uint32_t>(bits);
+    float value;
+    std::memcpy(&value, &word, sizeof(value));
+    return value;
   }
 
   static constexpr int64_t kInfinityBits = 0x7F800000;

@@ -37,6 +37,7 @@ from fxprune.lowering.lower import lower
 from fxprune.lowering.measure import Measure
 from fxprune.lowering.measure_gradient import MeasureGradient
 from fxprune.lowering.region import form_regions
+from fxprune.lowering.sequence import feature_major_sequences
 from fxprune.match import Match
 from fxprune.passes import FORWARD, Sdgp
 from fxprune.passes.plan import unsupported
@@ -255,7 +256,7 @@ def rewrite(
 
 def chain(gm: GraphModule, ctx: Context) -> None:
     """Join operators into larger ones, in graphs that run: the steps behind the pipeline."""
-    for position, join in enumerate((form_regions, fuse_pool, fuse_dsconv), len(FORWARD) + 1):
+    for position, join in enumerate((feature_major_sequences, form_regions, fuse_pool, fuse_dsconv), len(FORWARD) + 1):
         ctx.counts[join.__name__] = join(gm, ctx)
         ctx.observe(position, join.__name__, gm)
 

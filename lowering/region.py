@@ -31,11 +31,14 @@ _CONV = torch.ops.fxprune.tile_conv.default
 _MEAN = aten.mean.dim
 _POOL = aten.max_pool2d.default
 _NORM = torch.ops.fxprune.channel_norm.default
+_ATTENTION = torch.ops.fxprune.attention.default
 _SLICE = aten.slice.Tensor
 _RESHAPES = (aten.flatten.using_ints, aten.unflatten.int, aten.reshape.default)
 _REGION = torch.ops.fxprune.region.default
 # which operands are weights
 _WEIGHTS: dict[Any, slice] = {_DEPTHWISE: slice(1, 4), _GEMM: slice(1, 6), _CONV: slice(1, 6), _NORM: slice(1, 3)}
+# which are values
+_VALUES: dict[Any, tuple[int, ...]] = {_GEMM: (0, 6, 7), _CONV: (0, 6), _ATTENTION: (0, 1, 2, 3)}
 
 
 @dataclass
@@ -43,7 +46,7 @@ class _Region:
     nodes: list[Node] = field(default_factory=list)
 
     def kernels(self) -> int:
-        return sum(n.target in (_DEPTHWISE, _GEMM, _CONV) for n in self.nodes)
+        return sum(n.target in (_DEPTHWISE, _GEMM, _CONV, _ATTENTION) for n in self.nodes)
 
 
 def form_regions(gm: GraphModule, ctx: Context) -> int:
@@ -109,14 +112,16 @@ def _eligible(node: Node, members: list[Node], weights: Weights) -> bool:
     if node.target is _CONV:
         return True
     if node.target is _NORM:
-        return x.dim() == 4
+        return x.dim() in (3, 4)
+    if node.target is _ATTENTION:
+        return x.dim() == 3
     if node.target is _POOL:
         return len(node.args) == 5 and node.args[0] in members
     if node.target is _SLICE:
         return node.args[0] in members and _is_step(node, x.dim())
     if node.target is _GEMM:
         if node.args[10] == 1:
-            return x.dim() == 4 and not _is_channel_vector(x)
+            return x.dim() in (3, 4) and not _is_channel_vector(x)
         return x.dim() == 2 and node.args[0] in members  # rows of a matrix from elsewhere need not be images
     if node.target is _MEAN:
         over: Any = node.args[1]
@@ -201,6 +206,8 @@ class _Program:
             record, code = [self.value(a[0]), *[n for window in a[1:5] for n in window]], ops.POOL
         elif node.target is _NORM:
             record, code = [self.value(a[0]), *weights, ops.bits_of(a[3])], ops.NORM
+        elif node.target is _ATTENTION:
+            record, code = [*map(self.value, a[:4]), a[4], ops.bits_of(a[5])], ops.ATTENTION
         else:
             record, code = [self.value(a[0])], ops.MEAN
         self.code += [code, len(record), *record]
@@ -209,8 +216,7 @@ class _Program:
 
 
 def _activations(node: Node) -> list[Node]:
-    positions = (0, 6, 7) if node.target is _GEMM else (0, 6) if node.target is _CONV else (0,)
-    return [n for p in positions if isinstance(n := node.args[p], Node)]
+    return [n for p in _VALUES.get(node.target, (0,)) if isinstance(n := node.args[p], Node)]
 
 
 def _replace(members: list[Node], holders: list[Node], layout: list[int], weights: dict[Node, int]) -> None:

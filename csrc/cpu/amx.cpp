@@ -7,6 +7,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <utility>
 
 #include "fxprune/kernels.h"
@@ -22,6 +23,7 @@
 #endif
 
 #include "fxprune/amx.h"
+#include "fxprune/attention_heads.h"
 #include "fxprune/channel_norm_blocks.h"
 #include "fxprune/depthwise_bf16.h"
 #include "fxprune/max_pool_lines.h"

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #include "fxprune/kernels.h"
@@ -22,6 +23,7 @@
 #endif
 
 #include "fxprune/add_squares_lanes.h"
+#include "fxprune/attention_heads.h"
 #include "fxprune/channel_mean.h"
 #include "fxprune/channel_norm_blocks.h"
 #include "fxprune/clear_rows_lanes.h"

@@ -7,6 +7,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <utility>
 
 #include "fxprune/kernels.h"
@@ -20,6 +21,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
 #endif
 
+#include "fxprune/attention_heads.h"
 #include "fxprune/channel_norm_blocks.h"
 #include "fxprune/depthwise_bf16.h"
 #include "fxprune/max_pool_lines.h"

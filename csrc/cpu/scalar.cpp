@@ -1,5 +1,6 @@
 // The kernels in portable C++, for machines without a faster ISA and as the others' yardstick.
 #include "fxprune/add_squares_lanes.h"
+#include "fxprune/attention_heads.h"
 #include "fxprune/channel_mean.h"
 #include "fxprune/channel_norm_blocks.h"
 #include "fxprune/clear_rows_lanes.h"

@@ -1,6 +1,7 @@
 """The semantic operators. Adding one is a file here and its name in ``OPS``."""
 
 from fxprune.ops import (
+    attention,
     channel_norm,
     depthwise_gradients,
     depthwise_pool,
@@ -32,6 +33,7 @@ OPS: tuple[Operator, ...] = (
     tile_conv_gradients.WEIGHT,
     depthwise_pool.OPERATOR,
     channel_norm.OPERATOR,
+    attention.OPERATOR,
     dsconv.OPERATOR,
     tile_pack.PACK,
     tile_pack.UNPACK,

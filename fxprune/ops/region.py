@@ -9,8 +9,9 @@
                    padding h w, dilation h w, groups, activation
     max pool (4):  x, kernel h w, stride h w, padding h w, dilation h w
     norm (5):      x, weight, bias, the bits of eps as float32      over the channels
+    attention (6): x, k, v, mask, heads, the bits of scale as float32      bfloat16 alone
 
-All values are float32, or all bfloat16. x, residual and gate are values: first the inputs, then
+All values are float32, or all bfloat16. x, residual, gate, k, v and mask are values: first the inputs, then
 one per step. Weights are parts of a bundle (``fxprune/ops/bundle.py``); -1 is absent. The operator takes program and layout
 as text (:func:`text`), which costs a call nothing, unlike a list of a thousand integers. The program is data: it can be
 printed, checked, exported and rebuilt.
@@ -26,15 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.ops import activation, channel_norm, depthwise_taps, tile_conv, tile_gemm
+from fxprune.ops import activation, attention, channel_norm, depthwise_taps, tile_conv, tile_gemm
 from fxprune.ops.bundle import bundle, unbundle
 from fxprune.ops.operator import Args, Operator
 
 aten = torch.ops.aten
-DEPTHWISE, GEMM, MEAN, CONV, POOL, NORM = range(6)
-_CALLED: Any = (depthwise_taps, tile_gemm, tile_conv, channel_norm)
+DEPTHWISE, GEMM, MEAN, CONV, POOL, NORM, ATTENTION = range(7)
+_CALLED: Any = (depthwise_taps, tile_gemm, tile_conv, channel_norm, attention)
 PARTS = "fxprune_parts"  # node.meta: the names of the weights in the bundle
-_NAMES = {DEPTHWISE: "depthwise", GEMM: "gemm", MEAN: "mean", CONV: "conv", POOL: "max pool", NORM: "norm"}
+_NAMES = dict(enumerate(("depthwise", "gemm", "mean", "conv", "max pool", "norm", "attention")))
 
 
 def text(integers: Sequence[int]) -> str:
@@ -71,6 +72,7 @@ def interpret(
     gemm: Callable[..., Tensor],
     conv: Callable[..., Tensor],
     norm: Callable[..., Tensor],
+    attend: Callable[..., Tensor],
 ) -> list[Tensor]:
     """Run the steps one by one. part: returns a weight, from its number and, for a matrix, its sizes."""
     values = list(x)
@@ -104,6 +106,8 @@ def interpret(
             values.append(aten.max_pool2d.default(_as_image(values[a[0]]), a[1:3], a[3:5], a[5:7], a[7:9]))
         elif code == NORM:
             values.append(norm(values[a[0]], bias(a[1]), bias(a[2]), float_of(a[3])))
+        elif code == ATTENTION:
+            values.append(attend(values[a[0]], values[a[1]], values[a[2]], value(a[3]), a[4], float_of(a[5])))
         else:
             values.append(values[a[0]].flatten(2).mean(2, dtype=torch.float32).to(values[a[0]].dtype))
     return [values[i] for i in outputs]

@@ -192,7 +192,7 @@ def test_regions_run_the_operators(seed: int) -> None:
     try:
         for name in every_isa(BF16_ISAS):
             expected = region.interpret(
-                x, part, code, outputs, OPS.depthwise_taps, OPS.tile_gemm, OPS.tile_conv, OPS.channel_norm
+                x, part, code, outputs, OPS.depthwise_taps, OPS.tile_gemm, OPS.tile_conv, OPS.channel_norm, OPS.attention
             )
             for threads in (1, 2):
                 torch.set_num_threads(threads)

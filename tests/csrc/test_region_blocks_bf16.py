@@ -28,7 +28,9 @@ def check(case: Case) -> None:
     x, weights, layout, code, outputs = case
     x, (weights, layout) = half(x), bundle(half(unbundle(weights, layout)))
     part = region.parts_of(weights, layout)
-    expected = region.interpret(x, part, code, outputs, OPS.depthwise_taps, OPS.tile_gemm, OPS.tile_conv, OPS.channel_norm)
+    expected = region.interpret(
+        x, part, code, outputs, OPS.depthwise_taps, OPS.tile_gemm, OPS.tile_conv, OPS.channel_norm, OPS.attention
+    )
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 8):

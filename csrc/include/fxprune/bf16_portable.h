@@ -103,6 +103,14 @@ struct PortableBf16 {
     for (int64_t p = 0; p < 32; p += V::kWidth)
       V::store(sums + p, V::add(V::add(V::load(sums + p), bias), V::load_bf16(pixels.lane + p)));
   }
+  // Both rounded, as the pairs of a vector's lanes.
+  template <class Reg>
+  static void store_pairs(Bf16* to, Reg even, Reg odd) {
+    Bf16 rounded[2][V::kWidth];
+    V::store_bf16(rounded[0], even);
+    V::store_bf16(rounded[1], odd);
+    for (int i = 0; i < V::kWidth; ++i) to[2 * i] = rounded[0][i], to[2 * i + 1] = rounded[1][i];
+  }
   // to[ld p + j] = lines[j][p] + bias[j], clamped, for p < count, j < features <= 32. `square`:
   // 1024 floats of scratch.
   static void store_transposed(const float* const* lines, const float* bias, float low, float high,

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "fxprune/add_squares.h"
+#include "fxprune/attention.h"
 #include "fxprune/channel_norm.h"
 #include "fxprune/clear_rows.h"
 #include "fxprune/depthwise_taps.h"

@@ -18,6 +18,9 @@ struct Math<Scalar> {
   static Reg each(Reg x, F f) {
     return Reg{f(x[0]), f(x[1]), f(x[2]), f(x[3])};
   }
+  static Reg exp(Reg x) {
+    return each(x, [](float a) { return std::exp(a); });
+  }
   static Reg sigmoid(Reg x) {
     return each(x, [](float a) { return 1.0f / (1.0f + std::exp(-a)); });
   }

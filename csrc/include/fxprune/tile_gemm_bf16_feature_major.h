@@ -80,16 +80,30 @@ struct PixelsBf16 : TileBf16<V> {
                     const int32_t* columns, int64_t features, int64_t from, int64_t to, float* sums,
                     float* line) {
     store(a, image, lanes, columns, features, sums);
+    const bool smooth = !is_clamp(a.activation), plain = !smooth && !a.residual && lanes.whole();
     int64_t column = 0;
     for (int64_t f = from; f < to && to - from != features; ++f) {
       if (column < features && columns[column] == f) {
         ++column;
         continue;
       }
+      if (plain) {
+        store_bias(a, image, lanes.runs[0].shift, f);
+        continue;
+      }
       const int32_t gap = static_cast<int32_t>(f);
       std::fill_n(line, kPixels, 0.0f);
       store(a, image, lanes, &gap, 1, line);
     }
+  }
+
+  // A feature that is a bias alone, in a whole block.
+  static void store_bias(const TileGemmBf16& a, int64_t image, int64_t shift, int64_t feature) {
+    alignas(64) static constexpr float kNothing[kPixels] = {};
+    const Clamp clamp = clamp_of(a.activation);
+    const auto line = V::line_of(kNothing, V::set1(a.bias ? a.bias[feature] : 0.0f),
+                                 V::set1(clamp.low), V::set1(clamp.high));
+    V::store_line(a.out + (image * a.n + feature) * a.ldo() + shift, line);
   }
 };
 
@@ -138,8 +152,9 @@ void tile_gemm_bf16_feature_major(const TileGemmBf16& a, const TileSpan& span, f
   PixelOutput<V> output{a, span.image, room.square};
   const Bf16* x = a.x + span.image * a.k * a.ldx();
   const int64_t kept = a.tile_ptr[span.tile_end] - a.tile_ptr[span.tile_begin];
-  // A panel is worth its copy once the tiles read each row of it twice.
-  if (!a.gate && kept < 2 * a.k) {
+  // A panel is worth its copy once the tiles read each row of it twice, from pages that are many.
+  constexpr int64_t kNear = 512;  // pixels
+  if (!a.gate && (kept < 2 * a.k || a.ldx() <= kNear)) {
     PixelRows<V> source{a, x};
     return M::run(a, span, span.end - span.begin, room, source, output);
   }

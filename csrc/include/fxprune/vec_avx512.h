@@ -297,6 +297,11 @@ struct Avx512Vectors {
     return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
 
+  // Both rounded, as the pairs of a vector's lanes.
+  static void store_pairs(Bf16* to, Reg even, Reg odd) {
+    store(reinterpret_cast<float*>(to), Isa::joined(even, odd));
+  }
+
   // Pairs of bfloat16 as a dot product takes them. kDotsPairs: it is one instruction.
   static constexpr bool kDotsPairs = false;
   struct Pairs {

@@ -1,0 +1,27 @@
+// Runs prepared attention on the thread pool.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "fxprune/kernels.h"
+#include "parallel.h"
+
+namespace fxprune {
+
+// Heads are cut first: what is packed of a head's keys and values serves all of its queries. Few
+// heads: their queries are cut as well.
+inline void run_attention(const AttentionBf16& a, int64_t pool) {
+  const Bf16Kernels& k = kernels().bf16;
+  const int64_t blocks = a.blocks();
+  if (a.heads == 0 || blocks == 0) return;
+  const int64_t parts =
+      pool == 1 ? 1 : std::clamp<int64_t>((2 * pool + a.heads - 1) / a.heads, 1, blocks);
+  for_each_unit(a.heads * parts, pool, [&](int64_t unit) {
+    const int64_t head = unit / parts, part = unit % parts;
+    k.attention_bf16(a, head, blocks * part / parts, blocks * (part + 1) / parts,
+                     scratch(k.attention_scratch(a)));
+  });
+}
+
+}  // namespace fxprune
