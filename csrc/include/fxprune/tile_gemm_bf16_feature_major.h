@@ -101,8 +101,9 @@ struct PixelsBf16 : TileBf16<V> {
   static void store_bias(const TileGemmBf16& a, int64_t image, int64_t shift, int64_t feature) {
     alignas(64) static constexpr float kNothing[kPixels] = {};
     const Clamp clamp = clamp_of(a.activation);
+    const Reg low = V::set1(clamp.low), high = V::set1(clamp.high);
     const auto line = V::line_of(kNothing, V::set1(a.bias ? a.bias[feature] : 0.0f),
-                                 V::set1(clamp.low), V::set1(clamp.high));
+                                 [=](Reg x) { return V::min(high, V::max(low, x)); });
     V::store_line(a.out + (image * a.n + feature) * a.ldo() + shift, line);
   }
 };
