@@ -103,9 +103,9 @@ class Holder:
     def kept(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Return every pruned parameter with the :func:`bits` of what this rank keeps of it."""
         found = [self._places[name] for name in self._masks]
-        if all(map(is_, found, self._found)) and len(found) == len(self._found):
-            if all(parameter.device == bits.device for parameter, bits in self._pairs):
-                return self._pairs
+        same = len(found) == len(self._found) and all(map(is_, found, self._found))
+        if same and all(parameter.device == held.device for parameter, held in self._pairs):
+            return self._pairs
         pairs = []
         for (name, mask), parameter in zip(self._masks.items(), found, strict=True):
             known = self._kept.get(name)
