@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -59,6 +60,8 @@ class Holder:
         self._steps = HeldSteps(masks_gradients)
         self._masks: dict[str, Tensor] = {}
         self._kept: dict[str, tuple[nn.Parameter, Tensor]] = {}  # name: the parameter, this rank's bits
+        self._found: list[nn.Parameter] = []  # the parameters that kept() saw last, and what it returned
+        self._pairs: list[tuple[nn.Parameter, Tensor]] = []
         self.touched = False  # an optimizer that has one of our parameters stepped since this was cleared
         self.foreign = False  # another one did
         self._watched: list[str] = []
@@ -81,7 +84,7 @@ class Holder:
     def set(self, masks: Mapping[str, Tensor]) -> None:
         """Hold these masks, bool of the whole weights' shapes, from now on."""
         self._masks = dict(masks)
-        self._kept = {}
+        self._kept, self._found = {}, []
         self._steps.forget()
         self.project()
         for optimizer in self._optimizers:
@@ -99,13 +102,17 @@ class Holder:
 
     def kept(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Return every pruned parameter with the :func:`bits` of what this rank keeps of it."""
+        found = [self._places[name] for name in self._masks]
+        same = len(found) == len(self._found) and all(map(is_, found, self._found))
+        if same and all(parameter.device == held.device for parameter, held in self._pairs):
+            return self._pairs
         pairs = []
-        for name, mask in self._masks.items():
-            parameter = self._places[name]
+        for (name, mask), parameter in zip(self._masks.items(), found, strict=True):
             known = self._kept.get(name)
             if known is None or known[0] is not parameter or known[1].device != parameter.device:
                 known = self._kept[name] = (parameter, bits(shard(mask, parameter)))
             pairs.append(known)
+        self._found, self._pairs = found, pairs
         return pairs
 
     def release(self) -> None:

@@ -12,10 +12,13 @@ class ProgressBar:
     def __init__(self, last: int) -> None:
         self._last = last
         self._bar: Any = None
+        self._asked: tuple[Any, bool] = (None, False)  # a stream, and whether it is a terminal
 
     @property
     def visible(self) -> bool:
-        return sys.stderr.isatty()
+        if self._asked[0] is not sys.stderr:  # every step asks, and the answer is a system call
+            self._asked = (sys.stderr, sys.stderr.isatty())
+        return self._asked[1]
 
     def show(self, step: int, zeros: float) -> None:
         """Move to ``step``, with the share of zeros beside it."""

@@ -254,8 +254,10 @@ def tile_view(matrix: Tensor, granularity: int) -> Tensor:
 
 def tile_widths(columns: int, granularity: int) -> Tensor:
     """Return int64 (tiles,): output features per tile."""
-    starts = torch.arange(0, columns, granularity)
-    return (columns - starts).clamp_(max=granularity)
+    widths = torch.full((-(-columns // granularity),), granularity)
+    if rest := columns % granularity:
+        widths[-1] = rest
+    return widths
 
 
 def _settled(scores: Tensor, density: Tensor, share: float) -> Tensor:

@@ -10,12 +10,15 @@
 
 namespace fxprune {
 
+constexpr int64_t kAhead = 1024;  // elements; what the processor fetches ahead by itself is less
+
 template <class V, class T, class B>
 void clear_span(T* x, const B* kept, int64_t width) {
   int64_t i = 0;
   if constexpr (sizeof(T) == 4 && sizeof(B) == 4) {
     using L = Lanes<V::kWidth>;
     for (; i + V::kWidth <= width; i += V::kWidth) {
+      __builtin_prefetch(x + i + kAhead, 1);
       const auto v = L::template read<typename L::Int>(x + i);
       const auto both = v & L::template read<typename L::Int>(kept + i);
       std::memcpy(x + i, &both, sizeof both);
