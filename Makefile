@@ -1,13 +1,15 @@
 # One file for people and for CI. `make demo` and `make test` work from a fresh clone.
 #   PYTHON=...          the interpreter the virtual environment is made with
+#   WORKERS=...         processes that share the tests, of two threads each
 #   ARGS=...            options of `make conformance`: --only NAME, --resume, --write, --choose
 #   FXPRUNE_PYTHON=...  an interpreter that already has the packages: no environment is made, nothing is downloaded
 PYTHON ?= python3
 FXPRUNE_FUZZ ?= 5000
+WORKERS ?= 2
 ARGS ?=
 
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
-PACKAGES := "setuptools>=77" wheel numpy sympy "pytest>=8" "hypothesis>=6.100" pytest-cov expecttest scikit-learn \
+PACKAGES := "setuptools>=77" wheel numpy sympy "pytest>=8" "pytest-xdist>=3.6" "hypothesis>=6.100" pytest-cov expecttest scikit-learn \
             transformers tqdm pyyaml huggingface_hub safetensors pillow "ruff>=0.15" "mypy>=1.15" "clang-format>=18"
 
 ifdef FXPRUNE_PYTHON
@@ -18,6 +20,10 @@ else
 PY := .venv/bin/python
 READY := .venv/.ready
 endif
+# What reads the machine code of the CUDA kernels, where they can be compiled.
+PACKAGES += $(if $(shell command -v nvcc),nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
+# Options that share tests between processes, where the interpreter can.
+SHARED = $$($(PY) -c 'import importlib.util as u; print("-n $(WORKERS) --dist worksteal" * bool(u.find_spec("xdist")))')
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test check bench conformance asan fuzz cuda-check gpu docs wheel clean help
@@ -40,7 +46,7 @@ demo: $(READY)
 	$(PY) examples/demo.py
 
 test: $(READY)
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests $(SHARED)
 
 check: $(READY)
 	$(PY) tools/check.py

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fxprune.ops import cuda_tf32_image
 from fxprune.sparsity.tile_plan import width_in_groups
 
 
@@ -95,6 +97,12 @@ class Match:
     def on_gpu(self) -> bool:
         """Whether the layer runs on a GPU. What is derived from its weight is built on the CPU all the same."""
         return self.value.is_cuda
+
+    @property
+    def tf32(self) -> bool:
+        """Whether PyTorch may now multiply this layer's float32 weights in TF32, on a GPU."""
+        convolution = self.kind in ("pointwise", "conv")
+        return self.on_gpu and self.value.dtype == torch.float32 and cuda_tf32_image.allowed(convolution)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

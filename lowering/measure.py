@@ -76,6 +76,7 @@ class Measure:
         where = "" if match.value.device.type == "cpu" else torch.cuda.get_device_name(match.value.device)
         on = (where, str(match.value.dtype)) if where or match.value.dtype != torch.float32 else ()
         on = (*on, "halved") if mask is not None and mask.halved else on
+        on = (*on, "tf32") if match.tf32 else on
         return repr((match.kind, shape, match.matrix_shape, *window, unit, round(kept * 20), *on))
 
     def _time(self, match: Match, mask: LayerMask | None, inputs: Weight | None) -> tuple[list[float], bool]:
@@ -117,7 +118,7 @@ def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> 
     layer = mask or tile.keep_all(match.matrix_shape, match.tile_width(unit.granularity))
     n, dim, step = match.matrix_shape[0], 1 if match.kind == "pointwise" else -1, g.stride
     if match.kind == "conv":
-        weights = tile.imaged(tile.operands(matrix, layer.mask, layer.tiling), layer.tiling, x.device)
+        weights = tile.imaged(tile.operands(matrix, layer.mask, layer.tiling), layer.tiling, x.device, tf32=match.tf32)
         weights = [t.to(x.device) for t in weights]
         shape = (n, layer.tiling.granularity, *g.windows, g.groups, "none")
         return lambda: torch.ops.fxprune.tile_conv(x, *weights, None, None, *shape)
@@ -127,7 +128,7 @@ def sparse_call(match: Match, mask: LayerMask | None, unit: Unit, x: Tensor) -> 
         parts = [(layer.rest.mask, layer.rest.tiling), (layer.mask & ~layer.rest.mask, layer.tiling)]
     calls = []
     for kept, tiling in parts:
-        packed = tile.imaged(tile.operands(matrix, kept, tiling), tiling, x.device, layer.halved)
+        packed = tile.imaged(tile.operands(matrix, kept, tiling), tiling, x.device, layer.halved, match.tf32)
         calls.append(([t.to(x.device) for t in packed], tiling.granularity))
 
     def run() -> Tensor:

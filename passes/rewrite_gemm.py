@@ -67,10 +67,11 @@ def packed(match: Match, layer: LayerMask, ctx: Context, prefix: str, whole: Ten
         if not ctx.inference:
             return tuple(operands)
         try:
-            return tuple(tile.imaged(operands, layer.tiling, match.value.device, layer.halved))
+            return tuple(tile.imaged(operands, layer.tiling, match.value.device, layer.halved, tf32))
         except TileMismatch as error:  # a weight that changed keeps more than two in four
             raise StructureChanged from error
 
+    tf32 = match.tf32  # the same when a weight is packed again
     labels = [f"{prefix}_{name}" for name in tile.OPERANDS]
     if ctx.inference:
         return ctx.weights.derive(labels, (match.weight,), exact(build, match, layer.mask if whole is None else whole, ctx))

@@ -1,6 +1,6 @@
 """Shared set-up: private caches, two threads, hypothesis profiles, and imports of the benchmark modules.
 
-Profiles: ``dev`` by default, ``ci`` when CI is set, ``nightly`` with FXPRUNE_FUZZ=<examples per property>.
+Profiles: ``dev`` by default, ``nightly`` with FXPRUNE_FUZZ=<examples per property>.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ CACHES = Path(tempfile.mkdtemp(prefix="fxprune-tests-"))
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHES / "inductor")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ["XDG_CACHE_HOME"] = str(CACHES / "xdg")
+# Inductor tries every instruction set of the processor with the compiler first, 16 s for every new folder of caches.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # A thread that waits sleeps: with spinning, one busy neighbour on two cores makes every parallel region 100x slower.
 # Waking costs time, so no test may expect one kernel to be faster than another.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -36,14 +38,10 @@ _SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slo
 _REPEATABLE = {"derandomize": True, "database": None, "print_blob": True}
 
 settings.register_profile("dev", max_examples=50, **_SLOW_IS_FINE, **_REPEATABLE)
-settings.register_profile("ci", max_examples=100, **_SLOW_IS_FINE, **_REPEATABLE)
 settings.register_profile(
     "nightly", max_examples=int(os.environ.get("FXPRUNE_FUZZ", "5000")), print_blob=True, **_SLOW_IS_FINE
 )
-if "FXPRUNE_FUZZ" in os.environ:
-    settings.load_profile("nightly")
-else:
-    settings.load_profile("ci" if os.environ.get("CI") else "dev")
+settings.load_profile("nightly" if "FXPRUNE_FUZZ" in os.environ else "dev")
 
 torch.set_num_threads(2)
 

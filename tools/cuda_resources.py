@@ -31,6 +31,7 @@ EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {
     "TileGemmMma": {"sm_90a": ("HMMA", "LDGSTS", "LDSM"), "sm_80": ("HMMA", "LDGSTS", "LDSM")},
     "TileGemmResident": {"sm_90a": ("HMMA", "LDGSTS", "LDSM"), "sm_80": ("HMMA", "LDGSTS", "LDSM")},
     "TileGemmFfma": {"sm_90a": ("FFMA", "LDGSTS"), "sm_80": ("FFMA", "LDGSTS")},
+    "TileGemmTf32": {"sm_90a": ("HMMA", "LDGSTS"), "sm_80": ("HMMA", "LDGSTS")},
     "Dsconv": {"sm_90a": ("HMMA", "LDGSTS", "LDSM", "FFMA"), "sm_80": ("HMMA", "LDGSTS", "LDSM", "FFMA")},
     "TileGemmHalved": {"sm_90a": ("HMMA", "LDGSTS", "LDSM"), "sm_80": ("HMMA", "LDGSTS", "LDSM")},
     "DepthwiseTiles": {"sm_90a": ("FFMA", "LDGSTS"), "sm_80": ("FFMA", "LDGSTS")},

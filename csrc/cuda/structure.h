@@ -105,11 +105,13 @@ struct Structure {
     return narrower == 0 ? missing == 0
                          : missing >= 0 && missing % narrower == 0 && missing / narrower <= rows;
   }
-  void check_values(const Tensor& values) const {
-    STD_TORCH_CHECK(values.dim() == 1 && may_hold(values.size(0)), "values must have ",
-                    tiles * granularity == kept ? "" : "at most ", rows * granularity,
-                    " elements for ", rows, " kept rows in tiles of ", granularity, ", got shape ",
-                    shape_of(values));
+  // bytes: in each element of `values`, where it holds bytes.
+  void check_values(const Tensor& values, int64_t bytes = 1) const {
+    STD_TORCH_CHECK(
+        values.dim() == 1 && values.size(0) % bytes == 0 && may_hold(values.size(0) / bytes),
+        "values must have ", tiles * granularity == kept ? "" : "at most ",
+        rows * granularity * bytes, bytes == 1 ? " elements for " : " bytes for ", rows,
+        " kept rows in tiles of ", granularity, ", got shape ", shape_of(values));
   }
   void check_count(int64_t nnz) const {
     STD_TORCH_CHECK(may_hold(nnz), "nnz must be ", tiles * granularity == kept ? "" : "at most ",
@@ -128,11 +130,12 @@ struct Structure {
   }
 };
 
-// The weights of a structure: packed values of x's type, or the image of them that 16-bit kernels
-// read, where it was made when the weight was packed: uint8, or int8 for weights kept two in four.
+// The weights of a structure: packed values of x's type, or the image of them that was made when
+// the weight was packed: uint8, or int8 for 16-bit weights kept two in four. That of float32
+// weights is their bytes, rounded to TF32.
 struct PackedValues {
   gpu::TileImage layout;
-  bool is_image;
+  bool floats, is_image;
   Tensor values;
   OptionalTensor derived;
 
@@ -140,19 +143,19 @@ struct PackedValues {
   PackedValues(const Tensor& given, const Structure& structure, const Tensor& x,
                bool halves = false)
       : layout{structure.tiles, structure.rows, structure.granularity},
-        is_image(type_of(x) != element_types().float32 &&
-                 (type_of(given) == aoti_torch_dtype_uint8() ||
-                  (halves && type_of(given) == aoti_torch_dtype_int8()))),
+        floats(type_of(x) == element_types().float32),
+        is_image(type_of(given) == aoti_torch_dtype_uint8() ||
+                 (halves && !floats && type_of(given) == aoti_torch_dtype_int8())),
         values(is_image ? list_input(given, "values", x, type_of(given), "an image")
                         : like_input(given, "values", x)) {
-    if (is_image) {
-      layout.halved = type_of(given) == aoti_torch_dtype_int8();
-      check_shape(values, "values", {layout.bytes()});
-      STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(values.const_data_ptr()) % 16 == 0,
-                      "values, an image, must begin at a multiple of 16 bytes; clone() it");
+    layout.halved = is_image && type_of(given) == aoti_torch_dtype_int8();
+    if (floats || !is_image) {
+      structure.check_values(values, is_image ? sizeof(float) : 1);
     } else {
-      structure.check_values(values);
+      check_shape(values, "values", {layout.bytes()});
     }
+    STD_TORCH_CHECK(!is_image || reinterpret_cast<uintptr_t>(values.const_data_ptr()) % 16 == 0,
+                    "values, an image, must begin at a multiple of 16 bytes; clone() it");
   }
 
   // Sets the weights' part of `a`, whose structure is set, and derives an image where one is
@@ -160,7 +163,8 @@ struct PackedValues {
   void fill(gpu::TileGemmArgs* a, void* stream) {
     a->values = values.const_data_ptr();
     a->halved = layout.halved;
-    if (type_of(values) == element_types().float32) return;
+    a->tf32 = floats && is_image;
+    if (floats) return;
     if (!is_image) {
       derived = empty_like(values, {layout.bytes()}, aoti_torch_dtype_uint8());
       gpu::tile_image_cuda({layout, a->values, a->tile_ptr, a->kept, derived->mutable_data_ptr()},

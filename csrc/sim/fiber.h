@@ -44,15 +44,20 @@ namespace fxprune::sim {
 
 class Fiber {
  public:
-  static constexpr size_t kStack = 256 << 10;
+  static constexpr size_t kStack = 256 << 10, kGuard = 4 << 10;  // a page: too deep a stack faults
 
   Fiber() {
     void* memory =
-        mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        mmap(nullptr, kGuard + kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
-    stack_ = static_cast<char*>(memory);
+    stack_ = static_cast<char*>(memory) + kGuard;
+    if (mprotect(memory, kGuard, PROT_NONE) != 0) throw std::bad_alloc();
   }
-  ~Fiber() { munmap(stack_, kStack); }
+  // Whoever gets these addresses next must not find the frames of a run that was given up poisoned.
+  ~Fiber() {
+    forget(stack_, kStack);
+    munmap(stack_ - kGuard, kGuard + kStack);
+  }
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 

@@ -109,11 +109,11 @@ const char* fxprune_sim_tile_image(const void* values, const int32_t* tile_ptr, 
 
 // tensors: x, values, image, index, tile_ptr, columns, bias, residual, gate, out. sizes: batch, m,
 // k, n, kept, rows, granularity, tiles, activation, whether sm_90a kernels may run, processors,
-// whether the image is that of weights kept two in four.
+// whether the image is that of weights kept two in four, whether values are rounded to TF32.
 const char* fxprune_sim_tile_gemm(int type, void* const* tensors, const int64_t* sizes) {
   return guarded([&] {
     TileGemmArgs a = tile_args(tensors, sizes);
-    a.halved = sizes[11] != 0;
+    a.halved = sizes[11] != 0, a.tf32 = sizes[12] != 0;
     const Gpu gpu{sizes[9] != 0, static_cast<int>(sizes[10])};
     Simulator simulator;
     with_type(type, [&](auto t) { tile_gemm<decltype(t)>(simulator, a, gpu); });
@@ -122,7 +122,7 @@ const char* fxprune_sim_tile_gemm(int type, void* const* tensors, const int64_t*
 
 // tensors: as above, without a gate. sizes: as above up to the activation, then channels, groups,
 // height, width, out_w, and kernel, stride, padding and dilation, each (h, w), and whether sm_90a
-// kernels may run, processors.
+// kernels may run, processors, whether values are rounded to TF32.
 const char* fxprune_sim_tile_conv(int type, void* const* tensors, const int64_t* sizes) {
   return guarded([&] {
     TileGemmArgs a = tile_args(tensors, sizes);
@@ -132,6 +132,7 @@ const char* fxprune_sim_tile_conv(int type, void* const* tensors, const int64_t*
                            &w.kernel_w, &w.stride_h,   &w.stride_w,  &w.pad_h,
                            &w.pad_w,    &w.dilation_h, &w.dilation_w};
     for (int i = 0; i < 11; ++i) *fields[i] = static_cast<int>(sizes[11 + i]);
+    a.tf32 = sizes[24] != 0;
     Simulator simulator;
     const Gpu gpu{sizes[22] != 0, static_cast<int>(sizes[23])};
     with_type(type, [&](auto t) { tile_conv<decltype(t)>(simulator, a, gpu); });

@@ -10,8 +10,8 @@ namespace fxprune::sim {
 
 std::string Machine::waiting() const {
   std::map<std::string, std::vector<int>> reasons;
-  for (size_t t = 0; t < threads.size(); ++t) {
-    if (!threads[t].fiber->done()) reasons[threads[t].waits_for].push_back(static_cast<int>(t));
+  for (int t = 0; t < place.threads; ++t) {
+    if (!threads[t].fiber->done()) reasons[threads[t].waits_for].push_back(t);
   }
   std::string text;
   for (const auto& [reason, who] : reasons) {
@@ -35,7 +35,7 @@ void Machine::run_block(int count, int registers_each, int64_t shared_bytes,
   mbarriers.clear();
   bulk.clear();
   products.assign((count + 127) / 128, Products());
-  threads.resize(count);
+  if (threads.size() < static_cast<size_t>(count)) threads.resize(count);  // stacks are kept
   registers = {};
   for (int t = 0; t < count; ++t) {
     Thread& thread = threads[t];

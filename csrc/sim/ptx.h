@@ -90,6 +90,14 @@ void multiply_16x8x16(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1
   multiply_warp(d, a, b, &convert_bits<T>);
 }
 
+// Rounded to the nearest with 10 bits behind the point, ties away from zero.
+inline uint32_t round_tf32(float x) {
+  const uint32_t bits = bits_of_float(x);
+  return (bits >> 23 & 0xff) == 0xff ? bits : (bits + 0x1000) & ~uint32_t{0x1fff};
+}
+// d (16x8) += a (16x8) * b (8x8) of TF32: the low 13 bits of the operands are not read.
+void multiply_16x8x8(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
 // The same for a left operand with two kept elements in four, whose places lie in lanes 4g + 2*pair
 // and 4g + 2*pair + 1.
 void multiply_warp_sparse(float* d, const uint32_t* a, const uint32_t* b, uint32_t places, int pair,

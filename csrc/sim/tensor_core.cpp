@@ -129,6 +129,24 @@ void multiply_warp(float* d, const uint32_t* a, const uint32_t* b, float (*conve
   });
 }
 
+void multiply_16x8x8(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Lane {
+    float* d;
+    uint32_t a[4], b[2];
+  } lane{d, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+  sim::collective("mma.sync of TF32", 32, &lane, [](void* const* lanes) {
+    const auto read = [](uint32_t bits) { return float_of_bits(bits & ~uint32_t{0x1fff}); };
+    float a_full[16][8], b_full[8][8];
+    for (int i = 0; i < 32; ++i) {
+      const Lane* own = static_cast<const Lane*>(lanes[i]);
+      const int g = i / 4, t = i % 4;
+      for (int j = 0; j < 4; ++j) a_full[g + 8 * (j % 2)][t + 4 * (j / 2)] = read(own->a[j]);
+      for (int j = 0; j < 2; ++j) b_full[t + 4 * j][g] = read(own->b[j]);
+    }
+    accumulate<Lane>(lanes, a_full, b_full);
+  });
+}
+
 void multiply_warp_sparse(float* d, const uint32_t* a, const uint32_t* b, uint32_t places, int pair,
                           float (*convert)(uint16_t)) {
   struct Lane {

@@ -4,19 +4,21 @@
 
 ``depthwise_bias`` and ``depthwise_activation`` belong to the first part, ``bias``, ``residual`` and ``activation`` to the
 second; what lies between the two is rounded to x's type. On a GPU it never reaches device memory: a block of threads
-holds all channels of 8x8 pixels. Made by ``lowering/fuse_dsconv.py`` for inference; in training the parts stay apart.
+holds all channels of 8x8 pixels. Made by ``lowering/fuse_dsconv.py`` for inference; in training the parts stay apart. Its
+gradient is theirs, over kept taps and kept weights, with what lies between computed anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxprune.ops import depthwise_taps, tile_gemm, tile_pack
-from fxprune.ops.operator import Args, Operator, without_gradient
+from fxprune.ops.operator import Args, Operator
 
 
 def reference(
@@ -70,6 +72,34 @@ def fake(
     return x.new_empty((x.shape[0], out_features, *between.shape[2:]))
 
 
+def setup_context(ctx: Any, inputs: Args, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:10])
+    ctx.window, ctx.out_features, ctx.granularity = inputs[10:14], inputs[14], inputs[15]
+    ctx.activations = inputs[16:]
+
+
+def backward(ctx: Any, grad: Tensor) -> Args:
+    x, weight, taps, first_bias, values, index, tile_ptr, columns, bias, residual = ctx.saved_tensors
+    first, second = ctx.activations
+    need = ctx.needs_input_grad
+    between = torch.ops.fxprune.depthwise_taps(x, weight, taps, first_bias, *ctx.window, first)
+    gemm = SimpleNamespace(
+        saved_tensors=(between, values, index, tile_ptr, columns, bias, residual, None),
+        needs_input_grad=(any((need[0], need[1], need[3])), need[4], False, False, False, need[8], need[9], False),
+        out_features=ctx.out_features, granularity=ctx.granularity, feature_dim=1, activation=second,
+    )  # fmt: skip
+    grad_between, grad_values, _, _, _, grad_bias, grad_residual, *_ = tile_gemm.backward(gemm, grad)
+    inputs: tuple[Tensor | None, ...] = (None,) * 4
+    if grad_between is not None:
+        kernel_size, stride, padding, dilation = ctx.window
+        depthwise = SimpleNamespace(
+            saved_tensors=(x, weight, taps, first_bias), needs_input_grad=need[:4], kernel_size=kernel_size, stride=stride,
+            padding=padding, dilation=dilation, activation=first,
+        )  # fmt: skip
+        inputs = depthwise_taps.backward(depthwise, grad_between)[:4]
+    return *inputs, grad_values, None, None, None, grad_bias, grad_residual, *[None] * 8
+
+
 def _sample(
     shape: tuple[int, int, int, int], n: int, g: int, kernel: int, stride: int, names: tuple[str, str], extras: str = ""
 ) -> Args:
@@ -111,4 +141,4 @@ def bad_samples() -> Iterator[tuple[Args, str]]:
     yield broken(17, "swish"), r"activation"
 
 
-OPERATOR = Operator("dsconv", reference, fake, *without_gradient("dsconv"), samples, bad_samples)
+OPERATOR = Operator("dsconv", reference, fake, setup_context, backward, samples, bad_samples)

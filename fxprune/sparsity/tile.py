@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fxprune.errors import TileMismatch
-from fxprune.ops import cuda_nm_image, cuda_tile_image, tile_image
+from fxprune.ops import cuda_nm_image, cuda_tf32_image, cuda_tile_image, tile_image
 from fxprune.sparsity.pattern import (
     Ask,
     Counts,
@@ -202,10 +202,13 @@ def operands(matrix: Tensor, mask: Tensor, tiling: Tiling) -> list[Tensor]:
     return [tensors[name] for name in OPERANDS]
 
 
-def imaged(operands: list[Tensor], tiling: Tiling, device: torch.device, halved: bool = False) -> list[Tensor]:
-    """Return the operands (on the CPU) with 16-bit values as the image that the kernels of ``device`` multiply by.
+def imaged(
+    operands: list[Tensor], tiling: Tiling, device: torch.device, halved: bool = False, tf32: bool = False
+) -> list[Tensor]:
+    """Return the operands (on the CPU) with the values as the image that the kernels of ``device`` multiply by.
 
-    halved: that of values kept two in four. Raises :class:`TileMismatch` where they are not.
+    halved: that of values kept two in four. Raises :class:`TileMismatch` where they are not. tf32: float32 values on a GPU
+    as TF32; otherwise they stay as they are.
     """
     values, index, pointer, columns = operands
     if halved:
@@ -216,6 +219,8 @@ def imaged(operands: list[Tensor], tiling: Tiling, device: torch.device, halved:
         values = image
     elif device.type == "cuda" and values.dtype in (torch.float16, torch.bfloat16):
         values = cuda_tile_image.build(values, pointer, tiling.granularity, len(columns))
+    elif device.type == "cuda" and values.dtype == torch.float32 and tf32:
+        values = cuda_tf32_image.build(values)
     elif device.type == "cpu" and values.dtype == torch.bfloat16:
         values = tile_image.image(values, pointer, columns, tiling.granularity)
     return [values, index, pointer, columns]

@@ -224,12 +224,15 @@ def tile_gemm(
     x: Tensor, values: Tensor, index: Tensor, tile_ptr: Tensor, columns: Tensor, bias: Tensor | None,
     residual: Tensor | None, gate: Tensor | None, n: int, granularity: int, activation: str = "none", *,
     hopper: bool = False, processors: int = 3, seed: int = 0, plant: Plant = Plant.NONE, shift: int = 0,
-    halved: bool = False,
+    halved: bool = False, tf32: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Feature-major ``fxprune::tile_gemm`` on the simulator; x: (B, K, M) -> (B, N, M). halved: through mma.sp."""
+    """Feature-major ``fxprune::tile_gemm`` on the simulator; x: (B, K, M) -> (B, N, M).
+
+    halved: through mma.sp; tf32: values are rounded to it, and products may be.
+    """
     out = shifted(torch.full((x.shape[0], n, x.shape[2]), float("nan"), dtype=x.dtype), shift)
     packed = (values, index, tile_ptr, columns, bias, residual, gate)
-    numbers = (NAMES.index(activation), int(hopper), processors, int(halved))
+    numbers = (NAMES.index(activation), int(hopper), processors, int(halved), int(tf32))
     return _tiles("tile_gemm", x, packed, out, (x.shape[2], x.shape[1], n), granularity, numbers, seed, plant)
 
 
@@ -237,15 +240,15 @@ def tile_conv(
     x: Tensor, values: Tensor, index: Tensor, tile_ptr: Tensor, columns: Tensor, bias: Tensor | None,
     residual: Tensor | None, n: int, granularity: int, kernel: list[int], stride: list[int], padding: list[int],
     dilation: list[int], groups: int, activation: str = "none", *, hopper: bool = False, processors: int = 3,
-    seed: int = 0, plant: Plant = Plant.NONE,
+    seed: int = 0, plant: Plant = Plant.NONE, tf32: bool = False,
 ) -> Tensor:  # fmt: skip
-    """``fxprune::tile_conv`` on the simulator."""
+    """``fxprune::tile_conv`` on the simulator. tf32: as of :func:`tile_gemm`."""
     size = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     out = shifted(torch.full((x.shape[0], n, *size), float("nan"), dtype=x.dtype), 0)
     packed = (values, index, tile_ptr, columns, bias, residual, None)
     k = x.shape[1] // groups * kernel[0] * kernel[1]
     window = (x.shape[1], groups, *x.shape[2:], size[1], *kernel, *stride, *padding, *dilation)
-    numbers = (NAMES.index(activation), *window, int(hopper), processors)
+    numbers = (NAMES.index(activation), *window, int(hopper), processors, int(tf32))
     return _tiles("tile_conv", x, packed, out, (size[0] * size[1], k, n), granularity, numbers, seed, plant)
 
 
@@ -260,7 +263,7 @@ def _tiles(
     values, index, tile_ptr, columns = packed[:4]
     assert values is not None and index is not None and tile_ptr is not None and columns is not None
     granularity, image = min(granularity, max(len(columns), 1)), None  # as the operator does
-    if name == "tile_gemm" and numbers[-1]:
+    if name == "tile_gemm" and numbers[3]:
         image = cuda_nm_image.build(values, tile_ptr, granularity, len(columns))
         assert image is not None, "more than two in four are kept"
         image = shifted(image, 0)  # 16-byte copies begin there

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxprune.ops import OPS
 from fxprune.ops import cuda_nm_image as nm_image
+from fxprune.ops import cuda_tf32_image as tf32_image
 from fxprune.ops import cuda_tile_image as tile_image
 from fxprune.ops.operator import Operator
 from tests.cuda.binding import binding
@@ -89,6 +90,21 @@ def test_an_image_in_place_of_values(call: Callable[..., Tensor], feature_dim: i
         elsewhere = torch.cat([image[:4], image])[4:]  # bulk copies begin at 16 bytes
         with pytest.raises(RuntimeError, match="a multiple of 16 bytes"):
             call("tile_gemm", args[0], elsewhere, *args[2:])
+
+
+@pytest.mark.parametrize("feature_dim", (1, -1))
+def test_an_image_of_float32_values(call: Callable[..., Tensor], feature_dim: int) -> None:
+    """Rounded to TF32, as tokens are on their way: integers are not changed by it."""
+    for sample in next(op for op in OPS if op.name == "tile_gemm").samples():
+        if sample[10] != feature_dim:
+            continue
+        args = [a.round() if isinstance(a, Tensor) and a.is_floating_point() else a for a in cast(sample, torch.float32)]
+        image = tf32_image.build(args[1])
+        assert torch.equal(call("tile_gemm", args[0], image, *args[2:]), call("tile_gemm", *args))
+        with pytest.raises(RuntimeError, match="values must have"):
+            call("tile_gemm", args[0], image[:-1], *args[2:])
+        with pytest.raises(RuntimeError, match="values must have the type of x"):
+            call("tile_gemm", args[0], image.view(torch.int8), *args[2:])
 
 
 @pytest.mark.parametrize("feature_dim", (1, -1))

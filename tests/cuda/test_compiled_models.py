@@ -83,6 +83,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     impls = tuple(Impl(name, "cuda", kernels.cpu.operator(name), lambda *_: None) for name in compiled)
     monkeypatch.setattr(KernelTables, "candidates", lambda self, op: [i for i in impls if i.op == op])
     monkeypatch.setattr(Match, "on_gpu", property(lambda self: True))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # by default convolutions may use TF32
     monkeypatch.setattr(backend, "form_regions", lambda gm, ctx: 0)
     torch._dynamo.reset()
     yield ran
@@ -97,14 +98,15 @@ CASES = (
 )
 
 
-def compile_and_compare(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def compile_and_compare(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, tolerance: float = 1e-6) -> float:
     model, x = model.to(dtype), torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     fast = torch.compile(model, backend="hwprune", options={**FORCED, "require_sparse": True})
     with torch.no_grad():
         expected, exact = model(x), copy.deepcopy(model).double()(x.double())
         got = fast(x)
     ours, theirs = ((y.double() - exact).abs().max().item() for y in (got, expected))
-    assert got.dtype == dtype and ours <= 2 * theirs + 1e-6 * exact.abs().max().item()
+    assert got.dtype == dtype and ours <= 2 * theirs + tolerance * exact.abs().max().item()
+    return ours / exact.abs().max().item()
 
 
 @pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
@@ -116,6 +118,23 @@ def test_models(
     model = fxprune.prune(build().eval(), (torch.randn(1, *shape[1:]),), sparsity=0.5).model
     compile_and_compare(model, shape, dtype)
     assert {op: seen.count(op) for op in set(seen)} == counts
+
+
+@pytest.mark.parametrize(("name", "build", "shape", "counts"), CASES[::2], ids=[c[0] for c in CASES[::2]])
+def test_tf32(
+    name: str, build: type[nn.Module], shape: tuple[int, ...], counts: dict[str, int], seen: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Where PyTorch may multiply so, float32 layers do; their error tells."""
+    torch.manual_seed(0)
+    model = fxprune.prune(build().eval(), (torch.randn(1, *shape[1:]),), sparsity=0.5).model
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", name == "separable")
+    torch.set_float32_matmul_precision("highest" if name == "separable" else "high")
+    try:
+        error = compile_and_compare(model, shape, torch.float32, 2e-3)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert error > 1e-5 and {op: seen.count(op) for op in set(seen)} == counts
 
 
 @pytest.mark.parametrize("pattern", ("tvw", "2:4"))

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gpu import place, test_convolutions, test_nm_mm, test_nm_prune, test_operators, test_small, test_two_in_four
+from tests.gpu import (
+    place,
+    test_convolutions,
+    test_large,
+    test_nm_mm,
+    test_nm_prune,
+    test_operators,
+    test_small,
+    test_two_in_four,
+)
 from tests.gpu import test_tile_gradients as gradients
 
 FLOAT = torch.float32
@@ -37,6 +46,7 @@ def test_gemms_are_built_right() -> None:
     test_operators.test_depthwise(3, FLOAT)
     for shape in test_operators.GEMMS[:5]:
         test_operators.test_tile_gemm(shape, FLOAT)
+    test_operators.test_tile_gemm_in_tf32(test_operators.GEMMS[1])
 
 
 def test_gradients_of_tiles_are_built_right() -> None:
@@ -50,6 +60,12 @@ def test_weights_kept_two_in_four_are_built_right() -> None:
     test_two_in_four.test_tile_gemm(*test_two_in_four.SHAPES[0], torch.bfloat16)
     with pytest.raises(pytest.skip.Exception, match="cutlass: needs a GPU, got cpu"):
         test_two_in_four.test_libraries("cutlass", torch.bfloat16)
+
+
+def test_large_cases_are_built_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_large, "DTYPE", FLOAT)
+    for name in test_large.CASES:
+        test_large.check(name, 3, 12)
 
 
 def test_sparse_products_are_built_right() -> None:

@@ -38,6 +38,13 @@ def test_tiles(dtype: torch.dtype) -> None:
         tile_conv.check((1, 20, 9, 11), 130, 128, (3, 3), 1, 1, dtype=dtype)
 
 
+def test_tiles_in_tf32() -> None:
+    with small_gpu():
+        for g in (64, 128):
+            tile_gemm.check((1, 200, 136), 200, g, dtype=torch.float32, tf32=True)
+        tile_conv.check((1, 20, 9, 11), 130, 128, (3, 3), 1, 1, dtype=torch.float32, tf32=True)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_two_in_four(dtype: torch.dtype) -> None:
     with small_gpu():

@@ -47,12 +47,12 @@ def case(
 
 def check(
     *args: Any, dtype: torch.dtype = torch.bfloat16, seed: int = 0, plant: Plant = Plant.NONE, hopper: bool = False,
-    processors: int = 3, **more: Any,
+    processors: int = 3, tf32: bool = False, **more: Any,
 ) -> None:  # fmt: skip
     """Run a :func:`case` and compare."""
     arguments, y = case(*args, **more)
     typed = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
-    got = tile_conv(*typed, seed=seed, plant=plant, hopper=hopper, processors=processors)
+    got = tile_conv(*typed, seed=seed, plant=plant, hopper=hopper, processors=processors, tf32=tf32)
     assert torch.equal(got, y.float().to(dtype)), f"{args} {more} {dtype} seed {seed}"
 
 

@@ -17,7 +17,7 @@ HALVES = (torch.float16, torch.bfloat16)
 def check(
     shape: tuple[int, int, int], n: int, g: int, *, dtype: torch.dtype = torch.bfloat16, keep: float = 0.5,
     columns: float = 1.0, extras: str = "b", activation: str = "none", hopper: bool = False, seed: int = 0, shift: int = 0,
-    empty_tile: bool = False, processors: int = 3,
+    empty_tile: bool = False, processors: int = 3, tf32: bool = False, plant: Plant = Plant.NONE,
 ) -> None:  # fmt: skip
     """Compare one run with dense torch in fp64. ``extras``: b bias, r residual, g gate."""
     gen = generator(seed, n, g, *shape)
@@ -38,9 +38,10 @@ def check(
     operands = [t if t is None else t.to(dtype) for t in (bias, given_residual, gate)]
     got = tile_gemm(
         given_x, values.to(dtype), *structure, *operands, n, g, activation,
-        hopper=hopper, seed=seed, shift=shift, processors=processors,
+        hopper=hopper, seed=seed, shift=shift, processors=processors, tf32=tf32, plant=plant,
     )  # fmt: skip
-    case = f"x {shape} n {n} g {g} {dtype} keep {keep} columns {columns} {extras} {activation} hopper {hopper} seed {seed}"
+    case = f"x {shape} n {n} g {g} {dtype} keep {keep} columns {columns} {extras} {activation} seed {seed}"
+    case += f" hopper {hopper} tf32 {tf32}"
     if activation in EXACT:
         assert torch.equal(got, expected), case
     else:

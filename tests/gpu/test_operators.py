@@ -12,10 +12,12 @@ from fxprune.lowering.kernels.cuda import OPERATORS
 from torch import Tensor
 
 from fxprune.ops import OPS, tile_gemm
+from fxprune.ops import cuda_tf32_image as tf32_image
 from fxprune.ops import cuda_tile_image as tile_image
 from fxprune.ops.operator import Operator
 from tests.cuda.activations import EXACT, SMOOTH
 from tests.cuda.test_tile_gemm import tiles
+from tests.gpu import place
 from tests.gpu.place import DTYPES, on_gpu
 from tests.integers import bitmap, generator, integers
 
@@ -23,7 +25,7 @@ CALL = torch.ops.fxprune
 PLANES = ((1, 1), (1, 7), (7, 7), (14, 14), (15, 33), (28, 28), (56, 56), (112, 112), (37, 136))
 CUDA_OPS = [op for op in OPS if op.name in OPERATORS]
 SAMPLES = [pytest.param(op, args, id=f"{op.name}-{i}") for op in CUDA_OPS for i, args in enumerate(op.samples())]
-WITHOUT_GRADIENT = ("depthwise_pool", "dsconv", "nm_prune", "nm_mm")
+WITHOUT_GRADIENT = ("depthwise_pool", "nm_prune", "nm_mm")
 # (batch, K, tokens, N, G): every kernel, and shapes of real layers; in the last two the weights of a tile stay
 GEMMS = (
     (1, 40, 8, 8, 8), (2, 33, 49, 70, 64), (1, 100, 136, 200, 128), (8, 96, 196, 576, 64), (4, 1152, 49, 320, 64),
@@ -97,6 +99,16 @@ def test_tile_gemm(shape: tuple[int, int, int, int, int], dtype: torch.dtype) ->
             )
 
 
+@pytest.mark.parametrize("shape", GEMMS, ids=str)
+def test_tile_gemm_in_tf32(shape: tuple[int, int, int, int, int]) -> None:
+    for extras, feature_dim in (("", 1), ("brg", 1), ("br", -1)):
+        arguments, y = gemm_case(shape, extras, feature_dim)
+        # the image is a GPU's alone
+        image = arguments[1] if place.DEVICE == "cpu" else on_gpu(tf32_image.build(arguments[1].cpu()))
+        got = CALL.tile_gemm(arguments[0], image, *arguments[2:], "relu")
+        assert torch.equal(got, F.relu(y).float()), (shape, extras, feature_dim)
+
+
 @pytest.mark.parametrize("activation", (*EXACT, *SMOOTH))
 def test_activations(activation: str) -> None:
     for dtype in DTYPES:
@@ -124,11 +136,11 @@ def test_opcheck(op: Operator, args: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize(("op", "args"), [s for s in SAMPLES if s.values[0].name not in WITHOUT_GRADIENT])
 def test_gradients_match_the_cpu(op: Operator, args: tuple[Any, ...]) -> None:
     results = []
-    for place in ("cpu", "cuda"):
-        given = [a.detach().to(place) if isinstance(a, Tensor) else a for a in args]
+    for device in ("cpu", "cuda"):
+        given = [a.detach().to(device) if isinstance(a, Tensor) else a for a in args]
         leaves = [a.requires_grad_() for a in given if isinstance(a, Tensor) and a.is_floating_point()]
         output = getattr(CALL, op.name)(*given)
-        grad = torch.linspace(-1, 1, output.numel(), device=place).view_as(output)
+        grad = torch.linspace(-1, 1, output.numel(), device=device).view_as(output)
         results.append([output, *torch.autograd.grad(output, leaves, grad)])
     for cpu, gpu in zip(*results, strict=True):
         # bfloat16: a GPU rounds the gradient behind an activation before it multiplies

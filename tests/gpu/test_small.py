@@ -26,6 +26,8 @@ PLAIN = [op for op in OPS if op.name in OPERATORS and op.name not in TESTED]
 def test_gemms_and_convolutions(dtype: torch.dtype) -> None:
     for shape in (*test_operators.GEMMS[:3], *test_operators.GEMMS[-2:]):
         test_operators.test_tile_gemm(shape, dtype)
+        if dtype == torch.float32:
+            test_operators.test_tile_gemm_in_tf32(shape)
     for shape in (test_convolutions.CONVOLUTIONS[0], test_convolutions.CONVOLUTIONS[-1]):
         test_convolutions.test_tile_conv(shape, dtype)
     for kernel in (3, 7):

@@ -8,11 +8,14 @@
 #ifdef __CUDACC__
 #define FXPRUNE_GPU __device__ __forceinline__
 #define FXPRUNE_BOTH __host__ __device__ inline
-#define FXPRUNE_UNROLLED _Pragma("unroll")
+#define FXPRUNE_PRAGMA(text) _Pragma(#text)
+#define FXPRUNE_UNROLLED FXPRUNE_PRAGMA(unroll)
+#define FXPRUNE_UNROLLED_BY(times) FXPRUNE_PRAGMA(unroll(times))
 #else
 #define FXPRUNE_GPU inline
 #define FXPRUNE_BOTH inline
 #define FXPRUNE_UNROLLED
+#define FXPRUNE_UNROLLED_BY(times)
 #endif
 
 namespace fxprune::gpu {

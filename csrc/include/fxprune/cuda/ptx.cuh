@@ -149,5 +149,22 @@ FXPRUNE_GPU void multiply_16x8x16<Bfloat>(float* d, const uint32_t (&a)[4], uint
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Nearest float with 10 bits behind the point, ties away from zero: what TF32 products read.
+FXPRUNE_GPU uint32_t round_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+}
+
+// d (16x8) += a (16x8) * b (8x8) of TF32. With g = lane/4 and t = lane%4: d as above; a holds (g,
+// t), (g+8, t), (g, t+4), (g+8, t+4); b holds (t, g), (t+4, g).
+FXPRUNE_GPU void multiply_16x8x8(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 }  // namespace fxprune::gpu
 #endif

@@ -7,6 +7,7 @@
 #include "fxprune/cuda/tile_gemm_mma.cuh"
 #include "fxprune/cuda/tile_gemm_narrow.cuh"
 #include "fxprune/cuda/tile_gemm_resident.cuh"
+#include "fxprune/cuda/tile_gemm_tf32.cuh"
 #include "fxprune/cuda/tile_gemm_wgmma.cuh"
 
 namespace fxprune::gpu {
@@ -73,15 +74,22 @@ void launch_items(Launcher& launcher, const TileGemmArgs& a, int features, int64
   launcher.template launch<Kernel>(grid, Kernel::kSharedBytes, a);
 }
 
+// Runs a kernel of floats, a block for each item.
+template <class Kernel, class Launcher>
+void launch_values(Launcher& launcher, const TileGemmArgs& a) {
+  const int64_t grid[3] = {Kernel::Values::items(a), 1, 1};
+  launcher.template launch<Kernel>(grid, Kernel::kSharedBytes, a);
+}
+
 // The kernels that run on every GPU.
 template <class T, bool Windowed, class Launcher>
 void tile_blocks_of(Launcher& launcher, const TileGemmArgs& a) {
   if constexpr (!uses_image<T>()) {
-    using Kernel = TileGemmFfma<Windowed>;
-    const int64_t parts = (a.granularity + Kernel::kFeatures - 1) / Kernel::kFeatures;
-    const int64_t grid[3] = {
-        (a.m + Kernel::kTokens - 1) / Kernel::kTokens * a.batch * parts * a.tiles, 1, 1};
-    launcher.template launch<Kernel>(grid, Kernel::kSharedBytes, a);
+    if (a.tf32 && a.granularity > 64) {
+      return launch_values<TileGemmTf32<128, Windowed>>(launcher, a);
+    }
+    if (a.tf32) return launch_values<TileGemmTf32<64, Windowed>>(launcher, a);
+    launch_values<TileGemmFfma<Windowed>>(launcher, a);
   } else if (a.layout().panels() % 2 == 0) {
     launch_items<TileGemmMma<T, 128, Windowed>>(launcher, a, 128, INT64_MAX);
   } else {

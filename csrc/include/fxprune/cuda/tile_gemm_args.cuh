@@ -36,6 +36,7 @@ struct TileGemmArgs {
   Activation activation;
   bool vector;  // 16-byte accesses to rows of x, residual and out are aligned
   bool halved;  // the image is that of weights kept two in four
+  bool tf32;    // values, of floats, are rounded to TF32: tensor cores may multiply them
   TileWindow window;
 
   FXPRUNE_BOTH TileImage layout() const { return {tiles, rows, granularity, halved}; }
@@ -203,6 +204,26 @@ FXPRUNE_GPU void finish_tokens(const TileGemmArgs& a, const TileItem& item, int6
   const int64_t feature = feature_of(a, item, column);
   if (feature < 0 || token >= a.m) return;
   finish_run<T>(a, feature, (item.image * a.n + feature) * a.m + token, a.m - token, v);
+}
+
+// The same for the accumulators of mma.sync: `BlocksM` blocks of 16 features by 32 tokens for each
+// of 8 warps, 4 along tokens and 2 along features, `features` of them apart.
+template <class T, int BlocksM>
+FXPRUNE_GPU void finish_fragments(const TileGemmArgs& a, const TileItem& item, int features,
+                                  const float (&sums)[BlocksM][4][4]) {
+  const int lane = thread() % 32, warp = thread() / 32;
+  FXPRUNE_UNROLLED
+  for (int i = 0; i < BlocksM; ++i) {
+    FXPRUNE_UNROLLED
+    for (int half = 0; half < 2; ++half) {
+      float v[4][2], tokens[8];
+      FXPRUNE_UNROLLED
+      for (int j = 0; j < 8; ++j) v[j / 2][j % 2] = sums[i][j / 2][2 * half + j % 2];
+      gather_columns(v, tokens);
+      const int64_t column = item.first + warp / 4 * features + 16 * i + 8 * half + lane / 4;
+      finish_tokens<T>(a, item, column, item.token + warp % 4 * 32 + lane % 4 * 8, tokens);
+    }
+  }
 }
 
 // Output features that no tile holds: act(bias + residual). One thread an element of them.

@@ -106,21 +106,7 @@ struct TileGemmMma {
       multiply(shared_memory() + i % kStages * kStageBytes, sums);
     }
     copy_wait<0>();
-
-    const int lane = thread() % 32, warp = thread() / 32;
-    FXPRUNE_UNROLLED
-    for (int i = 0; i < kBlocksM; ++i) {
-      FXPRUNE_UNROLLED
-      for (int half = 0; half < 2; ++half) {
-        float v[4][2], tokens[8];
-        FXPRUNE_UNROLLED
-        for (int j = 0; j < 8; ++j) v[j / 2][j % 2] = sums[i][j / 2][2 * half + j % 2];
-        gather_columns(v, tokens);
-        const int64_t column =
-            item.first + warp / 4 * (Features / 2) + 16 * i + 8 * half + lane / 4;
-        finish_tokens<T>(a, item, column, item.token + warp % 4 * 32 + lane % 4 * 8, tokens);
-      }
-    }
+    finish_fragments<T, kBlocksM>(a, item, Features / 2, sums);
   }
 };
 
