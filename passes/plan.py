@@ -27,6 +27,7 @@ from ..sparsity import dcp, refit, tile
 from ..sparsity.found import describe, forms, halved
 from ..sparsity.pattern import LayerMask, any_nonzero
 from ..staircase import choose_levels
+from .join_sequences import join_sequences
 from .plan_rnn import Found, decide_recurrent, recurrent_layers
 from .regions import as_convolutions, chained, regions
 from .split_batch import split_batch
@@ -88,6 +89,7 @@ def _decide(found: Mapping[Match, Found], chains: list[list[Match]], ctx: Contex
         decide_recurrent(layer, [found[m] for m in layer], _refusal, ctx)
     order = {m.node: i for i, m in enumerate(ctx.matches)}
     ctx.decisions.sort(key=lambda d: order[d.match.node])
+    join_sequences(ctx)
 
 
 def _explained(decision: Decision, left: str | None) -> Decision:

@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from fxprune import backend
 from fxprune.capture import capture
 from fxprune.config import Config
+from fxprune.context import Timing
 from fxprune.ops.region import ATTENTION, GEMM, NORM, numbers, records
 from tests.oracle import FORCED, copied, operators, zero_some
 
@@ -70,11 +71,11 @@ def tokens(batch: int = 2, count: int = 32, c: int = 64) -> Tensor:
     return torch.randn(batch, count, c, generator=torch.Generator().manual_seed(count)).bfloat16()
 
 
-def formed(model: nn.Module, *inputs: Any) -> GraphModule:
+def formed(model: nn.Module, *inputs: Any, **options: Any) -> GraphModule:
     """Rewrite ``model``; its result is as near to float64 as the model's own."""
     (graph,) = capture(model, inputs)
     with torch.no_grad():
-        clone, context, _ = backend.rewrite(graph.gm, graph.inputs, Config(**FORCED))
+        clone, context, _ = backend.rewrite(graph.gm, graph.inputs, Config(**{**FORCED, **options}))
         backend.chain(clone, context)
         packs = context.weights.appended()
         clone.recompile()
@@ -160,3 +161,21 @@ def test_a_value_inside_may_be_read_outside() -> None:
 
     graph = formed(half(Seen(Layer(), Layer())), tokens())
     assert codes(graph) == [2 * LAYER] and operators(graph)["transpose"] == 3
+
+
+@pytest.mark.parametrize(("slower", "joins"), ((1.2, True), (1.5, False)))
+def test_a_layer_that_is_a_little_slower_alone_joins(slower: float, joins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fake:
+        seconds = 0.0
+
+        def __init__(self, *_: object) -> None:
+            return
+
+        def __call__(self, match: Any, mask: object) -> Timing:
+            return Timing(slower if match.name.endswith("up") else 0.5, 1.0, 1.0, measured=True)
+
+        predict = __call__
+
+    monkeypatch.setattr(backend, "Measure", Fake)
+    graph = formed(half(Encoder(Layer(), Layer())), tokens(), min_speedup=1.02)
+    assert (codes(graph) == [2 * LAYER]) == joins
