@@ -93,9 +93,11 @@ std::vector<Tensor> depthwise_pool_cpu(const Tensor& x, const Tensor& weight, co
   Tensor mean = empty_output(y, {y.size(0), y.size(1)});
   const int64_t planes = y.size(0) * y.size(1), size = y.size(2) * y.size(3);
   if (planes > 0 && is_bf16(y, "x")) {
-    run_channel_mean(data<Bf16>(y), static_cast<Bf16*>(mean.mutable_data_ptr()), planes, size, size);
+    run_channel_mean(data<Bf16>(y), static_cast<Bf16*>(mean.mutable_data_ptr()), planes, size,
+                     size);
   } else if (planes > 0) {
-    run_channel_mean(data<float>(y), static_cast<float*>(mean.mutable_data_ptr()), planes, size, size);
+    run_channel_mean(data<float>(y), static_cast<float*>(mean.mutable_data_ptr()), planes, size,
+                     size);
   }
   return {y, mean};
 }
