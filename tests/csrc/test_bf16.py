@@ -69,6 +69,16 @@ def test_shape_classes(isa: str, dim: int, g: int) -> None:
         check_gemm((1, k, 33) if dim == 1 else (33, k), 2 * g, g, dim, keep=1.0, extras="r")
 
 
+@pytest.mark.parametrize("g", (*GRANULARITIES, 24, 40))
+def test_single_rows(isa: str, g: int) -> None:
+    """One row is multiplied as it lies: kept input features that are neighbours and others, pruned output features."""
+    for k in (1, 31, 32, 33, 300):
+        for keep, columns in ((0.4, 1.0), (0.4, 0.6), (1.0, 0.6), (0.0, 0.6)):
+            for activation in ("relu", "hardswish"):
+                check_gemm((1, k), 2 * g + 3, g, -1, keep=keep, columns=columns, extras="br", activation=activation)
+        check_gemm((1, k, 1), 2 * g + 1, g, 1, columns=0.6, extras="brg")
+
+
 @pytest.mark.parametrize("dim", (1, -1))
 def test_degenerate_structures(isa: str, dim: int) -> None:
     for g in (1, 8, 64):
@@ -209,7 +219,7 @@ def test_no_input_is_read_beyond_its_ends(isa: str, at_end: bool) -> None:
     try:
         for shape, n, g, dim in (
             ((2, 5, 49), 19, 8, 1), ((1, 3, 31), 9, 4, 1), ((2, 33, 50), 70, 64, 1), ((13, 9), 67, 64, -1),
-            ((40, 35), 30, 16, -1), ((32, 32), 32, 32, -1), ((1, 3), 1, 1, -1),
+            ((40, 35), 30, 16, -1), ((32, 32), 32, 32, -1), ((1, 3), 1, 1, -1), ((1, 35), 70, 24, -1), ((1, 64), 16, 16, -1),
         ):  # fmt: skip
             for columns in (1.0, 0.6):
                 check_gemm(shape, n, g, dim, columns=columns, extras="brg", place=fence)

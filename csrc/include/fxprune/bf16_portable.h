@@ -47,10 +47,11 @@ struct PortableBf16 {
       to[2 * i + 1] = i < n ? high[i] : Bf16{0};
     }
   }
-  // to[i] = from[Stride i], 0 where the input lane's bit is not set, for a vector's i.
+  // to[i] = from[Stride i], 0 where the input lane's bit is not set, for the first n of a vector's
+  // i.
   template <int Stride>
-  static void plane_lanes(const Bf16* from, uint32_t mask, Bf16* to) {
-    for (int i = 0; i < V::kWidth; ++i)
+  static void plane_lanes(const Bf16* from, uint32_t mask, int64_t n, Bf16* to) {
+    for (int64_t i = 0; i < V::kWidth && i < n; ++i)
       to[i] = mask >> (Stride * i) & 1 ? from[Stride * i] : Bf16{0};
   }
   // to[32 k + r] = from[ld r + k] of a 32 x 32 square.

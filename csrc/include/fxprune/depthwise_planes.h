@@ -23,8 +23,11 @@ struct Depthwise {
   static constexpr int kW = V::kWidth;
   // Sums per block: more hide a multiply-add's latency no better, but a plane of 14 x 14 is one.
   static constexpr int kFlatVecs = 2 * V::kAccumulators / 3;
-  static constexpr int kRows = 4;
+  // Rows of a block, and vectors of each; narrow planes are cut in blocks of more rows, of which
+  // networks for images of 224 x 224 have a multiple.
+  static constexpr int kRows = 4, kTall = 7;
   static constexpr int kRowVecs = std::min(4, V::kAccumulators / kRows);
+  static constexpr int kTallVecs = std::min(2, V::kAccumulators / kTall);
 
   struct Plane {
     const DepthwiseTaps* args;
@@ -112,10 +115,19 @@ struct Depthwise {
     return {{&flat_block<I + 1>...}};
   }
 
+  using RowKernel = void (*)(const Plane&, int64_t, int64_t);
+
   template <int Rows, int Stride, bool Inside, int... I>
-  static constexpr std::array<void (*)(const Plane&, int64_t, int64_t), sizeof...(I)> row_table(
-      std::integer_sequence<int, I...>) {
+  static constexpr std::array<RowKernel, sizeof...(I)> row_table(std::integer_sequence<int, I...>) {
     return {{&row_block<I + 1, Rows, Stride, Inside>...}};
+  }
+  // The kernels of `Rows` rows, by the number of vectors less one.
+  template <int Rows, int Stride>
+  static const RowKernel* row_kernels(bool inside) {
+    using Vecs = std::make_integer_sequence<int, Rows == kTall ? kTallVecs : kRowVecs>;
+    static constexpr auto kInside = row_table<Rows, Stride, true>(Vecs()),
+                          kEdge = row_table<Rows, Stride, false>(Vecs());
+    return inside ? kInside.data() : kEdge.data();
   }
 
   static void flat(const Plane& p, int64_t begin, int64_t end) {
@@ -131,25 +143,24 @@ struct Depthwise {
 
   template <int Stride>
   static void rows(const Plane& p, int64_t begin, int64_t end) {
-    using Vecs = std::make_integer_sequence<int, kRowVecs>;
-    static constexpr auto kSingle = row_table<1, Stride, false>(Vecs());
-    static constexpr auto kEdge = row_table<kRows, Stride, false>(Vecs());
-    static constexpr auto kInside = row_table<kRows, Stride, true>(Vecs());
     const DepthwiseTaps& a = *p.args;
     const int64_t vecs = (a.out_w + kW - 1) / kW, blocks = (vecs + kRowVecs - 1) / kRowVecs;
-    const int64_t step = end - begin < kRows ? 1 : kRows,
-                  reach = (a.kernel_h - 1) * a.dilation_h + (step - 1) * a.stride_h;
+    const int64_t step = end - begin < kRows                         ? 1
+                         : end - begin >= kTall && vecs <= kTallVecs ? kTall
+                                                                     : kRows;
+    const int64_t reach = (a.kernel_h - 1) * a.dilation_h + (step - 1) * a.stride_h;
     for (int64_t start = begin; start < end; start += step) {
       // The last block of rows is moved up to be whole; rows it shares with its neighbour are
       // computed twice, alike.
       const int64_t oy = std::min(start, end - step), top = oy * a.stride_h - a.pad_h;
-      const auto& kernel = step == 1                            ? kSingle
-                           : top >= 0 && top + reach < a.height ? kInside
-                                                                : kEdge;
+      const bool inside = top >= 0 && top + reach < a.height;
+      const RowKernel* kernels = step == kTall   ? row_kernels<kTall, Stride>(inside)
+                                 : step == kRows ? row_kernels<kRows, Stride>(inside)
+                                                 : row_kernels<1, Stride>(inside);
       int64_t first = 0;
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t here = vecs / blocks + (b < vecs % blocks);
-        kernel[here - 1](p, oy, first);
+        kernels[here - 1](p, oy, first);
         first += here;
       }
     }

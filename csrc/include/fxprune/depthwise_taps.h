@@ -148,13 +148,15 @@ inline void rows_read(const DepthwiseShape& a, int64_t begin, int64_t end, int64
   *last = std::clamp<int64_t>(bottom, *first, a.height);
 }
 
-// Floats of scratch of the bfloat16 kernels: the taps of a channel, each in up to three parts, a
-// plane of x and one of the result.
+// Floats of scratch of the bfloat16 kernels: the pairs of a channel's taps, each of which comes in
+// up to three parts; a plane of x; one of the result, or blocks of sums of its rows.
 inline int64_t depthwise_lists(const DepthwiseShape& a) {
-  return (9 * a.kernel() + 6 + 15) / 16 * 16;
+  constexpr int64_t kPair = 8;  // floats of a TapPair
+  return (kPair * (3 * a.kernel() + 1) / 2 + 15) / 16 * 16;
 }
 inline int64_t depthwise_bf16_scratch(const DepthwiseShape& a) {
-  return depthwise_lists(a) + a.height * a.width + a.out_h * a.out_w + 64;
+  constexpr int64_t kSums = 8 * 32;
+  return depthwise_lists(a) + a.height * a.width + a.out_h * a.out_w + kSums;
 }
 
 }  // namespace fxprune

@@ -34,11 +34,12 @@ struct ConvOutput {
   const TileConvBf16& a;
   const ConvSpan& span;
   float* line;
+  RowsAhead<Bf16>& ahead;
   int64_t begin = 0;
   BlockLanes lanes[kGroup];
 
-  ConvOutput(const TileConvBf16& conv, const ConvSpan& part, float* room)
-      : a(conv), span(part), line(room) {}
+  ConvOutput(const TileConvBf16& conv, const ConvSpan& part, float* room, RowsAhead<Bf16>& rows)
+      : a(conv), span(part), line(room), ahead(rows) {}
   int64_t length() const { return (span.rows - 1) * a.pitch + a.out_w; }
   int64_t halves(int64_t block) const { return PixelsBf16<V>::halves(length() - block * kPixels); }
   void hold(int64_t first, int64_t end) {
@@ -62,7 +63,12 @@ struct ConvOutput {
       }
     }
   }
-  void ask(int64_t, const int32_t*, int64_t, int64_t) const {}
+  void ask(int64_t, const int32_t*, int64_t, int64_t) const {
+    constexpr int64_t kLines = 12;  // while a block is under way
+    const char* next = ahead.take(kLines);
+    for (int64_t i = 0; i < kLines && next; ++i)
+      __builtin_prefetch(next + i * RowsAhead<Bf16>::kLine, 0, 2);
+  }
   void store(int64_t block, const int32_t* columns, int64_t features, int64_t from, int64_t to,
              float* sums) const {
     PixelsBf16<V>::store(a, span.image, lanes[block - begin], columns, features, from, to, sums,
@@ -75,7 +81,8 @@ void tile_conv_bf16(const TileConvBf16& a, const ConvSpan& span, const Bf16* cop
   using M = PixelsBf16<V>;
   const auto room = M::room(a, scratch);
   ConvRows<V> source{a, copy};
-  ConvOutput<V> output(a, span, room.square);
+  RowsAhead<Bf16> ahead(a, span);
+  ConvOutput<V> output(a, span, room.square, ahead);
   const int64_t blocks = (output.length() + kPixels - 1) / kPixels;
   M::run(a, {span.image, 0, blocks, span.tile_begin, span.tile_end}, ConvOutput<V>::kGroup, room,
          source, output);

@@ -36,7 +36,7 @@ void tile_conv(const TileConv& a, const ConvSpan& span, const float* copy) {
   };
   const auto each = [&](typename M::Strip& s, const auto& f) {
     const float* x = s.x;
-    M::each_strip(a, tiles, values, s, [&](const typename M::Strip& strip, int features) {
+    M::each_strip(a, tiles, values, s, [&](typename M::Strip& strip, int features) {
       if (a.groups == 1) return f(strip, features);
       auto moved = strip;
       moved.x = x + strip.columns[0] / group_features * group_size;
@@ -44,6 +44,7 @@ void tile_conv(const TileConv& a, const ConvSpan& span, const float* copy) {
     });
   };
 
+  RowsAhead<float> ahead(a, span);
   int64_t first = 0;  // vector
   for (int64_t b = 0; b < blocks; ++b) {
     const int here = static_cast<int>(vecs / blocks + (b < vecs % blocks));
@@ -53,7 +54,8 @@ void tile_conv(const TileConv& a, const ConvSpan& span, const float* copy) {
     s.lanes = lanes;
     s.tail = std::min<int64_t>(M::kW, length - edge - (first + here - 1) * M::kW);
     lanes[here - 1].bits &= (1u << s.tail) - 1;  // what follows is no row of this band
-    each(s, [&](const typename M::Strip& strip, int features) {
+    each(s, [&](typename M::Strip& strip, int features) {
+      strip.ahead = ahead.take(strip.k);
       M::template kernel<Source::kTaps>(features, here)(strip);
     });
     first += here;

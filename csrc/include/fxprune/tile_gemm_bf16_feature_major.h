@@ -31,14 +31,17 @@ struct PixelsBf16 : TileBf16<V> {
       bias = nullptr;
     }
     if (a.activation == Activation::kHardswish) {
-      return store(a, image, lanes, columns, rows, sums, bias,
-                   [](Reg x) { return hardswish<V>(x); });
+      return store(a, image, lanes, columns, rows, sums, bias, Hardswish{});
     }
     const Clamp clamp = clamp_of(a.activation);
     const Reg low = V::set1(clamp.low), high = V::set1(clamp.high);
     store(a, image, lanes, columns, rows, sums, bias,
           [=](Reg x) { return V::min(high, V::max(low, x)); });
   }
+
+  struct Hardswish {
+    Reg operator()(Reg x) const { return hardswish<V>(x); }
+  };
 
   // end(sums + bias), rounded. bias: of every feature, or null.
   template <class End>
@@ -164,11 +167,15 @@ void tile_gemm_bf16_feature_major(const TileGemmBf16& a, const TileSpan& span, f
     const Bf16* from = x + block * kPixels;
     const int64_t count = output.count(block);
     for (int64_t k = 0; k < a.k; ++k, from += a.ldx(), panel += kPixels) {
-      V::copy_bf16(from, count, panel);
-      if (!gate) continue;
+      if (!gate) {
+        V::copy_bf16(from, count, panel);
+        continue;
+      }
       const auto factor = V::set1(widen(gate[k]));
-      for (int64_t p = 0; p < kPixels; p += V::kWidth)
-        V::store_bf16(panel + p, V::mul(factor, V::load_bf16(panel + p)));
+      for (int64_t p = 0; p < kPixels; p += V::kWidth) {
+        const int64_t lanes = std::max<int64_t>(count - p, 0);
+        V::store_bf16(panel + p, V::mul(factor, V::load_bf16(from + p, lanes)));
+      }
     }
   };
   Panels<V, decltype(pack)> source{a, room.panels, pack};

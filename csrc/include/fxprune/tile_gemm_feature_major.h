@@ -35,6 +35,7 @@ struct FeatureMajor {
     int64_t ldx;
     const int32_t* table;     // kTaps: offset of each row; ldx is unused
     const PixelLanes* lanes;  // kTaps: of the block's vectors, `to` counted from out
+    const char* ahead;        // kTaps: k lines of memory that will be read soon, or null
     const int32_t* index;
     int64_t k;
     const float* w;  // [k][rows], row stride ldw
@@ -63,6 +64,9 @@ struct FeatureMajor {
                   ldw = s.ldw;  // locals: a store to out could change what s refers to
     const float *x0 = s.x, *w = s.w;
     const int32_t *index = s.index, *columns = s.columns, *table = s.table;
+    // Without lines to ask for, the first one of x is asked for: it is there.
+    const char* ahead = s.ahead ? s.ahead : reinterpret_cast<const char*>(x0);
+    const int64_t line = s.ahead ? 64 : 0;
     Reg acc[Rows][Vecs];
     FXPRUNE_UNROLL
     for (int r = 0; r < Rows; ++r) {
@@ -77,6 +81,7 @@ struct FeatureMajor {
         for (int v = 0; v < Vecs; ++v) __builtin_prefetch(later + v * kW);
         __builtin_prefetch(later + Vecs * kW - 1);
       }
+      if (S == Source::kTaps) __builtin_prefetch(ahead + i * line, 0, 2);
       Reg x[Vecs];
       FXPRUNE_UNROLL
       for (int v = 0; v + 1 < Vecs; ++v) x[v] = V::load(row + v * kW);

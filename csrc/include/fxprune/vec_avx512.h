@@ -181,12 +181,13 @@ struct Avx512Vectors {
     const __mmask32 mask = n >= 32 ? ~0u : (1u << n) - 1u;
     interleave(_mm512_maskz_loadu_epi16(mask, low), _mm512_maskz_loadu_epi16(mask, high), to);
   }
-  // to[i] = from[Stride i], 0 where the input lane's bit is not set, for a vector's i.
+  // to[i] = from[Stride i], 0 where the input lane's bit is not set, for the first n of a vector's
+  // i.
   template <int Stride>
-  static void plane_lanes(const Bf16* from, uint32_t mask, Bf16* to) {
+  static void plane_lanes(const Bf16* from, uint32_t mask, int64_t n, Bf16* to) {
     const __m256i lanes = Stride == 1 ? _mm256_maskz_loadu_epi16(static_cast<Mask>(mask), from)
                                       : _mm512_cvtepi32_epi16(_mm512_maskz_loadu_epi16(mask, from));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), lanes);
+    _mm256_mask_storeu_epi16(to, first(n), lanes);
   }
   // Rows k of a panel from the 32 x 32 square from[ld r + k]: in the order whose sums are in order.
   static void panel_square(const Bf16* from, int64_t ld, Bf16* to) {
