@@ -117,11 +117,11 @@ class Region {
     if (step.residual >= 0) a.residual = at(step.residual, image, room);
     return a;
   }
-  AttentionBf16 attention(const Step& step, int64_t image, Bf16* arena) const {
+  AttentionBf16 attention(const Step& step, int64_t image, const Room& room) const {
     AttentionBf16 a = step.attention;
-    a.q = at(step.x, image, arena), a.k = at(step.k, image, arena);
-    a.v = at(step.v, image, arena), a.out = at(step.out, image, arena);
-    if (step.mask >= 0) a.mask = at(step.mask, image, arena);
+    a.q = at(step.x, image, room), a.k = at(step.k, image, room);
+    a.v = at(step.v, image, room), a.out = at(step.out, image, room);
+    if (step.mask >= 0) a.mask = at(step.mask, image, room);
     a.q_gap = gap(step.x), a.k_gap = gap(step.k), a.v_gap = gap(step.v);
     a.mask_gap = gap(step.mask), a.out_gap = gap(step.out);
     return a;
@@ -249,7 +249,7 @@ class Region {
       a.x = x, a.out = out, a.x_gap = gap(step.x), a.out_gap = gap(step.out);
       run_channel_norm(a, pool);
     } else if (step.code == Step::kAttention) {
-      if constexpr (kBf16) run_attention(attention(step, image, arena), pool);
+      if constexpr (kBf16) run_attention(attention(step, image, room), pool);
     } else {
       const TileConvOf<T> a = convolution(step, image, room);
       if (a.n > 0) run_tile_conv(a, pool);
