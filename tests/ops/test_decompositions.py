@@ -64,8 +64,9 @@ def test_runs_as_core_aten(op: Operator) -> None:
                 assert core, f"{op.name}: {target} is not core ATen"
         with torch.no_grad():
             got = tensors(plain.module()(*given))
+        near = 2.0**-6 if op.name == "attention" else 1e-4  # the kernel rounds the shares of keys to bfloat16
         for a, b in zip(got, tensors(expected), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(a, b, rtol=near, atol=near)
 
 
 def test_without_the_table_the_operators_stay() -> None:
