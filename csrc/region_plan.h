@@ -66,8 +66,8 @@ struct StepOf {
                               : conv.activation;
   }
   bool feature_major = false;
-  bool feeds_next =
-      false;          // its result is the next step's input and nothing else's, and is never stored
+  bool feeds_next = false;  // its result is the next step's input and nothing else's, and is not
+                            // stored when both run as one
   int64_t block = 0;  // steps from this one on that may run as one, band by band (run_block.h)
 };
 
@@ -130,6 +130,8 @@ class RegionPlan {
     }
     return conv ? 2 : 0;
   }
+  // True where `s` is the product of a block: its result is stored, whatever else it may feed.
+  bool ends_block(size_t s) const { return s >= 2 && steps_[s - 2].block == 3; }
   // Two 1x1 convolutions, unless the second one begins a block of its own.
   bool are_products(size_t s) const {
     const Step &step = steps_[s], &next = steps_[s + 1];
@@ -206,7 +208,7 @@ class RegionPlan {
     for (size_t s = 0; s < steps_.size(); ++s) {
       Value& v = values_[steps_[s].out];
       if ((steps_[s].code == Step::kDepthwise) != depthwise) continue;
-      if (v.place != Value::kArena || steps_[s].feeds_next) continue;
+      if (v.place != Value::kArena || (steps_[s].feeds_next && !ends_block(s))) continue;
       const int64_t now = static_cast<int64_t>(s), size = (numbers(v) + kLine - 1) / kLine * kLine;
       taken.erase(
           std::remove_if(taken.begin(), taken.end(), [&](const Room& r) { return r.until < now; }),

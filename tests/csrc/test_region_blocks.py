@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fxprune.ops import activation, region
@@ -17,6 +16,41 @@ RELU6, NONE = activation.NAMES.index("relu6"), activation.NAMES.index("none")
 Case = tuple[list[Tensor], list[Tensor], list[int], list[int], list[int]]
 
 
+class Network:
+    """Writes the steps of a program, with weights of their own. ``kernel`` and ``dilation`` are those of depthwise steps."""
+
+    def __init__(self, gen: torch.Generator, kernel: int = 3, dilation: int = 1, granularity: int = 8) -> None:
+        self.gen, self.kernel, self.dilation, self.granularity = gen, kernel, dilation, granularity
+        self.packed: list[Tensor] = []
+        self.code: list[int] = []
+
+    def case(self, x: Tensor, outputs: list[int]) -> Case:
+        return [x], *bundle(self.packed), self.code, outputs
+
+    def gemm(self, x: int, k: int, n: int, residual: int = -1, act: int = RELU6, columns: float = 1.0) -> None:
+        packed = tiles(self.gen, n, k, self.granularity, keep=0.4, columns=columns)[1]
+        weights = self._keep([*packed, integers(self.gen, n)])
+        self._step(region.GEMM, [x, *weights, residual, -1, n, self.granularity, 1, act])
+
+    def depthwise(self, x: int, c: int, stride: int = 1) -> None:
+        mask = torch.rand(c, self.kernel * self.kernel, generator=self.gen) < 0.4
+        weights = self._keep([integers(self.gen, *mask.shape) * mask, bitmap(mask), integers(self.gen, c)])
+        half = self.kernel // 2 * self.dilation
+        window = [self.kernel, self.kernel, stride, stride, half, half, self.dilation, self.dilation]
+        self._step(region.DEPTHWISE, [x, *weights, *window, RELU6])
+
+    def conv(self, x: int, k: int, n: int, stride: int, act: int, columns: float = 1.0) -> None:
+        weights = self._keep([*tiles(self.gen, n, k * 9, 8, 0.6, columns)[1], integers(self.gen, n)])
+        self._step(region.CONV, [x, *weights, -1, n, 8, 3, 3, stride, stride, 1, 1, 1, 1, 1, act])
+
+    def _keep(self, tensors: list[Tensor]) -> list[int]:
+        self.packed.extend(tensors)
+        return list(range(len(self.packed) - len(tensors), len(self.packed)))
+
+    def _step(self, number: int, record: list[int]) -> None:
+        self.code.extend((number, len(record), *record))
+
+
 def block(
     batch: int, size: tuple[int, int], kernel: int, stride: int, dilation: int = 1, granularity: int = 8, stem: bool = False
 ) -> Case:
@@ -24,44 +58,30 @@ def block(
 
     stem: the first expansion is a 3x3 convolution, not a 1x1 one; some of its features are pruned.
     """
-    gen = generator(batch, *size, kernel, stride, dilation, granularity)
-    packed: list[Tensor] = []
-    code: list[int] = []
-
-    def keep(tensors: list[Tensor]) -> list[int]:
-        packed.extend(tensors)
-        return list(range(len(packed) - len(tensors), len(packed)))
-
-    def step(number: int, record: list[int]) -> None:
-        code.extend((number, len(record), *record))
-
-    def gemm(x: int, k: int, n: int, residual: int, act: int) -> None:
-        weights = keep([*tiles(gen, n, k, granularity, keep=0.4)[1], integers(gen, n)])
-        step(region.GEMM, [x, *weights, residual, -1, n, granularity, 1, act])
-
-    def depthwise(x: int, c: int, stride: int) -> None:
-        mask = torch.rand(c, kernel * kernel, generator=gen) < 0.4
-        weights = keep([integers(gen, *mask.shape) * mask, bitmap(mask), integers(gen, c)])
-        half = kernel // 2 * dilation
-        window = [kernel, kernel, stride, stride, half, half, dilation, dilation]
-        step(region.DEPTHWISE, [x, *weights, *window, RELU6])
-
-    def conv(x: int, k: int, n: int, stride: int, act: int, columns: float = 1.0) -> None:
-        weights = keep([*tiles(gen, n, k * 9, 8, 0.6, columns)[1], integers(gen, n)])
-        step(region.CONV, [x, *weights, -1, n, 8, 3, 3, stride, stride, 1, 1, 1, 1, 1, act])
-
-    conv(0, 3, 6, 2, RELU6)
+    net = Network(generator(batch, *size, kernel, stride, dilation, granularity), kernel, dilation, granularity)
+    net.conv(0, 3, 6, 2, RELU6)
     if stem:
-        conv(1, 6, 20, 1, RELU6, columns=0.7)
+        net.conv(1, 6, 20, 1, RELU6, columns=0.7)
     else:
-        gemm(1, 6, 20, -1, RELU6)
-    depthwise(2, 20, stride)
-    gemm(3, 20, 7, -1, NONE)
-    gemm(4, 7, 24, -1, RELU6)
-    depthwise(5, 24, 1)
-    gemm(6, 24, 7, 4, NONE)
-    conv(7, 7, 9, 1, NONE)
-    return [integers(gen, batch, 3, *size)], *bundle(packed), code, [7, 8]
+        net.gemm(1, 6, 20)
+    net.depthwise(2, 20, stride)
+    net.gemm(3, 20, 7, act=NONE)
+    net.gemm(4, 7, 24)
+    net.depthwise(5, 24)
+    net.gemm(6, 24, 7, residual=4, act=NONE)
+    net.conv(7, 7, 9, 1, NONE)
+    return net.case(integers(net.gen, batch, 3, *size), [7, 8])
+
+
+def chain(batch: int, size: tuple[int, int]) -> Case:
+    """1x1 and depthwise convolutions in turn (MobileNetV1), while an early value waits for the last one."""
+    net = Network(generator(batch, *size))
+    net.gemm(0, 6, 12)
+    for number in (1, 3, 5):
+        net.gemm(number, 12, 12)
+        net.depthwise(number + 1, 12)
+    net.gemm(7, 12, 12, residual=1, act=NONE)
+    return net.case(integers(net.gen, batch, 6, *size), [8])
 
 
 def check(case: Case) -> None:
@@ -110,50 +130,17 @@ def test_small_planes(isa: str, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", ((56, 57), (28, 28), (14, 15), (7, 7)))
 def test_two_products(isa: str, size: tuple[int, int], columns: float) -> None:
     """Wide values between two 1x1 convolutions, with and without a residual; the last two read one value: it is stored."""
-    gen = generator(*size, int(10 * columns))
-    packed: list[Tensor] = []
-    code: list[int] = []
-
-    def gemm(x: int, k: int, n: int, residual: int = -1) -> None:
-        first = len(packed)
-        packed.extend([*tiles(gen, n, k, 8, keep=0.4, columns=columns)[1], integers(gen, n)])
-        code.extend([region.GEMM, 12, x, *range(first, first + 5), residual, -1, n, 8, 1, RELU6])
-
-    gemm(0, 20, 300)
-    gemm(1, 300, 20, 0)
-    gemm(2, 20, 260)
-    gemm(3, 260, 24)
-    gemm(4, 24, 130)
-    gemm(5, 130, 10)
-    gemm(5, 130, 9)
+    net = Network(generator(*size, int(10 * columns)))
+    for x, k, n, residual in (
+        (0, 20, 300, -1), (1, 300, 20, 0), (2, 20, 260, -1), (3, 260, 24, -1), (4, 24, 130, -1),
+        (5, 130, 10, -1), (5, 130, 9, -1),
+    ):  # fmt: skip
+        net.gemm(x, k, n, residual, columns=columns)
     for batch in (1, 3):
-        check(([integers(gen, batch, 20, *size)], *bundle(packed), code, [2, 4, 6, 7]))
+        check(net.case(integers(net.gen, batch, 20, *size), [2, 4, 6, 7]))
 
 
-@pytest.mark.parametrize("window", ((3, 3, 2, 2, 1, 1, 1, 1), (2, 5, 1, 3, 1, 2, 1, 1), (3, 3, 1, 2, 1, 1, 2, 3)))
-@pytest.mark.parametrize("size", ((61, 45), (14, 15), (9, 200)))
-def test_max_pooling(isa: str, size: tuple[int, int], window: tuple[int, ...]) -> None:
-    gen = generator(*size, *window)
-    packed = [*tiles(gen, 20, 6, 8, keep=0.6)[1], integers(gen, 20)]
-    code = [region.GEMM, 12, 0, *range(5), -1, -1, 20, 8, 1, NONE, region.POOL, 9, 1, *window]
-    for batch in (1, 3):
-        check(([integers(gen, batch, 6, *size)], *bundle(packed), code, [2]))
-
-
-def test_a_maximum_keeps_what_is_no_number(isa: str) -> None:
-    x = integers(generator(1), 1, 4, 40, 40)
-    x[0, 0, 5, 5], x[0, 1, 7, 20], x[0, 2] = float("nan"), float("inf"), float("-inf")
-    code = [region.POOL, 9, 0, 3, 3, 2, 2, 1, 1, 1, 1]
-    (given,) = OPS.region([x], [], "", region.text(code), [1])
-    assert torch.equal(given.isnan(), F.max_pool2d(x, 3, 2, 1).isnan()) and given.isnan().any()
-    assert torch.equal(given.nan_to_num(7.0), F.max_pool2d(x, 3, 2, 1).nan_to_num(7.0))
-
-
-def test_results_do_not_depend_on_what_the_arena_held() -> None:
-    """The gaps between features are never read: poisoned by another call's values, results are the same."""
-    case = block(1, (61, 45), 3, 1)
-    expected = region.reference(*as_text(case))
-    x, *rest = block(1, (149, 149), 3, 1)
-    OPS.region(*as_text(([torch.full_like(x[0], float("nan"))], *rest)))
-    for given, right in zip(OPS.region(*as_text(case)), expected, strict=True):
-        assert torch.equal(given, right)
+@pytest.mark.parametrize("size", ((8, 8), (14, 15), (56, 57)))
+def test_products_that_end_a_block_and_feed_the_next_depthwise_step(isa: str, size: tuple[int, int]) -> None:
+    for batch in (1, 2, 3):
+        check(chain(batch, size))

@@ -12,8 +12,8 @@ from fxprune.ops import region
 from fxprune.ops.bundle import bundle, unbundle
 from tests.csrc.kernels import BF16_ISAS, OPS, use_isa
 from tests.csrc.programs import as_text
-from tests.csrc.test_region_blocks import RELU6, Case, block
-from tests.integers import generator, integers, tiles
+from tests.csrc.test_region_blocks import Case, Network, block, chain
+from tests.integers import generator, integers
 
 
 @pytest.fixture(params=BF16_ISAS)
@@ -61,12 +61,14 @@ def test_small_planes(isa: str, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", ((56, 57), (28, 28), (14, 15), (7, 7)))
 def test_two_products(isa: str, size: tuple[int, int], columns: float) -> None:
     """Wide values between two 1x1 convolutions, with and without a residual."""
-    gen = generator(*size, int(10 * columns))
-    packed: list[Tensor] = []
-    code: list[int] = []
+    net = Network(generator(*size, int(10 * columns)), granularity=32)
     for x, k, n, residual in ((0, 20, 300, -1), (1, 300, 20, 0), (2, 20, 260, -1), (3, 260, 24, -1)):
-        first = len(packed)
-        packed.extend([*tiles(gen, n, k, 32, keep=0.4, columns=columns)[1], integers(gen, n)])
-        code.extend([region.GEMM, 12, x, *range(first, first + 5), residual, -1, n, 32, 1, RELU6])
+        net.gemm(x, k, n, residual, columns=columns)
     for batch in (1, 3):
-        check(([integers(gen, batch, 20, *size)], *bundle(packed), code, [2, 4]))
+        check(net.case(integers(net.gen, batch, 20, *size), [2, 4]))
+
+
+@pytest.mark.parametrize("size", ((8, 8), (14, 15), (56, 57)))
+def test_products_that_end_a_block_and_feed_the_next_depthwise_step(isa: str, size: tuple[int, int]) -> None:
+    for batch in (1, 2, 3):
+        check(chain(batch, size))
