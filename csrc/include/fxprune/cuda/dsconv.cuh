@@ -12,6 +12,7 @@
 #pragma once
 
 #include "fxprune/cuda/depthwise_taps.cuh"
+#include "fxprune/cuda/stage_ring.cuh"
 #include "fxprune/cuda/tile_gemm_args.cuh"
 
 namespace fxprune::gpu {
@@ -154,23 +155,11 @@ struct Dsconv {
     FXPRUNE_UNROLLED
     for (int i = 0; i < 32; ++i) sums[i / 16][i / 4 % 4][i % 4] = 0.0f;
     barrier();  // the ring is free
-    for (int i = 0; i < kStages - 1; ++i) {
-      if (i < stages) fill_stage(a, weights, index, item.rows, i, ring + i * kStageBytes);
-      copy_commit();
-    }
-    for (int i = 0; i < stages; ++i) {
-      copy_wait<kStages - 2>();
-      barrier();
-      const int next = i + kStages - 1;
-      if (next < stages) {
-        fill_stage(a, weights, index, item.rows, next, ring + next % kStages * kStageBytes);
-      }
-      copy_commit();
+    const auto fill = [&](int i, char* to) { fill_stage(a, weights, index, item.rows, i, to); };
+    through_ring<kStages, kStageBytes>(ring, stages, fill, [&](int i, const char* stage) {
       const int64_t left_over = item.rows - int64_t{i} * kRows;
-      multiply(ring + i % kStages * kStageBytes,
-               static_cast<int>(left_over < kRows ? left_over : kRows), zero_row, sums);
-    }
-    copy_wait<0>();
+      multiply(stage, static_cast<int>(left_over < kRows ? left_over : kRows), zero_row, sums);
+    });
 
     const int lane = thread() % 32, warp = thread() / 32;
     const int row = pixel[0] + warp % 2 * 4 + lane % 4;

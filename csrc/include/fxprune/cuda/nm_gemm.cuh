@@ -9,6 +9,7 @@
 
 #include "fxprune/cuda/nm_multiply.cuh"
 #include "fxprune/cuda/nm_select.cuh"
+#include "fxprune/cuda/stage_ring.cuh"
 #include "fxprune/cuda/tile_gemm_args.cuh"
 
 namespace fxprune::gpu {
@@ -167,23 +168,15 @@ struct NmGemm {
     const int64_t row = block(0) / across * kRows, column = block(0) % across * kColumns;
     const int64_t stages = a.k_blocks();
     float sums[4][4][4] = {};
-    for (int i = 0; i < kStages - 1; ++i) {
-      if (i < stages) fill(a, row, column, i, shared_memory() + i * kStageBytes);
-      copy_commit();
-    }
-    for (int64_t i = 0; i < stages; ++i) {
-      copy_wait<kStages - 2>();
-      barrier();  // the stage is there for all, and nobody reads the one before any more
-      const int64_t next = i + kStages - 1;
-      if (next < stages) fill(a, row, column, next, shared_memory() + next % kStages * kStageBytes);
-      copy_commit();
-      const char* stage = shared_memory() + i % kStages * kStageBytes;
+    const auto multiply = [&](int64_t, const char* stage) {
       // Warps: 2 along rows of 64, 2 along columns of 32.
       multiply_kept<T>(stage + thread() / 64 * 64 * kKeptRowBytes,
                        stage + kLeftBytes + kRightBytes + thread() / 64 * 4 * kPlaceBlockBytes,
                        stage + kLeftBytes, thread() / 32 % 2 * 32, sums);
-    }
-    copy_wait<0>();
+    };
+    through_ring<kStages, kStageBytes>(
+        shared_memory(), stages, [&](int64_t i, char* to) { fill(a, row, column, i, to); },
+        multiply);
 
     const int lane = thread() % 32, warp = thread() / 32;
     FXPRUNE_UNROLLED

@@ -24,27 +24,11 @@ struct TileGemmFfma {
   static FXPRUNE_GPU void run(const Args& a) {
     const Item item = Values::item_of(a, block(0));
     if (item.first >= item.width) return;
-    const auto source = Values::source_of(a, item);
-    const int stages = static_cast<int>((item.rows + kRows - 1) / kRows);
     const int tx = thread() % 16, ty = thread() / 16;
     float sums[4][4];
     FXPRUNE_UNROLLED
     for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] = 0.0f;
-    for (int i = 0; i < kStages - 1; ++i) {
-      if (i < stages)
-        Values::fill(a, item, source, int64_t{i} * kRows, shared_memory() + i * kStageBytes);
-      copy_commit();
-    }
-    for (int i = 0; i < stages; ++i) {
-      copy_wait<kStages - 2>();
-      barrier();
-      const int next = i + kStages - 1;
-      if (next < stages) {
-        Values::fill(a, item, source, int64_t{next} * kRows,
-                     shared_memory() + next % kStages * kStageBytes);
-      }
-      copy_commit();
-      const char* stage = shared_memory() + i % kStages * kStageBytes;
+    const auto multiply = [&](int, const char* stage) {
       FXPRUNE_UNROLLED
       for (int k = 0; k < kRows; ++k) {
         float w[4], x[4];
@@ -53,8 +37,8 @@ struct TileGemmFfma {
         FXPRUNE_UNROLLED
         for (int j = 0; j < 16; ++j) sums[j / 4][j % 4] += w[j / 4] * x[j % 4];
       }
-    }
-    copy_wait<0>();
+    };
+    Values::through_stages(a, item, multiply);
     FXPRUNE_UNROLLED
     for (int i = 0; i < 4; ++i) {
       finish(a, item, item.first + 4 * ty + i, item.token + 4 * tx, sums[i]);

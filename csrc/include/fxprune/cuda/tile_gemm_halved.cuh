@@ -7,6 +7,7 @@
 #pragma once
 
 #include "fxprune/cuda/nm_multiply.cuh"
+#include "fxprune/cuda/stage_ring.cuh"
 #include "fxprune/cuda/tile_gemm_args.cuh"
 
 namespace fxprune::gpu {
@@ -49,22 +50,13 @@ struct TileGemmHalved {
     const int panel = warp % kPanels, token = warp / kPanels * 32;
 
     float sums[4][4][4] = {};
-    for (int i = 0; i < kStages - 1; ++i) {
-      if (i < stages) fill(a, item, s, i, shared_memory() + i * kStageBytes);
-      copy_commit();
-    }
-    for (int i = 0; i < stages; ++i) {
-      copy_wait<kStages - 2>();
-      barrier();  // the stage is there for all, and nobody reads the one before any more
-      const int next = i + kStages - 1;
-      if (next < stages) fill(a, item, s, next, shared_memory() + next % kStages * kStageBytes);
-      copy_commit();
-      const char* stage = shared_memory() + i % kStages * kStageBytes;
+    const auto multiply = [&](int, const char* stage) {
       const char* kept = stage + panel * kHalvedPanelBytes;
       multiply_kept<T>(kept, kept + kPanelBytes / 2,
                        stage + kWeightBytes + token / kPanel * kPanelBytes, token % kPanel, sums);
-    }
-    copy_wait<0>();
+    };
+    through_ring<kStages, kStageBytes>(
+        shared_memory(), stages, [&](int i, char* to) { fill(a, item, s, i, to); }, multiply);
 
     FXPRUNE_UNROLLED
     for (int i = 0; i < 8; ++i) {

@@ -9,6 +9,7 @@
 
 #include <type_traits>
 
+#include "fxprune/cuda/stage_ring.cuh"
 #include "fxprune/cuda/tile_window.cuh"
 
 namespace fxprune::gpu {
@@ -92,20 +93,9 @@ struct TileGemmMma {
     float sums[kBlocksM][4][4];
     FXPRUNE_UNROLLED
     for (int i = 0; i < kBlocksM * 16; ++i) sums[i / 16][i / 4 % 4][i % 4] = 0.0f;
-    for (int i = 0; i < kStages - 1; ++i) {
-      if (i < stages) fill(a, item, s, window, i, shared_memory() + i * kStageBytes);
-      copy_commit();
-    }
-    for (int i = 0; i < stages; ++i) {
-      copy_wait<kStages - 2>();
-      barrier();  // the stage is there for all, and nobody reads the one before any more
-      const int next = i + kStages - 1;
-      if (next < stages)
-        fill(a, item, s, window, next, shared_memory() + next % kStages * kStageBytes);
-      copy_commit();
-      multiply(shared_memory() + i % kStages * kStageBytes, sums);
-    }
-    copy_wait<0>();
+    through_ring<kStages, kStageBytes>(
+        shared_memory(), stages, [&](int i, char* to) { fill(a, item, s, window, i, to); },
+        [&](int, const char* stage) { multiply(stage, sums); });
     finish_fragments<T, kBlocksM>(a, item, Features / 2, sums);
   }
 };

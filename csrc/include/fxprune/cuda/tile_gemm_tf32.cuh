@@ -54,28 +54,10 @@ struct TileGemmTf32 {
   static FXPRUNE_GPU void run(const Args& a) {
     const auto item = Values::item_of(a, block(0));
     if (item.first >= item.width) return;
-    const auto source = Values::source_of(a, item);
-    const int stages = static_cast<int>((item.rows + kRows - 1) / kRows);
     float sums[kBlocksM][4][4];
     FXPRUNE_UNROLLED
     for (int i = 0; i < kBlocksM * 16; ++i) sums[i / 16][i / 4 % 4][i % 4] = 0.0f;
-    for (int i = 0; i < kStages - 1; ++i) {
-      if (i < stages)
-        Values::fill(a, item, source, int64_t{i} * kRows, shared_memory() + i * kStageBytes);
-      copy_commit();
-    }
-    for (int i = 0; i < stages; ++i) {
-      copy_wait<kStages - 2>();
-      barrier();
-      const int next = i + kStages - 1;
-      if (next < stages) {
-        Values::fill(a, item, source, int64_t{next} * kRows,
-                     shared_memory() + next % kStages * kStageBytes);
-      }
-      copy_commit();
-      multiply(shared_memory() + i % kStages * kStageBytes, sums);
-    }
-    copy_wait<0>();
+    Values::through_stages(a, item, [&](int, const char* stage) { multiply(stage, sums); });
     finish_fragments<float, kBlocksM>(a, item, Features / 2, sums);
   }
 };

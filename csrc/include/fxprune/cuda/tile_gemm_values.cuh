@@ -6,12 +6,13 @@
 
 #include <type_traits>
 
+#include "fxprune/cuda/stage_ring.cuh"
 #include "fxprune/cuda/tile_window.cuh"
 
 namespace fxprune::gpu {
 
-// Block: constants kThreads, kFeatures, kTokens, kRows, kRowBytes. Windowed: the implicit GEMM of a
-// convolution.
+// Block: constants kThreads, kFeatures, kTokens, kRows, kRowBytes, kStages, kStageBytes. Windowed:
+// the implicit GEMM of a convolution.
 template <class Block, bool Windowed>
 struct TileValues {
   using Args = TileGemmArgs;
@@ -56,10 +57,16 @@ struct TileValues {
   // A thread always copies the same token.
   using Tokens = WindowTokens<float, 1>;
   using Source = std::conditional_t<Windowed, Tokens, NoTokens>;
-  static FXPRUNE_GPU Source source_of(const Args& a, const Item& item) {
-    return Source(a, item.tile, item.image, item.token + thread() % kTokens);
+  // Calls work(i, stage) for each stage of an item in shared memory.
+  template <class Work>
+  static FXPRUNE_GPU void through_stages(const Args& a, const Item& item, const Work& work) {
+    const Source source(a, item.tile, item.image, item.token + thread() % kTokens);
+    through_ring<Block::kStages, Block::kStageBytes>(
+        shared_memory(), static_cast<int>((item.rows + kRows - 1) / kRows),
+        [&](int i, char* to) { fill(a, item, source, int64_t{i} * kRows, to); }, work);
   }
 
+ private:
   static FXPRUNE_GPU void fill(const Args& a, const Item& item, const Source& source,
                                int64_t first_row, char* to) {
     if (item.wide) {
@@ -77,7 +84,6 @@ struct TileValues {
     }
   }
 
- private:
   // Calls work(k, column) for this thread's share of a stage, `Step` elements at a time. Single
   // ones are many, and unrolled altogether they would take all registers.
   template <int Columns, int Step, class Work>

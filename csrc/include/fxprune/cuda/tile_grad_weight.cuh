@@ -7,6 +7,7 @@
 
 #include <type_traits>
 
+#include "fxprune/cuda/stage_ring.cuh"
 #include "fxprune/cuda/tile_pieces.cuh"
 
 namespace fxprune::gpu {
@@ -225,21 +226,9 @@ struct TileWeightGradient {
     const int64_t all = stages(a), begin = all * item.part / a.parts,
                   end = all * (item.part + 1) / a.parts;
     Product product;
-    for (int64_t i = begin; i < begin + kStages - 1; ++i) {
-      if (i < end) fill(a, item, i, shared_memory() + (i - begin) % kStages * kStageBytes);
-      copy_commit();
-    }
-    for (int64_t i = begin; i < end; ++i) {
-      copy_wait<kStages - 2>();
-      barrier();  // the stage is there for all, and nobody reads the one before any more
-      const int64_t next = i + kStages - 1;
-      if (next < end) {
-        fill(a, item, next, shared_memory() + (next - begin) % kStages * kStageBytes);
-      }
-      copy_commit();
-      product.multiply(shared_memory() + (i - begin) % kStages * kStageBytes);
-    }
-    copy_wait<0>();
+    through_ring<kStages, kStageBytes>(
+        shared_memory(), end - begin, [&](int64_t i, char* to) { fill(a, item, begin + i, to); },
+        [&](int64_t, const char* stage) { product.multiply(stage); });
     const int64_t start = item.from * a.gemm.granularity;
     product.each([&](int row, int f, float sum) {
       if (item.row + row >= item.rows || item.feature + f >= item.width) return;
