@@ -3,10 +3,10 @@
     python benchmarks/bench_pruner.py [--rounds 3] [--every 50] [--threads 1] [--out FILE]
 
 Steps (forward, backward, an optimizer, ``Pruner.step``) of one network are interleaved without a pruner and with one per
-importance. A step is of one of three kinds: one that prunes, one whose gradients Taylor scores add up, any other. The
-median of each kind beside the same updates without a pruner (optimizer and pruner: forward and backward do not change),
-weighted by how often it comes with a round every so many steps, is the amortised overhead; here rounds follow each other
-faster than that.
+importance, in an order that is drawn anew each time. A step is of one of three kinds: one that prunes, one whose gradients
+Taylor scores add up, any other. The median of each kind beside the same updates without a pruner (optimizer and pruner:
+forward and backward do not change), weighted by how often it comes with a round every so many steps, is the amortised
+overhead; here rounds follow each other faster than that.
 The result is benchmarks/results/<machine>/pruner.json; benchmarks/render_sdgp.py writes docs/sdgp-results.md from it.
 """
 
@@ -16,6 +16,7 @@ import argparse
 import copy
 import gc
 import json
+import random
 import statistics
 import sys
 import tempfile
@@ -114,9 +115,10 @@ def measured(net: str, optimizer: str, rounds: int, every: int) -> list[dict[str
     loops |= {name: Loop(model, x, optimizer, pruner(name)) for name in IMPORTANCES}
     times: dict[str, list[float]] = {name: [] for name in loops}  # of updates
     steps = []
+    draw = random.Random(0)
     for _ in range(rounds * CYCLE):
-        for name, loop in loops.items():
-            step, update = loop.step()
+        for name in draw.sample(list(loops), len(loops)):
+            step, update = loops[name].step()
             times[name].append(update)
             if name == "none":
                 steps.append(step)

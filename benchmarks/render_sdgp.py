@@ -30,15 +30,17 @@ percent, mean and 95 % confidence interval over the seeds, which were fixed befo
 the last epoch. The paper's column is its ResNet-9 on CIFAR-10 (arXiv 2202.00774, Table I, and the authors' README)."""
 TEXT_SPEED = """One training step (forward, backward, SGD) compiled by us against stock Inductor on the same network,
 interleaved in random order; the ratio is the median over the rounds, with its 95 % bootstrap interval. "stock by
-stock" is that of a second compile by stock Inductor, the same code: what lies within it says nothing. Rows without
-intervals are of an earlier measurement of 20 rounds. With "auto" each layer prunes only where pruning and a product that
-skips zeros were measured to be faster than the dense product by `min_speedup`; `layers` counts them, of those that could
-have been pruned. The gain of a layer is its data gradient's, pruning included."""
+stock" is that of a second compile by stock Inductor, the same code: what lies within it says nothing. With "auto" each
+layer prunes only where pruning and a product that skips zeros were measured to be faster than the dense product by
+`min_speedup`; `layers` counts them, of those that could have been pruned. Where none is pruned the programs are stock's,
+letter for letter (`tests/backend/test_stock_programs.py`), and a ratio says what the machine does. The gain of a layer is
+its data gradient's, pruning included."""
 TEXT_PRUNER = """What `fxprune.Pruner` adds to a step (forward, backward, optimizer) in eager mode, at 75 % zeros: in most
 steps it zeroes weights and two moments, or with a fused optimizer gradients alone; before a round Taylor scores are added
 up, a round chooses masks. "amortised" is the share of the time without a pruner, with a round every {every} steps. The first
-is a matter of memory bandwidth, so its share falls with the rows that a step computes. Bytes are those of the pruner's
-tensors before the second round, scores included."""
+is a matter of memory, where zeros go and where Python finds weights and their state, so its share falls with the rows that
+a step computes; it differs by half a percent of a step between runs. Bytes are those of the pruner's tensors before the
+second round, scores included."""
 LAYERS = {
     "perceptron": "The perceptron has layers of 1024 x 1024.",
     "transformer": "The transformer has those of BERT base.",
