@@ -79,7 +79,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(
         tile, "imaged", lambda given, tiling, device, *rest: imaged(given, tiling, torch.device("cuda"), *rest)
     )
-    monkeypatch.setattr(KernelTables, "unit", lambda self, kind, *_, **__: cuda.UNITS[kind])
+    monkeypatch.setattr(KernelTables, "unit", lambda self, kind, *_, **__: cuda.UNITS["sm_80"][kind])
     impls = tuple(Impl(name, "cuda", kernels.cpu.operator(name), lambda *_: None) for name in compiled)
     monkeypatch.setattr(KernelTables, "candidates", lambda self, op: [i for i in impls if i.op == op])
     monkeypatch.setattr(Match, "on_gpu", property(lambda self: True))
