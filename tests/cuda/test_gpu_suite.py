@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from fxprune.ops import depthwise_taps, tile_gradients
+from tests.cuda.binding import binding, in_place_of_the_cpus
 from tests.gpu import (
     place,
     test_convolutions,
+    test_gradients,
     test_large,
     test_nm_mm,
     test_nm_prune,
@@ -54,6 +57,39 @@ def test_gradients_of_tiles_are_built_right() -> None:
         gradients.test_gemm(shape, FLOAT)
     for shape in gradients.CONVOLUTIONS[:4]:
         gradients.test_convolution(shape, FLOAT)
+
+
+def test_every_sample_is_one_that_a_gpu_takes() -> None:
+    for op, args in (sample.values for sample in place.OPERATOR_SAMPLES):
+        given = place.in_one_type(args)
+        binding()(op.name, *given)
+        assert len({a.dtype for a in given if isinstance(a, torch.Tensor) and a.is_floating_point()}) == 1, op.name
+
+
+@pytest.mark.parametrize("case", ("tile_gemm with all", "tile_conv in groups", "depthwise 5x5, stride 2"))
+def test_gradients_of_the_kernels_are_right(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the simulator, over kept weights as on a GPU."""
+    monkeypatch.setattr(tile_gradients, "pays", lambda *_: True)
+    monkeypatch.setattr(depthwise_taps, "_dense", depthwise_taps._sparse)
+    with in_place_of_the_cpus() as ran:
+        test_gradients.check(*test_gradients.KEPT[case], torch.bfloat16)
+        operator = test_gradients.KEPT[case][0]
+        backward = {"tile_gemm": "tile_grad", "tile_conv": "tile_conv_grad", "depthwise_taps": "depthwise_grad"}[operator]
+        assert {operator, f"{backward}_input", f"{backward}_weight"} <= {*ran}, ran
+
+
+def test_gradients_of_samples_are_compared() -> None:
+    for sample in test_gradients.SAMPLES[::5]:
+        test_gradients.test_gradcheck(*sample.values)
+        test_gradients.test_gradients_match_the_cpu(*sample.values)
+
+
+def test_a_wrong_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes the second feature of a tile for the first."""
+    weight = tile_gradients.dense_weight
+    monkeypatch.setattr(tile_gradients, "dense_weight", lambda *args: weight(args[0].roll(1, 1), *args[1:]))
+    with pytest.raises(RuntimeError, match="Jacobian mismatch"):
+        test_gradients.check(*test_gradients.KEPT["tile_gemm"], FLOAT)
 
 
 def test_weights_kept_two_in_four_are_built_right() -> None:
