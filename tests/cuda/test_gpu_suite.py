@@ -80,7 +80,8 @@ def test_gradients_of_the_kernels_are_right(case: str, monkeypatch: pytest.Monke
 
 def test_gradients_of_samples_are_compared() -> None:
     for sample in test_gradients.SAMPLES[::5]:
-        test_gradients.test_gradcheck(*sample.values)
+        if test_gradients.few(*sample.values):
+            test_gradients.test_gradcheck(*sample.values)
         test_gradients.test_gradients_match_the_cpu(*sample.values)
 
 
