@@ -239,6 +239,53 @@ def test_one_that_hangs_takes_no_other_along(
     assert tool.together(2.0, jobs, {}) == [f"{name} was not begun, no time was left" for name in jobs]
 
 
+HANGS = """
+import time
+def test_before(): pass
+def test_hangs(): time.sleep(600)
+def test_behind(): assert False, "seen all the same"
+"""
+
+
+def test_a_test_that_hangs_is_named_and_left_out(
+    tool: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The rest of its file runs again, so that nothing that it would have shown is lost."""
+    (tmp_path / "test_file.py").write_text(HANGS)
+    (tmp_path / "pytest.ini").touch()
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+    monkeypatch.setenv("FXPRUNE_TEST_SECONDS", "1")
+    jobs = {"file": (*tool.PYTEST, *tool.WATCHED, "test_file.py")}
+    assert tool.together(90.0, jobs, {}) == ["test_file.py::test_hangs hung", "file ended with 1"]
+    said = capfd.readouterr().out
+    assert "in test_hangs" in said and "seen all the same" in said and "1 failed, 1 passed, 1 deselected" in said
+
+
+def run_main(tool: Any, monkeypatch: pytest.MonkeyPatch, only: str, loads: bool) -> tuple[int, list[tuple[str, float]]]:
+    """tools/gpu.py without a GPU: the status, and the steps with their seconds."""
+    steps: list[tuple[str, float]] = []
+    monkeypatch.setattr(tool, "missing", lambda: None)
+    monkeypatch.setattr(tool, "call", lambda name, *_, **__: [] if loads else [f"{name} ended with 1"])
+    monkeypatch.setattr(tool, "run_step", lambda step, seconds, out: steps.append((step, seconds)) or [])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--only", only])
+    return tool.main(), steps
+
+
+def test_the_last_step_has_the_time_that_is_left(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, steps = run_main(tool, monkeypatch, "build,tests", True)
+    assert status == 0 and [step for step, _ in steps] == ["build", "tests"]
+    assert steps[0][1] == pytest.approx(0.35 * 540, abs=5) and steps[1][1] == pytest.approx(540, abs=5)
+
+
+def test_without_kernels_nothing_passes(
+    tool: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Tests that are all skipped must not look like tests that passed."""
+    status, steps = run_main(tool, monkeypatch, "build,tests,bench", False)
+    assert status == 1 and [step for step, _ in steps] == ["build"]
+    assert "failed: loading the kernels ended with 1; tests was not run" in capfd.readouterr().out
+
+
 def test_the_benchmarks_have_a_third_of_the_time(tool: Any) -> None:
     left = 1.0
     for step in tool.STEPS[:-1]:
