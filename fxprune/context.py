@@ -24,20 +24,29 @@ class Kernels(Protocol):
     def supports(self, op: str, match: Match) -> str | None:
         """Return ``None`` when some compiled implementation runs ``match``, else the reasons why not."""
 
-    def unit(self, kind: str, dtype: torch.dtype = ..., device: str = ...) -> Unit:
-        """Return the granularity and steps of the kernel row that runs ``kind``, by default in float32."""
+    def unit(self, kind: str, dtype: torch.dtype = ..., device: torch.device | str = ...) -> Unit:
+        """Return the granularity and steps of the kernel row that runs ``kind``, by default in float32 on the CPU."""
 
     def units(self, matches: Iterable[Match]) -> Callable[[str], Unit]:
-        """Return :meth:`unit` for weights that are pruned together, in their dtype."""
+        """Return :meth:`unit` for weights that are pruned together, in their dtype and where they are."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What a kernel row likes: output features per tile, and multiples of kept K rows and kept features."""
+    """What a kernel row likes: output features per tile, and multiples of kept K rows and kept features.
+
+    few_rows: K up to which ``few_rows_step`` takes the place of ``k_step``, because another kernel runs such layers.
+    """
 
     granularity: int
     k_step: int = 1
     column_step: int = 1
+    few_rows: int = 0
+    few_rows_step: int = 1
+
+    def row_step(self, k: int) -> int:
+        """Return the multiple of kept rows that a layer of ``k`` input features runs without waste."""
+        return self.few_rows_step if k <= self.few_rows else self.k_step
 
 
 # (match, mask), and for a recurrent weight_hh the match and mask of its weight_ih

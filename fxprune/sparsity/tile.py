@@ -77,7 +77,7 @@ class Tile:
                 columns={n: columns and ask.groups.get(n, 1) == 1 for n in names},
                 scope=config.scope,
                 ranking=config.ranking,
-                step=math.lcm(row.k_step, step) if aligned else 1,
+                step={n: math.lcm(row.row_step(ask.importances[n].shape[1]), step) if aligned else 1 for n in names},
                 column_step=row.column_step if aligned else None,
                 apriori=config.apriori,
             )

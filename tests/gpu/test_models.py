@@ -47,6 +47,7 @@ class Feed(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 
+pytestmark = pytest.mark.slow
 CASES = (
     ("separable", Separable, (8, 64, 28, 28)), ("excited", Excited, (8, 64, 28, 28)), ("feed", Feed, (4, 128, 256)),
 )  # fmt: skip
