@@ -143,6 +143,25 @@ class RegionPlan {
   }
   // True where `s` is the product of a block: its result is stored, whatever else it may feed.
   bool ends_block(size_t s) const { return s >= 2 && steps_[s - 2].block == 3; }
+  // True where the result of `s` takes the place of what is added to it, which then stays in a
+  // core's cache: nobody reads it any more, and every kernel reads each number of it right before
+  // it writes that of the result. What runs as one with `s` may read its inputs later.
+  bool adds_in_place(size_t s) const {
+    const Step& step = steps_[s];
+    if (step.residual < 0) return false;
+    const Value &v = values_[step.out], &added = values_[step.residual];
+    if (added.place != Value::kArena || added.last_use != static_cast<int64_t>(s)) return false;
+    if (added.late != v.late || numbers(added) != numbers(v) || added.gap != v.gap) return false;
+    size_t begin = s;
+    for (size_t t = s - std::min<size_t>(s, 2); t < s; ++t)
+      if (t + std::max<int64_t>(steps_[t].block, 1) > s) begin = std::min(begin, t);
+    for (size_t t = begin; t <= s; ++t) {
+      std::array<int64_t, 7> ids = steps_[t].values_of();
+      if (t == s) ids[1] = ids[6] = -1;  // the residual itself, and the result
+      if (std::count(ids.begin(), ids.end(), step.residual)) return false;
+    }
+    return true;
+  }
   // Two 1x1 convolutions, unless the second one begins a block of its own.
   bool are_products(size_t s) const {
     const Step &step = steps_[s], &next = steps_[s + 1];
@@ -247,6 +266,14 @@ class RegionPlan {
       taken.erase(
           std::remove_if(taken.begin(), taken.end(), [&](const Room& r) { return r.until < now; }),
           taken.end());
+      const auto add_to = std::find_if(taken.begin(), taken.end(), [&](const Room& r) {
+        return adds_in_place(s) && r.offset == values_[steps_[s].residual].offset;
+      });
+      if (add_to != taken.end()) {
+        v.offset = add_to->offset;
+        add_to->until = std::max(v.last_use, now);
+        continue;
+      }
       int64_t offset = start;
       auto at = taken.begin();
       for (; at != taken.end() && at->offset - offset < size; ++at) offset = at->offset + at->size;
