@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -94,13 +95,17 @@ def test_compiled_equals_masked_dense(
     assert ours <= 2 * theirs + 1e-6 * scale, f"{name}: {ours:.3g} from fp64, dense {theirs:.3g}"
 
 
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """For matrices too; convolutions may use it by default."""
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize(("name", "build", "shape"), CASES, ids=[c[0] for c in CASES])
-def test_compiled_in_tf32(
-    name: str, build: type[nn.Module], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_in_tf32(name: str, build: type[nn.Module], shape: tuple[int, ...], tf32: None) -> None:
     """Ten bits of each operand are left; cuDNN need not choose TF32 where it may, so its error is no measure of ours."""
-    for settings in (torch.backends.cudnn, torch.backends.cuda.matmul):
-        monkeypatch.setattr(settings, "allow_tf32", True)
     torch.manual_seed(0)
     model = fxprune.prune(build().eval(), (torch.randn(1, *shape[1:]),), sparsity=0.6).model.cuda()
     x = torch.randn(shape, device="cuda")
