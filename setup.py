@@ -181,6 +181,7 @@ class PlatformWheel(bdist_wheel):
 SOURCES = [
     "csrc/add_squares.cpp",
     "csrc/attention.cpp",
+    "csrc/attention_rows.cpp",
     "csrc/channel_norm.cpp",
     "csrc/clear_pruned.cpp",
     "csrc/nm_prune.cpp",

@@ -6,7 +6,6 @@ appended as graph inputs. A graph with nothing to gain goes to Inductor untouche
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import time
@@ -28,6 +27,7 @@ from fxprune.config import Config
 from fxprune.context import BatchSide, Context, Decision, Observer, Shrunk, Sizes
 from fxprune.errors import ConfigError, FxPruneError, NoGradientPruned, RequireSparse, VerificationError
 from fxprune.gradients import gradient_clock, gradient_table, ratio_at, ratios
+from fxprune.graph import copied
 from fxprune.left import may_prune
 from fxprune.lowering import calibrate, codegen, library, measure
 from fxprune.lowering.fuse_dsconv import fuse_dsconv
@@ -37,6 +37,7 @@ from fxprune.lowering.lower import lower
 from fxprune.lowering.measure import Measure
 from fxprune.lowering.measure_gradient import MeasureGradient
 from fxprune.lowering.region import form_regions
+from fxprune.lowering.row_attention import row_attention
 from fxprune.lowering.sequence import feature_major_sequences
 from fxprune.match import Match
 from fxprune.passes import FORWARD, Sdgp
@@ -93,7 +94,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         gradient_clock.start()
 
     def dense(inputs: Sequence[Any], side: BatchSide | None = None) -> Built:
-        run = codegen.stock(GraphModule(gm, copy.deepcopy(gm.graph)), inputs, config)
+        run = codegen.stock(copied(gm), inputs, config)
         return Built(run, side=side, holds=_holds(config, training))
 
     def build(inputs: Sequence[Any], levels: Mapping[str, float] | None = None, sizes: Sizes | None = None) -> Built:
@@ -220,7 +221,7 @@ def rewrite(
     levels: sparsity by parameter that a target speed came to. sizes: the symbolic ones of the call it is for, as
     :class:`Context` holds them; without them everything is decided at the hints. observers: see the graph after each pass.
     """
-    clone = GraphModule(gm, copy.deepcopy(gm.graph))
+    clone = copied(gm)
     tables = KernelTables()
     training = _trains(example_inputs)
     timer = Measure(config, tables.unit)
@@ -254,9 +255,12 @@ def rewrite(
     return clone, ctx, gained
 
 
+_JOINS = (feature_major_sequences, form_regions, row_attention, fuse_pool, fuse_dsconv)
+
+
 def chain(gm: GraphModule, ctx: Context) -> None:
     """Join operators into larger ones, in graphs that run: the steps behind the pipeline."""
-    for position, join in enumerate((feature_major_sequences, form_regions, fuse_pool, fuse_dsconv), len(FORWARD) + 1):
+    for position, join in enumerate(_JOINS, len(FORWARD) + 1):
         ctx.counts[join.__name__] = join(gm, ctx)
         ctx.observe(position, join.__name__, gm)
 

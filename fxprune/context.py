@@ -36,6 +36,8 @@ class Unit:
     """What a kernel row likes: output features per tile, and multiples of kept K rows and kept features.
 
     few_rows: K up to which ``few_rows_step`` takes the place of ``k_step``, because another kernel runs such layers.
+    narrow: output features per tile of layers with fewer than two tiles of ``granularity``, which would leave them hardly
+    a choice; 0 for the same.
     """
 
     granularity: int
@@ -43,6 +45,11 @@ class Unit:
     column_step: int = 1
     few_rows: int = 0
     few_rows_step: int = 1
+    narrow: int = 0
+
+    def width(self, n: int) -> int:
+        """Return the output features per tile of a layer with ``n`` of them."""
+        return self.narrow if self.narrow and n < 2 * self.granularity else self.granularity
 
     def row_step(self, k: int) -> int:
         """Return the multiple of kept rows that a layer of ``k`` input features runs without waste."""

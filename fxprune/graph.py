@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
@@ -37,6 +38,22 @@ TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
 def example(node: Node) -> Any:
     """Return the fake value of a node (Dynamo keeps it as ``example_value``, export as ``val``)."""
     return node.meta.get("example_value", node.meta.get("val"))
+
+
+def copied(gm: GraphModule) -> GraphModule:
+    """Return a copy of a graph that AOTAutograd takes for the graph itself.
+
+    By what Dynamo wrote beside it AOTAutograd knows which inputs are parameters, and saves those for the backward graph
+    instead of views of them.
+    """
+    clone = GraphModule(gm, copy.deepcopy(gm.graph))
+    clone.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        clone._param_name_to_source = gm._param_name_to_source
+    for old, new in zip(gm.graph.nodes, clone.graph.nodes, strict=True):
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    return clone
 
 
 def fake(node: Any) -> Tensor | None:

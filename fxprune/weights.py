@@ -94,6 +94,7 @@ class Weights:
         last = [n for n in self._gm.graph.nodes if n.op == "placeholder"][-1]
         with self._gm.graph.inserting_after(last):
             node = self._gm.graph.placeholder(name)
+        node._dynamo_source = None  # type: ignore[attr-defined]  # AOTAutograd asks it of every input
         node.meta["example_value"] = _fake_like(self._gm, value)
         self._real[node] = value
         return node

@@ -145,7 +145,6 @@ def _frozen(
 
 def _lift_constants(gm: GraphModule, example_inputs: Sequence[Any], constant: Sequence[bool]) -> None:
     """Turn weight inputs into attributes, the form in which Inductor's freezing folds and prepacks them."""
-    sources: dict[str, Any] = {}
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     body = next(n for n in gm.graph.nodes if n.op != "placeholder")
     for node, value, fixed in zip(placeholders, example_inputs, constant, strict=True):
@@ -156,10 +155,9 @@ def _lift_constants(gm: GraphModule, example_inputs: Sequence[Any], constant: Se
         with gm.graph.inserting_before(body):
             attribute = gm.graph.get_attr(name)
         attribute.meta = dict(node.meta)
-        sources[name] = getattr(node, "_dynamo_source", None)
         node.replace_all_uses_with(attribute)
         gm.graph.erase_node(node)
-    gm._param_name_to_source = sources  # type: ignore[assignment]
+    gm.meta.pop("dynamo_compile_id", None)  # Dynamo knows nothing of these attributes
     gm.recompile()
 
 

@@ -113,6 +113,12 @@ def test_stems(isa: str, kernel: int, stride: int) -> None:
     check(block(1, (140, 133), 3, stride, dilation=2, stem=True))
 
 
+def test_few_images_take_small_steps_in_turn(isa: str) -> None:
+    """More images than take a late step in turn, so that groups of several sizes run; the first steps are large."""
+    for batch in (9, 16):
+        check(block(batch, (120, 131), 3, 2))
+
+
 def test_dilated_windows(isa: str) -> None:
     check(block(1, (140, 133), 3, 1, dilation=2))
     check(block(1, (140, 133), 3, 2, dilation=3))
