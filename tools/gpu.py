@@ -2,12 +2,12 @@
 
     python tools/gpu.py [--minutes 9] [--only build,tests,sanitizer,bench] [--out FOLDER]
 
-Steps are given shares of the time, the last one all that is left. One that runs out is stopped and reported; the others still
-run, and the benchmarks have at least a third. Kernels that cannot be loaded end it. Every file of tests, and every
+Steps are given shares of the time, the last one all that is left. One that runs out is stopped and reported; the others
+still run, and the benchmarks have at least a third. Kernels that cannot be loaded end it. Every file of tests, and every
 sanitizer, has a process and a report of its own in build/gpu: a kernel that hangs takes nothing else along. A test that
-hangs is named, and its file begins again without it. --out is where the benchmarks' figures go, by default benchmarks/results/;
-they are written row by row. Exit status: 0 when all passed, 1 when one failed, 2 where there is no GPU (nothing is run
-then).
+hangs is named, and its file begins again without it. --out is where the benchmarks' figures go, by default
+benchmarks/results/; they are written row by row. Exit status: 0 when all passed, 1 when one failed, 2 where there is no
+GPU (nothing is run then).
 """
 
 from __future__ import annotations

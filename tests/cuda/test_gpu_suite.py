@@ -28,6 +28,9 @@ from tests.gpu import (
 from tests.gpu import test_tile_gradients as gradients
 
 FLOAT = torch.float32
+# rivals that need a GPU or packages, and a choice of depthwise kernels that torch before 2.13 has not
+MAY_BE_MISSING = {"cuSPARSELt 2:4", "QuACK", "QuACK gather", "grouped_mm"}
+MAY_BE_MISSING |= {f"{layout} {kernel}" for layout in ("nchw", "nhwc") for kernel in ("cudnn", "native")}
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +164,7 @@ def test_rows_of_operators_are_built_right(benchmark: ModuleType) -> None:
         benchmark.gemm_row(40, 96, 256, 0.5, 128, FLOAT, ceilings),
     ]
     for row in rows:
-        assert set(row["left_out"]) <= {"cuSPARSELt 2:4", "QuACK", "QuACK gather", "grouped_mm"}, row
+        assert set(row["left_out"]) <= MAY_BE_MISSING, row
         assert row["us"]["ours"] == 2.0 and row["speedup"] == 1.0 and row["predicted"] > 1
     image = benchmark.two_in_four(torch.randn(64 * 4 * 2).half(), torch.tensor([0, 4, 8]).int(), 64, 128)
     assert image.dtype == torch.int8

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import faulthandler
 import os
-from typing import TextIO
 
 import pytest
 
 SECONDS, SLOW_SECONDS = 40.0, 120.0  # slow: those marked so, which compile models
-_open: list[TextIO] = []  # the dump is written to an open file
+_open: list[int] = []  # what the stack is written to
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> None:
     for file in _open:
-        file.close()
-    _open[:] = [open(os.environ["FXPRUNE_RUNNING"], "w", encoding="utf-8")]
-    _open[0].write(f"{item.nodeid}\n")
-    _open[0].flush()
+        os.close(file)
+    _open[:] = [os.open(os.environ["FXPRUNE_RUNNING"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)]
+    os.write(_open[0], f"{item.nodeid}\n".encode())
     seconds = float(os.environ.get("FXPRUNE_TEST_SECONDS", SLOW_SECONDS if item.get_closest_marker("slow") else SECONDS))
     faulthandler.dump_traceback_later(seconds, exit=True, file=_open[0])  # pytest cancels it behind the test
