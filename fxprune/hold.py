@@ -40,14 +40,14 @@ class Places:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        self._owners: dict[str, tuple[nn.Module, str]] = {}  # of the names asked for: every step asks for all
+        self._owners: dict[str, tuple[dict[str, nn.Parameter | None], str]] = {}  # of the names asked for
 
     def __getitem__(self, name: str) -> nn.Parameter:
         if name not in self._owners:
             owner, _, leaf = name.rpartition(".")
-            self._owners[name] = (self._modules[owner], leaf)
-        module, leaf = self._owners[name]
-        found = module._parameters[leaf]
+            self._owners[name] = (self._modules[owner]._parameters, leaf)
+        parameters, leaf = self._owners[name]
+        found = parameters[leaf]
         assert found is not None
         return found
 
@@ -66,6 +66,8 @@ class Holder:
         self.foreign = False  # another one did
         self._watched: list[str] = []
         self._mine: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}  # of the optimizers whose step runs now
+        self._own: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[tuple[nn.Parameter, Tensor]]]
+        self._own = weakref.WeakKeyDictionary()  # those of the pairs that an optimizer has
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # that have one of our parameters
         self._hooks = [
             register_optimizer_step_pre_hook(self._about_to_step),
@@ -95,10 +97,11 @@ class Holder:
         """Zero the pruned elements of the weights."""
         clear(self.kept())
 
-    @torch.no_grad()
     def undo(self) -> None:
         """Zero the pruned elements of weights that somebody wrote to since an optimizer's step."""
-        clear([pair for pair in self.kept() if not self._steps.settled(*pair)])
+        if self._steps.unsettled(self._pairs):
+            with torch.no_grad():
+                clear(self._steps.unsettled(self.kept()))
 
     def kept(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Return every pruned parameter with the :func:`bits` of what this rank keeps of it."""
@@ -113,6 +116,8 @@ class Holder:
                 known = self._kept[name] = (parameter, bits(shard(mask, parameter)))
             pairs.append(known)
         self._found, self._pairs = found, pairs
+        self._steps.forget()
+        self._own.clear()
         return pairs
 
     def release(self) -> None:
@@ -121,13 +126,11 @@ class Holder:
         self._hooks = []
 
     @torch.compiler.disable  # a compiled step would find no version of a tensor
-    @torch.no_grad()
     def _about_to_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         kept = self._mine[id(optimizer)] = self._kept_of(optimizer)
         self._steps.before(optimizer, kept, _given(optimizer, args, kwargs))
 
     @torch.compiler.disable
-    @torch.no_grad()
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         kept = self._mine.pop(id(optimizer), [])
         if not kept:
@@ -138,11 +141,18 @@ class Holder:
             kept = self._kept_of(optimizer)
         self.touched = True
         self._optimizers.add(optimizer)
-        self._steps.after(optimizer, kept, _given(optimizer, args, kwargs))
+        self._steps.after(optimizer, kept)
 
     def _kept_of(self, optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, Tensor]]:
-        mine = _parameters(optimizer)
-        return [pair for pair in self.kept() if id(pair[0]) in mine]
+        """Return those of :meth:`kept` that an optimizer has; the same list while they are the same."""
+        kept = self.kept()
+        known = self._own.get(optimizer, [])
+        if len(known) < len(kept):  # none can join those of an optimizer that has all
+            mine = _parameters(optimizer)
+            found = [pair for pair in kept if id(pair[0]) in mine]
+            if len(found) != len(known) or not all(map(is_, found, known)):
+                known = self._own[optimizer] = found
+        return known
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
@@ -157,8 +167,8 @@ def _given(optimizer: torch.optim.Optimizer, args: Sequence[Any], kwargs: Mappin
 def bits(mask: Tensor) -> Tensor:
     """Return integers that have all bits where a bool mask (N, ...) is True and none elsewhere.
 
-    (N / g, 1, ...), where each g output features share them: as many as the tiles of a kernel, or one.
+    (N / g, ...), where each g output features share them: as many as the tiles of a kernel, or one.
     """
     mask = mask.contiguous()
     shared = torch.ops.fxprune.shared_rows(mask, _WIDTHS)
-    return mask[::shared].to(torch.int32 if shared >= _WIDE else torch.int8).neg_().unsqueeze(1)
+    return mask[::shared].to(torch.int32 if shared >= _WIDE else torch.int8).neg_()

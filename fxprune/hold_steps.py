@@ -7,8 +7,9 @@ wrote to any of these, weight and moments are zeroed after the step.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -31,88 +32,81 @@ _ELEMENTWISE = {
 }
 
 Kept = Sequence[tuple[Tensor, Tensor]]  # parameters of one optimizer, each with its bits of fxprune.hold
-_Seen = list[tuple[Tensor, int]]  # tensors, each after so many of the writes that autograd counts
+_version = attrgetter("_version")  # of a tensor: how many writes autograd counted
 
 
 class _Zeroed:
-    """A parameter whose pruned elements are zero, its bits, all that its optimizer keeps for it, and what was written.
+    """Parameters of one optimizer whose pruned elements are zero, all that it keeps for them, and what was written."""
 
-    Every step asks every one of these: comparisons are by identity and by counts alone.
-    """
+    def __init__(self, optimizer: torch.optim.Optimizer, kept: Kept) -> None:
+        self._kept = kept
+        self._values = _values(optimizer, kept)
+        self._written = [tensor for parameter, _ in kept for tensor in written(optimizer, parameter)]
+        self.renew()
 
-    __slots__ = ("bits", "parameter", "seen", "values")
-
-    def __init__(self, optimizer: torch.optim.Optimizer, parameter: Tensor, bits: Tensor) -> None:
-        self.parameter, self.bits = parameter, bits
-        self.values = list(optimizer.state.get(parameter, {}).values())
-        self.seen = _seen(written(optimizer, parameter))
-
-    def keeps(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Return whether the optimizer keeps the tensors that it kept."""
-        values = optimizer.state.get(self.parameter, {}).values()
-        return len(values) == len(self.values) and all(map(is_, values, self.values))
-
-    def is_unwritten(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Return whether nobody wrote to the parameter and its state since, nor put others in their place."""
-        return all(tensor._version == count for tensor, count in self.seen) and self.keeps(optimizer)
+    def holds(self, optimizer: torch.optim.Optimizer, kept: Kept) -> bool:
+        """Return whether these are the parameters, and nobody wrote to them or their state nor put others in its place."""
+        values = _values(optimizer, kept)
+        same = self._kept is kept and len(values) == len(self._values) and all(map(is_, values, self._values))
+        return same and list(map(_version, self._written)) == self._counts
 
     def renew(self) -> None:
         """Take what was written until now for zeros."""
-        self.seen = [(tensor, tensor._version) for tensor, _ in self.seen]
+        self._counts = list(map(_version, self._written))
 
 
 class HeldSteps:
     """Keeps the pruned elements of parameters zero over the steps of their optimizers.
 
-    masks_gradients: zeros may be written to gradients as well.
+    masks_gradients: zeros may be written to gradients as well. ``kept`` of an optimizer is the same object in every step
+    until :meth:`forget`, unless parameters join it.
+
+    Every step asks whether zeros are still zeros, when nothing that it asks is in a cache: of all parameters in few loops,
+    by identities and counts of writes, and the first that was written to decides for all.
     """
 
     def __init__(self, masks_gradients: bool) -> None:
         self._masks_gradients = masks_gradients
-        self._zeroed: dict[int, _Zeroed] = {}  # by identity of the parameter
-        self._masked: dict[int, tuple[Tensor | None, int]] = {}  # the same: the gradient that the step now running reads
+        self._zeroed: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Zeroed] = weakref.WeakKeyDictionary()
+        self._settled: dict[int, int] = {}  # by identity of the parameter: its writes when it was zero last
+        self._masked: tuple[list[Tensor], list[int]] | None = None  # gradients that the step now running reads; their writes
         self._count = 0
 
     def before(self, optimizer: torch.optim.Optimizer, kept: Kept, arguments: bool) -> None:
         """Zero gradients where that is enough; call it ahead of a step. arguments: the step has some, such as a closure."""
-        self._masked = {}
+        self._masked = None
         if not self._masks_gradients or arguments or not _leaves_zeros(optimizer):  # a closure makes new gradients
             return
-        chosen = []
-        for parameter, bits in kept:
-            was = self._zeroed.get(id(parameter))
-            if was is not None and was.bits is bits and was.is_unwritten(optimizer) and _plain(parameter):
-                chosen.append((parameter, bits))
+        was = self._zeroed.get(optimizer)
+        if was is None or not was.holds(optimizer, kept) or not all(_plain(parameter) for parameter, _ in kept):
+            return
         # the last one first: the optimizer then finds those that it begins with in the cache
-        clear([(parameter.grad, bits) for parameter, bits in reversed(chosen) if parameter.grad is not None])
-        self._masked = {id(parameter): _gradient(parameter) for parameter, _ in chosen}
+        clear([(parameter.grad, bits) for parameter, bits in reversed(kept) if parameter.grad is not None])
+        grads = _gradients(kept)
+        self._masked = grads, list(map(_version, grads))
 
-    def after(self, optimizer: torch.optim.Optimizer, kept: Kept, arguments: bool) -> None:
+    def after(self, optimizer: torch.optim.Optimizer, kept: Kept) -> None:
         """Zero what the step may have written; call it after the step."""
         self._count += 1
-        moved = []
-        for index, (parameter, bits) in enumerate(kept):
-            masked = None if arguments else self._masked.get(id(parameter))
-            still = masked is not None and parameter.grad is masked[0] and _gradient(parameter)[1] == masked[1]
-            if not still or (self._count + index) % _RENEWAL == 0:
-                moved.append((parameter, bits))
+        cheap = self._masked is not None and _are_unwritten(_gradients(kept), *self._masked)
+        self._masked = None
+        moved = kept[-self._count % _RENEWAL :: _RENEWAL] if cheap else kept
         zero(optimizer, moved)
-        for parameter, bits in kept:
-            was = self._zeroed.get(id(parameter))
-            if was is not None and was.bits is bits and was.keeps(optimizer):
-                was.renew()
-            else:
-                self._zeroed[id(parameter)] = _Zeroed(optimizer, parameter, bits)
-        self._masked = {}
+        if cheap:
+            self._zeroed[optimizer].renew()
+        elif self._masks_gradients and _leaves_zeros(optimizer):
+            self._zeroed[optimizer] = _Zeroed(optimizer, kept)
+        self._settled.update((id(parameter), parameter._version) for parameter, _ in kept)
 
-    def settled(self, parameter: Tensor, bits: Tensor) -> bool:
-        """Return whether nobody wrote to a parameter since its pruned elements became zero."""
-        was = self._zeroed.get(id(parameter))
-        return was is not None and was.bits is bits and parameter._version == was.seen[0][1]
+    def unsettled(self, kept: Kept) -> Kept:
+        """Return the parameters that somebody wrote to since their pruned elements became zero."""
+        return [pair for pair in kept if self._settled.get(id(pair[0])) != pair[0]._version]
 
     def forget(self) -> None:
         """Zero everything after the next step."""
-        self._zeroed = {}
+        self._zeroed.clear()
+        self._settled = {}
+        self._masked = None
 
 
 def clear(pairs: Kept) -> None:
@@ -121,9 +115,9 @@ def clear(pairs: Kept) -> None:
     for tensor, bits in pairs:
         own = local(tensor)
         if own.is_complex():
-            reference([torch.view_as_real(own)], [bits.squeeze(1).unsqueeze(-1)])
+            reference([torch.view_as_real(own)], [bits.unsqueeze(-1)])
         elif not (own.is_cpu and own.is_contiguous()):
-            reference([own], [bits.squeeze(1)])
+            reference([own], [bits])
         elif own.numel():  # which a rank has none of without a part of a small weight
             values.append(own)
             kept.append(bits)
@@ -134,7 +128,9 @@ def clear(pairs: Kept) -> None:
 
 def zero(optimizer: torch.optim.Optimizer, kept: Kept) -> None:
     """Zero pruned elements of parameters and of everything of their shape that the optimizer keeps for them."""
-    clear([(value, bits) for parameter, bits in kept for value in written(optimizer, parameter)])
+    if kept:
+        with torch.no_grad():
+            clear([(value, bits) for parameter, bits in kept for value in written(optimizer, parameter)])
 
 
 def written(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
@@ -172,10 +168,14 @@ def _plain(parameter: Tensor) -> bool:
     return type(grad) is Tensor and not grad.requires_grad and not grad.is_sparse and grad.stride() == parameter.stride()
 
 
-def _gradient(parameter: Tensor) -> tuple[Tensor | None, int]:
-    grad = parameter.grad
-    return grad, 0 if grad is None else grad._version
+def _gradients(kept: Kept) -> list[Tensor]:
+    return [grad for parameter, _ in kept if (grad := parameter.grad) is not None]
 
 
-def _seen(tensors: list[Tensor]) -> _Seen:
-    return [(tensor, tensor._version) for tensor in tensors]
+def _are_unwritten(grads: list[Tensor], masked: list[Tensor], counts: list[int]) -> bool:
+    return len(grads) == len(masked) and all(map(is_, grads, masked)) and list(map(_version, grads)) == counts
+
+
+def _values(optimizer: torch.optim.Optimizer, kept: Kept) -> list[Any]:
+    """Return what an optimizer keeps for its parameters."""
+    return [value for parameter, _ in kept for value in optimizer.state.get(parameter, {}).values()]

@@ -268,5 +268,15 @@ def test_the_operator_refuses(values: list[Tensor], kept: list[Tensor], message:
 
 def test_bits_of_tiles_are_shared() -> None:
     mask = torch.rand(4, 6) < 0.5
-    assert bits(mask.repeat_interleave(32, 0)).shape == (4, 1, 6) and bits(mask).dtype == torch.int8
+    assert bits(mask.repeat_interleave(32, 0)).shape == (4, 6) and bits(mask).dtype == torch.int8
     assert bits(mask.repeat_interleave(32, 0)).dtype == torch.int32
+
+
+@pytest.mark.parametrize("shared", [1, 32])
+def test_bits_fit_operator_and_reference(shared: int) -> None:
+    """The reference runs where no kernel was built."""
+    mask = (torch.rand(4, 6) < 0.5).repeat_interleave(shared, 0)
+    for clear in (torch.ops.fxprune.clear_pruned, reference):
+        value = torch.ones(4 * shared, 6)
+        clear([value], [bits(mask)])
+        assert torch.equal(value, mask.float())

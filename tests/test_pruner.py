@@ -90,7 +90,7 @@ def test_what_is_cleared_is_zero_whatever_it_was(dtype: torch.dtype, shared: int
         few = torch.rand(128 // shared, *shape[1:], generator=torch.Generator().manual_seed(0)) < 0.5
         mask = few.repeat_interleave(shared, 0)
         kept = hold.bits(mask)
-        assert kept.shape == (128 // shared, 1, *shape[1:])
+        assert kept.shape == (128 // shared, *shape[1:])
         hold_steps.clear([(tensor, kept)])
         assert torch.equal(tensor == 0, ~mask)
     hold_steps.clear([(torch.empty(0, 4), hold.bits(torch.empty(0, 4, dtype=torch.bool)))])

@@ -83,9 +83,12 @@ def test_exactly_n_of_m_are_kept(function: str, n: int, m: int, isa: str) -> Non
     assert (pruned.count_nonzero(2) == n).all()
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_n_largest_stay_and_ties_go_to_the_lower_index(dtype: torch.dtype, isa: str) -> None:
-    grad = integers(2, 24, 9, 5).to(dtype)  # nine values: every group has ties
+def test_the_n_largest_stay_and_ties_go_to_the_lower_index(
+    dtype: torch.dtype, layout: torch.memory_format, isa: str
+) -> None:
+    grad = integers(2, 24, 9, 5).to(dtype).contiguous(memory_format=layout)  # nine values: every group has ties
     for n, m in ((1, 2), (2, 4), (3, 8), (5, 12), (7, 24)):
         x, pruned = grouped(grad, m), grouped(prune(grad, n, m), m)
         order = x.abs().sort(dim=2, descending=True, stable=True).indices
