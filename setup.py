@@ -21,7 +21,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+import setuptools
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 try:
@@ -158,6 +159,14 @@ def is_current(target: Path) -> bool:
     return all(Path(path).is_file() and Path(path).stat().st_mtime <= built for path in inputs)
 
 
+class Kernels(Distribution):
+    """Without pyproject.toml where setuptools is too old to read it: `setup.py build_ext --inplace` needs nothing of it."""
+
+    def parse_config_files(self, *given: object, **named: object) -> None:
+        if int(setuptools.__version__.partition(".")[0]) >= 77:
+            super().parse_config_files(*given, **named)
+
+
 class PlatformWheel(bdist_wheel):
     """One wheel serves every Python: the library has no Python symbols."""
 
@@ -172,6 +181,7 @@ class PlatformWheel(bdist_wheel):
 SOURCES = [
     "csrc/add_squares.cpp",
     "csrc/attention.cpp",
+    "csrc/attention_rows.cpp",
     "csrc/channel_norm.cpp",
     "csrc/clear_pruned.cpp",
     "csrc/nm_prune.cpp",
@@ -192,6 +202,8 @@ if __name__ == "__main__":
     if wants_cuda():
         extensions.append(Extension("fxprune._C_cuda", sources=CUDA_SOURCES))
     setup(
+        name="fxprune",
+        distclass=Kernels,
         ext_modules=extensions,
         cmdclass={"build_ext": BuildExt, "bdist_wheel": PlatformWheel},
     )

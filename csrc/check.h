@@ -42,7 +42,7 @@ inline const ElementTypes& element_types() {
 
 inline int32_t type_of(const Tensor& t) {
   int32_t type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &type));
   return type;
 }
 
@@ -77,9 +77,9 @@ inline bool is_bf16(const Tensor& t, const char* name) {
 // long as a small kernel.
 inline Tensor empty_output(const Tensor& like, const std::vector<int64_t>& shape, int32_t type) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.data(),
-                                                          static_cast<int64_t>(shape.size()), &type,
-                                                          nullptr, nullptr, 0, nullptr, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.data(),
+                                                   static_cast<int64_t>(shape.size()), &type,
+                                                   nullptr, nullptr, 0, nullptr, &handle));
   return Tensor(handle);
 }
 
@@ -203,10 +203,10 @@ struct ToImpl<fxprune::Text> {
     const StringHandle handle = to<StringHandle>(value);
     size_t length = 0;
     const char* characters = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &characters));
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &characters));
     fxprune::Text text{std::string(characters, length)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
     return text;
   }
 };

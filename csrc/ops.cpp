@@ -328,6 +328,7 @@ STABLE_TORCH_LIBRARY(fxprune, m) {
       "stride, int[] padding, int[] dilation, str activation=\"none\") -> Tensor[]");
   m.def("channel_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor");
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, int heads, float scale) -> Tensor");
+  m.def("attention_rows(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor");
   m.def(
       "depthwise_grad_input(Tensor grad, Tensor weight, Tensor taps, int[] size, int[] "
       "kernel_size, int[] stride, int[] padding, int[] dilation) -> Tensor");

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -39,11 +40,12 @@ struct Value {
   int64_t last_use = -1;  // step, or the number of steps for a result
   int64_t gap = 0;        // numbers between two features' pixels in the arena
   enum Place {
-    kArena,    // one image's, at `offset`
+    kArena,    // one image's, at `offset` of the early or the late part
     kRows,     // of the tail: image by image, at `offset` of a room of their own
     kOutside,  // an input or a result: image by image
   } place = kArena;
   int64_t offset = -1;
+  bool late = false;  // read by a late step
 };
 
 template <class T>
@@ -60,6 +62,9 @@ struct StepOf {
   ChannelNormOf<T> norm{};
   AttentionBf16 attention{};
 
+  // What it reads and writes, -1 where there is none.
+  std::array<int64_t, 7> values_of() const { return {x, residual, gate, k, v, mask, out}; }
+
   Activation& activation() {
     return code == kDepthwise ? depthwise.activation
            : code == kGemm    ? gemm.activation
@@ -75,6 +80,8 @@ struct StepOf {
 template <class T>
 class RegionPlan {
  public:
+  static constexpr int64_t kTogether = 4;  // images that take late steps in turn
+
   using Step = StepOf<T>;
   static constexpr bool kBf16 = std::is_same_v<T, Bf16>;
 
@@ -84,12 +91,16 @@ class RegionPlan {
     fuse();
     align();
     find_tail();
+    find_late();
     place();
   }
 
-  int64_t arena() const { return arena_; }  // numbers, per image
-  int64_t rows() const { return rows_; }    // numbers, of the values of the tail
-  size_t tail() const { return tail_; }     // the steps from here on run for all images at once
+  // Numbers, per image, of the values that late steps read, and of the others.
+  int64_t late_arena() const { return arena_[1]; }
+  int64_t early_arena() const { return arena_[0]; }
+  int64_t rows() const { return rows_; }  // numbers, of the values of the tail
+  size_t tail() const { return tail_; }   // the steps from here on run for all images at once
+  size_t late() const { return late_; }   // and those from here on for a few images in turn
 
  private:
   // PW -> DW pairs whose expanded value has no other reader, and blocks of steps.
@@ -132,6 +143,25 @@ class RegionPlan {
   }
   // True where `s` is the product of a block: its result is stored, whatever else it may feed.
   bool ends_block(size_t s) const { return s >= 2 && steps_[s - 2].block == 3; }
+  // True where the result of `s` takes the place of what is added to it, which then stays in a
+  // core's cache: nobody reads it any more, and every kernel reads each number of it right before
+  // it writes that of the result. What runs as one with `s` may read its inputs later.
+  bool adds_in_place(size_t s) const {
+    const Step& step = steps_[s];
+    if (step.residual < 0) return false;
+    const Value &v = values_[step.out], &added = values_[step.residual];
+    if (added.place != Value::kArena || added.last_use != static_cast<int64_t>(s)) return false;
+    if (added.late != v.late || numbers(added) != numbers(v) || added.gap != v.gap) return false;
+    size_t begin = s;
+    for (size_t t = s - std::min<size_t>(s, 2); t < s; ++t)
+      if (t + std::max<int64_t>(steps_[t].block, 1) > s) begin = std::min(begin, t);
+    for (size_t t = begin; t <= s; ++t) {
+      std::array<int64_t, 7> ids = steps_[t].values_of();
+      if (t == s) ids[1] = ids[6] = -1;  // the residual itself, and the result
+      if (std::count(ids.begin(), ids.end(), step.residual)) return false;
+    }
+    return true;
+  }
   // Two 1x1 convolutions, unless the second one begins a block of its own.
   bool are_products(size_t s) const {
     const Step &step = steps_[s], &next = steps_[s + 1];
@@ -192,42 +222,74 @@ class RegionPlan {
     }
   }
 
+  // Late steps, whose values are so small that those of kTogether images stay in L2 beside the
+  // weights: these are then read from beyond it once for all of them.
+  void find_late() {
+    late_ = tail_;
+    if (batch_ == 1) return;
+    while (late_ > 0) {
+      const Step& step = steps_[late_ - 1];
+      int64_t count = 0;
+      for (const int64_t id : step.values_of())
+        if (id >= 0) count += numbers(values_[id]);
+      if (count * static_cast<int64_t>(sizeof(T)) > kLateBytes) break;
+      --late_;
+    }
+    for (size_t s = late_; s < tail_; ++s) {
+      for (const int64_t id : steps_[s].values_of())
+        if (id >= 0) values_[id].late = true;
+    }
+  }
+
   // Offsets by first fit: a value's room is free again after its last use. Results of depthwise
   // steps have a zone of their own, which is cut by feature alike from step to step: a core writes
   // where it wrote before, and need not take the lines from another one.
   void place() {
-    for (const bool depthwise : {false, true}) plan_zone(depthwise);
+    for (const bool late : {false, true}) {
+      for (const bool depthwise : {false, true}) plan_zone(depthwise, late);
+    }
   }
 
-  void plan_zone(bool depthwise) {
+  void plan_zone(bool depthwise, bool late) {
     struct Room {
       int64_t offset, size, until;
     };
-    const int64_t start = arena_;
+    int64_t& arena = arena_[late];
+    const int64_t start = arena;
     std::vector<Room> taken;  // by offset
     for (size_t s = 0; s < steps_.size(); ++s) {
       Value& v = values_[steps_[s].out];
       if ((steps_[s].code == Step::kDepthwise) != depthwise) continue;
-      if (v.place != Value::kArena || (steps_[s].feeds_next && !ends_block(s))) continue;
+      if (v.place != Value::kArena || v.late != late) continue;
+      if (steps_[s].feeds_next && !ends_block(s)) continue;
       const int64_t now = static_cast<int64_t>(s), size = (numbers(v) + kLine - 1) / kLine * kLine;
       taken.erase(
           std::remove_if(taken.begin(), taken.end(), [&](const Room& r) { return r.until < now; }),
           taken.end());
+      const auto add_to = std::find_if(taken.begin(), taken.end(), [&](const Room& r) {
+        return adds_in_place(s) && r.offset == values_[steps_[s].residual].offset;
+      });
+      if (add_to != taken.end()) {
+        v.offset = add_to->offset;
+        add_to->until = std::max(v.last_use, now);
+        continue;
+      }
       int64_t offset = start;
       auto at = taken.begin();
       for (; at != taken.end() && at->offset - offset < size; ++at) offset = at->offset + at->size;
       taken.insert(at, {offset, size, std::max(v.last_use, now)});
       v.offset = offset;
-      arena_ = std::max(arena_, offset + size);
+      arena = std::max(arena, offset + size);
     }
   }
 
   static constexpr int64_t kLine = 64 / sizeof(T);  // numbers of a cache line
+  static constexpr int64_t kLateBytes = 320 * 1024;
 
   std::vector<Value>& values_;
   std::vector<Step>& steps_;
-  int64_t batch_, arena_ = 0, rows_ = 0;
-  size_t tail_ = 0;
+  int64_t batch_, arena_[2] = {0, 0}, rows_ = 0;
+  size_t tail_ = 0, late_ = 0;
 };
 
 }  // namespace fxprune

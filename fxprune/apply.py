@@ -14,9 +14,11 @@ from fxprune.context import Unit
 from fxprune.devices import DEVICES
 from fxprune.errors import ConfigError, PlanMismatch, nearest
 from fxprune.lowering.kernels import KernelTables
+from fxprune.lowering.kernels.cuda import UNITS
 from fxprune.plan import LayerPlan, Plan, PrunedWeight, register, tiles
 from fxprune.sparsity import get, refit
 from fxprune.sparsity.pattern import Ask, LayerMask
+from fxprune.sparsity.recalibrate import aligned
 from fxprune.sparsity.tile_plan import divisor
 
 
@@ -40,9 +42,11 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
 def recalibrate(plan: Plan, device: str, dense: nn.Module | None = None) -> Plan:
     """Return ``plan`` in the tiles that the kernels of ``device`` run without waste; layers that have them stay as they are.
 
-    device: a row of :data:`fxprune.devices.DEVICES`, or "cuda". Without ``dense`` no kept weight is lost: tiles of it
+    device: a row of :data:`fxprune.devices.DEVICES`, "sm_90a" (Hopper), "sm_80" (any other GPU), or "cuda" (the GPU at hand;
+    without one sm_90a, whose plans have no waste on the others). Without ``dense`` no kept weight is lost: tiles of it
     cover what is kept, so sparsity may fall and the pruned model computes what it did. dense: the model before pruning;
-    its weights are ranked anew (by magnitude, with the layer's own pattern) at the sparsity the plan has.
+    its weights are ranked anew (by magnitude, with the layer's own pattern) at the sparsity the plan has, also where only
+    the numbers of kept rows are no multiples of the device's.
 
     Only the patterns "dcp" and "tile" have tiles of a device. Raises :class:`~fxprune.errors.ConfigError` for an unknown
     device and :class:`~fxprune.errors.PlanMismatch`.
@@ -54,8 +58,9 @@ def recalibrate(plan: Plan, device: str, dense: nn.Module | None = None) -> Plan
         pruned = weights.get(layer.parameter)
         if pruned is None:
             raise PlanMismatch(count=1, total=len(plan.layers), what=f"{layer.parameter!r} has no mask in this plan")
-        width = _width(layer.kind, pruned.layer.tiling.granularity, unit(layer.kind).granularity)
-        if layer.pattern not in ("dcp", "tile") or pruned.layer.tiling.granularity == width:
+        row = unit(layer.kind)
+        width = _width(layer.kind, pruned.layer.tiling.granularity, row.granularity)
+        if layer.pattern not in ("dcp", "tile") or _fits(pruned.layer, width, row, dense is not None):
             layers.append(layer)
             continue
         if dense is None:
@@ -70,11 +75,19 @@ def recalibrate(plan: Plan, device: str, dense: nn.Module | None = None) -> Plan
 
 def _unit(device: str) -> Callable[[str], Unit]:
     """Return what the kernels of a device like, by kind of layer."""
-    known = (*DEVICES, "cuda")
+    known = (*DEVICES, "cuda", *UNITS)
     if device not in known:
         expected = f"one of {', '.join(known)}; did you mean {nearest(str(device), known)!r}?"
         raise ConfigError(name="device", given=device, expected=expected)
-    return partial(KernelTables().unit, device="cuda" if device == "cuda" else "cpu")
+    return partial(KernelTables().unit, device="cpu" if device in DEVICES else device)
+
+
+def _fits(layer: LayerMask, width: int, row: Unit, ranked: bool) -> bool:
+    """True when a layer has a device's tiles and, where it could be ranked anew, its multiples of kept rows."""
+    k = layer.tiling.shape[1]
+    return layer.tiling.granularity == width and not (
+        ranked and any(count and not aligned(count, k, row.row_step(k)) for count in layer.counts)
+    )
 
 
 def _width(kind: str, given: int, wanted: int) -> int:

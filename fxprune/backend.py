@@ -37,6 +37,7 @@ from fxprune.lowering.lower import lower
 from fxprune.lowering.measure import Measure
 from fxprune.lowering.measure_gradient import MeasureGradient
 from fxprune.lowering.region import form_regions
+from fxprune.lowering.row_attention import row_attention
 from fxprune.lowering.sequence import feature_major_sequences
 from fxprune.match import Match
 from fxprune.passes import FORWARD, Sdgp
@@ -254,9 +255,12 @@ def rewrite(
     return clone, ctx, gained
 
 
+_JOINS = (feature_major_sequences, form_regions, row_attention, fuse_pool, fuse_dsconv)
+
+
 def chain(gm: GraphModule, ctx: Context) -> None:
     """Join operators into larger ones, in graphs that run: the steps behind the pipeline."""
-    for position, join in enumerate((feature_major_sequences, form_regions, fuse_pool, fuse_dsconv), len(FORWARD) + 1):
+    for position, join in enumerate(_JOINS, len(FORWARD) + 1):
         ctx.counts[join.__name__] = join(gm, ctx)
         ctx.observe(position, join.__name__, gm)
 

@@ -24,20 +24,36 @@ class Kernels(Protocol):
     def supports(self, op: str, match: Match) -> str | None:
         """Return ``None`` when some compiled implementation runs ``match``, else the reasons why not."""
 
-    def unit(self, kind: str, dtype: torch.dtype = ..., device: str = ...) -> Unit:
-        """Return the granularity and steps of the kernel row that runs ``kind``, by default in float32."""
+    def unit(self, kind: str, dtype: torch.dtype = ..., device: torch.device | str = ...) -> Unit:
+        """Return the granularity and steps of the kernel row that runs ``kind``, by default in float32 on the CPU."""
 
     def units(self, matches: Iterable[Match]) -> Callable[[str], Unit]:
-        """Return :meth:`unit` for weights that are pruned together, in their dtype."""
+        """Return :meth:`unit` for weights that are pruned together, in their dtype and where they are."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What a kernel row likes: output features per tile, and multiples of kept K rows and kept features."""
+    """What a kernel row likes: output features per tile, and multiples of kept K rows and kept features.
+
+    few_rows: K up to which ``few_rows_step`` takes the place of ``k_step``, because another kernel runs such layers.
+    narrow: output features per tile of layers with fewer than two tiles of ``granularity``, which would leave them hardly
+    a choice; 0 for the same.
+    """
 
     granularity: int
     k_step: int = 1
     column_step: int = 1
+    few_rows: int = 0
+    few_rows_step: int = 1
+    narrow: int = 0
+
+    def width(self, n: int) -> int:
+        """Return the output features per tile of a layer with ``n`` of them."""
+        return self.narrow if self.narrow and n < 2 * self.granularity else self.granularity
+
+    def row_step(self, k: int) -> int:
+        """Return the multiple of kept rows that a layer of ``k`` input features runs without waste."""
+        return self.few_rows_step if k <= self.few_rows else self.k_step
 
 
 # (match, mask), and for a recurrent weight_hh the match and mask of its weight_ih

@@ -35,6 +35,7 @@ SCHEMAS = (
     'int[] padding, int[] dilation, str activation="none") -> Tensor[]',
     "channel_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, int heads, float scale) -> Tensor",
+    "attention_rows(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor",
     "depthwise_grad_input(Tensor grad, Tensor weight, Tensor taps, int[] size, int[] kernel_size, int[] stride, "
     "int[] padding, int[] dilation) -> Tensor",
     "depthwise_grad_weight(Tensor grad, Tensor x, Tensor taps, int[] kernel_size, int[] stride, int[] padding, "

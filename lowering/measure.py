@@ -81,7 +81,7 @@ class Measure:
 
     def _time(self, match: Match, mask: LayerMask | None, inputs: Weight | None) -> tuple[list[float], bool]:
         sizes = [cost.hint(s) for s in match.geometry.x]
-        unit = self._units(match.kind, match.value.dtype, match.value.device.type)
+        unit = self._units(match.kind, match.value.dtype, match.value.device)
         with torch.inference_mode():
             if inputs is not None:
                 runs = recurrent_calls(inputs, (match, mask), unit, *sizes[:2])

@@ -152,7 +152,7 @@ def _cut(planned: PrunedWeight, match: Match, ctx: Context) -> LayerMask:
 
 
 def _native(match: Match, ctx: Context) -> int:
-    return ctx.kernels.unit(match.kind, match.value.dtype, match.value.device.type).granularity
+    return ctx.kernels.unit(match.kind, match.value.dtype, match.value.device).width(match.matrix_shape[0])
 
 
 def _drops(match: Match) -> bool:

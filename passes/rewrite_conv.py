@@ -28,7 +28,7 @@ def rewrite_conv(gm: GraphModule, ctx: Context) -> int:
 
 def _rewrite(decision: Decision, ctx: Context) -> None:
     match = decision.match
-    unit = ctx.kernels.unit(match.kind, match.value.dtype, match.value.device.type)
+    unit = ctx.kernels.unit(match.kind, match.value.dtype, match.value.device)
     width = match.tile_width(unit.granularity)
     layer = decision.mask or tile.keep_all(match.matrix_shape, width)
     weight = packed(match, layer, ctx, match.node.name)

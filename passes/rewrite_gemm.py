@@ -37,7 +37,7 @@ def rewrite_gemm(gm: GraphModule, ctx: Context) -> int:
 
 def _rewrite(decision: Decision, ctx: Context) -> None:
     match = decision.match
-    unit = ctx.kernels.unit(match.kind, match.value.dtype, match.value.device.type)
+    unit = ctx.kernels.unit(match.kind, match.value.dtype, match.value.device)
     layer = decision.mask or tile.keep_all(match.matrix_shape, unit.granularity)
     n, _ = match.matrix_shape
     feature_dim = 1 if match.kind == "pointwise" else -1

@@ -2,11 +2,12 @@
 
     python tools/gpu.py [--minutes 9] [--only build,tests,sanitizer,bench] [--out FOLDER]
 
-Steps are given shares of the time, and one that runs out is stopped and reported; the others still run, and the benchmarks
-have at least a third of it. Every file of tests, and every sanitizer, has a process and a report of its own in build/gpu:
-a kernel that hangs takes nothing else along. --out is where the benchmarks' figures go, by default benchmarks/results/;
-they are written row by row. Exit status: 0 when all passed, 1 when one failed, 2 where there is no GPU (nothing is run
-then).
+Steps are given shares of the time, the last one all that is left. One that runs out is stopped and reported; the others
+still run, and the benchmarks have at least a third. Kernels that cannot be loaded end it. Every file of tests, and every
+sanitizer, has a process and a report of its own in build/gpu: a kernel that hangs takes nothing else along. A test that
+hangs is named, and its file begins again without it. --out is where the benchmarks' figures go, by default
+benchmarks/results/; they are written row by row. Exit status: 0 when all passed, 1 when one failed, 2 where there is no
+GPU (nothing is run then).
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ SHARES = {"build": 0.35, "tests": 0.3, "sanitizer": 0.25, "bench": 1.0}  # of th
 SHOWN = 40  # lines of the report of what failed
 # Others' plugins and warnings are no failures of ours; what takes long says where it is.
 PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "-W", "default", "-o", "faulthandler_timeout=60")
+WATCHED = ("-p", "tests.gpu.watchdog")  # a test that takes too long ends its process
+LOADED = "import fxprune; from fxprune.lowering import library; raise SystemExit(library.cuda_missing())"
 
 
 def main() -> int:
@@ -47,12 +50,14 @@ def main() -> int:
     REPORTS.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * options.minutes
     failed = []
-    for step in STEPS:
-        if step not in wanted:
-            continue
+    steps = [step for step in STEPS if step in wanted]
+    for step in steps:
         start = time.monotonic()
-        seconds = max(20.0, SHARES[step] * (end - start))
-        problems = run_step(step, seconds, options.out)
+        share = SHARES[step] if step != steps[-1] else 1.0
+        if step != "build" and (unloaded := call("loading the kernels", 120.0, "-c", LOADED)):
+            failed += [*unloaded, f"{step} was not run"]
+            break
+        problems = run_step(step, max(20.0, share * (end - start)), options.out)
         failed += problems
         print(f"gpu: {step} {'failed' if problems else 'passed'} in {time.monotonic() - start:.0f} s", flush=True)
     print("gpu: " + ("failed: " + "; ".join(failed) if failed else "all passed"))
@@ -75,10 +80,11 @@ def missing() -> str | None:
 
 
 def find(tool: str) -> str | None:
-    """Return a tool of CUDA: from the environment (NVCC=...), on the path, or where CUDA is usually installed."""
+    """Return a tool of CUDA: from the environment (NVCC=..., CUDA_HOME=...), on the path, or where CUDA usually is."""
     named = os.environ.get(tool.upper(), tool).split()[0]
-    usual = Path("/usr/local/cuda/bin") / tool
-    return shutil.which(named) or (str(usual) if usual.is_file() else None)
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    places = [Path(home) / "bin" / tool for home in homes if home]
+    return shutil.which(named) or next((str(place) for place in places if place.is_file()), None)
 
 
 def run_step(step: str, seconds: float, out: Path | None) -> list[str]:
@@ -86,12 +92,13 @@ def run_step(step: str, seconds: float, out: Path | None) -> list[str]:
     if step == "build":
         nvcc = find("nvcc")
         if nvcc is None:
+            print("gpu: build skipped, there is no nvcc; what was built before is used")
             return []
         build = ("setup.py", "--quiet", "build_ext", "--inplace", "egg_info")
         return call(step, seconds, *build, FXPRUNE_CUDA="1", NVCC=os.environ.get("NVCC", nvcc))
     if step == "tests":
         files = sorted(path.relative_to(ROOT) for path in (ROOT / "tests/gpu").glob("test_*.py"))
-        return together(seconds, {path.stem: (*PYTEST, str(path), "--durations=3") for path in files}, {})
+        return together(seconds, {path.stem: (*PYTEST, *WATCHED, str(path), "--durations=3") for path in files}, {})
     if step == "bench":
         place = () if out is None else ("--out", str(out.resolve() / "gpu.json"))
         return call(step, seconds, "benchmarks/bench_gpu.py", "--seconds", str(int(seconds - 10)), *place)
@@ -107,16 +114,25 @@ def run_step(step: str, seconds: float, out: Path | None) -> list[str]:
 def together(
     seconds: float, jobs: dict[str, tuple[str, ...]], prefixes: dict[str, tuple[str, ...]], **environment: str
 ) -> list[str]:
-    """Run jobs, two processors for each, within a time for all; return what failed."""
+    """Run jobs, two processors for each, within a time for all; return what failed.
+
+    One whose test took too long (tests/gpu/watchdog.py) runs again without that test, while there is time.
+    """
     end = time.monotonic() + seconds
 
     def run(name: str) -> list[str]:
-        left = end - time.monotonic()
-        if left < 5:
-            return [f"{name} was not begun, no time was left"]
-        report = REPORTS / f"{name}.log"
-        more = {"TORCHINDUCTOR_COMPILE_THREADS": "2", **environment}
-        return call(name, left, *jobs[name], prefix=prefixes.get(name, ()), report=report, **more)
+        report, running, hung = REPORTS / f"{name}.log", REPORTS / f"{name}.running", list[str]()
+        more = {"TORCHINDUCTOR_COMPILE_THREADS": "2", "FXPRUNE_RUNNING": str(running), **environment}
+        while (left := end - time.monotonic()) >= 5:
+            running.write_text("")
+            skipped = [f"--deselect={test}" for test in hung]
+            found = call(name, left, *jobs[name], *skipped, prefix=prefixes.get(name, ()), report=report, **more)
+            test, _, stack = running.read_text(errors="replace").partition("\n")
+            if "Timeout (" not in stack or test in hung:
+                return [*(f"{one} hung" for one in hung), *found]
+            print(f"gpu: {test} hung\n{stack}", flush=True)
+            hung.append(test)
+        return [*(f"{one} hung" for one in hung), f"{name} was not {'ended' if hung else 'begun'}, no time was left"]
 
     with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 2)) as pool:
         return [problem for problems in pool.map(run, jobs) for problem in problems]

@@ -24,6 +24,7 @@
 
 #include "fxprune/add_squares_lanes.h"
 #include "fxprune/attention_heads.h"
+#include "fxprune/attention_rows_head.h"
 #include "fxprune/channel_mean.h"
 #include "fxprune/channel_norm_blocks.h"
 #include "fxprune/clear_rows_lanes.h"

@@ -1,6 +1,7 @@
 // The kernels in portable C++, for machines without a faster ISA and as the others' yardstick.
 #include "fxprune/add_squares_lanes.h"
 #include "fxprune/attention_heads.h"
+#include "fxprune/attention_rows_head.h"
 #include "fxprune/channel_mean.h"
 #include "fxprune/channel_norm_blocks.h"
 #include "fxprune/clear_rows_lanes.h"

@@ -75,9 +75,9 @@ inline const void* address(const OptionalTensor& t) {
 // An uninitialised tensor on the GPU of `like`.
 inline Tensor empty_like(const Tensor& like, const std::vector<int64_t>& shape, int32_t type) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.data(),
-                                                          static_cast<int64_t>(shape.size()), &type,
-                                                          nullptr, nullptr, 0, nullptr, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.data(),
+                                                   static_cast<int64_t>(shape.size()), &type,
+                                                   nullptr, nullptr, 0, nullptr, &handle));
   return Tensor(handle);
 }
 
@@ -101,7 +101,7 @@ inline void* current_stream(const Tensor& x) {
   }();
   STD_TORCH_CHECK(function != nullptr, "this torch has no CUDA: libtorch_cuda.so is not loaded");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(function(x.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(function(x.get_device_index(), &stream));
   return stream;
 }
 

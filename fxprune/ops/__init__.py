@@ -2,6 +2,7 @@
 
 from fxprune.ops import (
     attention,
+    attention_rows,
     channel_norm,
     depthwise_gradients,
     depthwise_pool,
@@ -34,6 +35,7 @@ OPS: tuple[Operator, ...] = (
     depthwise_pool.OPERATOR,
     channel_norm.OPERATOR,
     attention.OPERATOR,
+    attention_rows.OPERATOR,
     dsconv.OPERATOR,
     tile_pack.PACK,
     tile_pack.UNPACK,

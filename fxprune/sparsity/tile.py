@@ -68,16 +68,17 @@ class Tile:
             names = [name for name in ask.importances if ask.kinds[name] == kind]
             row, columns = ask.unit(kind), config.by_kind("columns", kind)
             columns = kind == "linear" if columns is None else columns
-            width = config.by_kind("granularity", kind) or row.granularity
+            size = {n: (len(ask.importances[n]), ask.groups.get(n, 1)) for n in names}
+            width = config.by_kind("granularity", kind)
             aligned = config.recalibration != "off"
             plan = plan_layers(
                 {name: ask.importances[name] for name in names},
                 {name: sparsity[name] for name in names},
-                granularity={n: width_in_groups(len(ask.importances[n]), ask.groups.get(n, 1), width) for n in names},
+                granularity={n: width_in_groups(*size[n], width or row.width(size[n][0] // size[n][1])) for n in names},
                 columns={n: columns and ask.groups.get(n, 1) == 1 for n in names},
                 scope=config.scope,
                 ranking=config.ranking,
-                step=math.lcm(row.k_step, step) if aligned else 1,
+                step={n: math.lcm(row.row_step(ask.importances[n].shape[1]), step) if aligned else 1 for n in names},
                 column_step=row.column_step if aligned else None,
                 apriori=config.apriori,
             )

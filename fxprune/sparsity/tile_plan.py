@@ -85,7 +85,7 @@ def plan_layers(
     columns: Mapping[str, bool] | bool = True,
     scope: str = "layer",
     ranking: str = "corrected",
-    step: int = 1,
+    step: Mapping[str, int] | int = 1,
     column_step: int | None = None,
     apriori: float = 0.0,
 ) -> dict[str, LayerMask]:
@@ -97,7 +97,7 @@ def plan_layers(
     ranking: "corrected" compares RMS scores over kept columns, counts elements and keeps at least one column
     and one row per tile, so the sparsity asked for is met; "published" divides norms by the length and counts
     vectors, as the authors' code does, which overshoots and may delete a whole layer.
-    step: rows per tile become multiples of it (HSR), nearest first, total unchanged. column_step: kept output
+    step: rows per tile of a layer become multiples of it (HSR), nearest first, total unchanged. column_step: kept output
     features become multiples of it, never fewer than one step; ``None`` is 1.
     apriori: share of the columns, and of the rows of all tiles, that is settled before the ranking ("apriori tuning"): an
     element-wise mask of the same sparsity says how dense each is; the densest share stays, the emptiest share goes.
@@ -110,7 +110,8 @@ def plan_layers(
     ):
         if given not in legal:
             raise ConfigError(name=option, given=given, expected=f"one of {', '.join(legal)}")
-    for option, value in (("step", step), ("column_step", column_step or 1)):
+    steps = {name: step if isinstance(step, int) else step[name] for name in importances}
+    for option, value in (("step", min(steps.values(), default=1)), ("column_step", column_step or 1)):
         if value < 1:
             raise ConfigError(name=option, given=value, expected="an integer >= 1")
     most = min([0.5, *(min(s, 1.0 - s) for s in sparsity.values())]) if sparsity and apriori else 0.0
@@ -134,7 +135,7 @@ def plan_layers(
     for names in groups:
         chosen = [layers[name] for name in names]
         tilings = _plan_columns(chosen, ranking, column_step or 1)
-        plan.update(zip(names, _plan_rows(chosen, tilings, ranking, step), strict=True))
+        plan.update(zip(names, _plan_rows(chosen, tilings, ranking, [steps[name] for name in names]), strict=True))
     return plan
 
 
@@ -168,8 +169,8 @@ def _plan_columns(layers: Sequence[_Layer], ranking: str, step: int) -> list[Til
     return tilings
 
 
-def _plan_rows(layers: Sequence[_Layer], tilings: Sequence[Tiling], ranking: str, step: int) -> list[LayerMask]:
-    """Rank the rows of all tiles of all layers given together and round each tile's count to ``step``."""
+def _plan_rows(layers: Sequence[_Layer], tilings: Sequence[Tiling], ranking: str, steps: Sequence[int]) -> list[LayerMask]:
+    """Rank the rows of all tiles of all layers given together and round each tile's count to its layer's step."""
     corrected = ranking == "corrected"
     scores, weights, budget = [], [], 0.0
     for layer, tiling in zip(layers, tilings, strict=True):
@@ -188,8 +189,8 @@ def _plan_rows(layers: Sequence[_Layer], tilings: Sequence[Tiling], ranking: str
             density = tile_view(prior[tiling.columns], tiling.granularity).sum(1) / widths[:, None]
             scores[-1] = _settled(scores[-1], density, layer.apriori)
     rows = torch.ops.fxprune.keep_best(scores, weights, budget, corrected)
-    if step > 1:
-        counts = _round_rows(tilings, [kept.sum(1).tolist() for kept in rows], step, budget if corrected else None)
+    if any(step > 1 for step in steps):
+        counts = _round_rows(tilings, [kept.sum(1).tolist() for kept in rows], steps, budget if corrected else None)
         chosen = [keep_largest(list(score), count) for score, count in zip(scores, counts, strict=True)]
         rows = [torch.stack(kept) if kept else score for kept, score in zip(chosen, scores, strict=True)]
     return [
@@ -198,10 +199,12 @@ def _plan_rows(layers: Sequence[_Layer], tilings: Sequence[Tiling], ranking: str
     ]
 
 
-def _round_rows(tilings: Sequence[Tiling], counts: Sequence[list[int]], step: int, budget: float | None) -> list[list[int]]:
-    """Round every tile's rows to ``step``, towards ``budget`` kept elements; an empty tile stays empty."""
+def _round_rows(
+    tilings: Sequence[Tiling], counts: Sequence[list[int]], steps: Sequence[int], budget: float | None
+) -> list[list[int]]:
+    """Round every tile's rows to its layer's step, towards ``budget`` kept elements; an empty tile stays empty."""
     lows, highs, down, up, kept = [], [], [], [], 0
-    for tiling, layer_counts in zip(tilings, counts, strict=True):
+    for tiling, layer_counts, step in zip(tilings, counts, steps, strict=True):
         widths = tile_widths(len(tiling.columns), tiling.granularity).tolist()
         for count, width in zip(layer_counts, widths, strict=True):
             lows.append(floor_to(count, tiling.shape[1], step) if count else 0)

@@ -38,14 +38,14 @@ class KernelTables:
             reasons.append(f"{impl.provider}: {reason}")
         return "; ".join(reasons) or "no compiled kernel"
 
-    def unit(self, kind: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Unit:
-        """Return what the kernels of a device type like."""
-        if device == "cuda":
-            return cuda.UNITS[kind]
+    def unit(self, kind: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Unit:
+        """Return what the kernels like: of a device, or of a key of :data:`cuda.UNITS` where the GPU is not at hand."""
+        if device in cuda.UNITS or torch.device(device).type == "cuda":
+            return cuda.UNITS[cuda.card(device)][kind]
         return (cpu.BF16_UNITS if dtype == torch.bfloat16 else cpu.UNITS)[kind]
 
     def units(self, matches: Iterable[Match]) -> Callable[[str], Unit]:
-        """Return :meth:`unit` for weights that are pruned together: that of their type and device when all agree."""
-        found = {(match.value.dtype, match.value.device.type) for match in matches}
+        """Return :meth:`unit` for weights that are pruned together: that of their type and card when all agree."""
+        found = {(m.value.dtype, cuda.card(m.value.device) if m.value.is_cuda else "cpu") for m in matches}
         dtype, device = found.pop() if len(found) == 1 else (torch.float32, "cpu")
         return partial(self.unit, dtype=dtype, device=device)

@@ -23,11 +23,15 @@ UNITS = {
 }
 
 # a matrix unit multiplies 16 output features at once, and what is gathered for a tile is shared by all of them
-_WIDE = Unit(granularity=32, column_step=8)
+_WIDE = Unit(granularity=64, narrow=32, column_step=8)
 BF16_UNITS = {**UNITS, "pointwise": _WIDE, "conv": _WIDE}
 
 _SINGLE, _BOTH = (torch.float32,), (torch.float32, torch.bfloat16)
-_DTYPES = {"rnn_steps": _SINGLE, "attention": (torch.bfloat16,)}  # operators with fewer than the others
+_DTYPES = {
+    "rnn_steps": _SINGLE,
+    "attention": (torch.bfloat16,),
+    "attention_rows": _SINGLE,
+}  # operators with fewer than the others
 
 
 def _supports(op: str) -> Callable[..., str | None]:

@@ -17,13 +17,29 @@ OPERATORS = (
     "tile_conv", "tile_conv_grad_input", "tile_conv_grad_weight", "tile_gemm", "tile_grad_input", "tile_grad_weight",
     "tile_pack", "tile_unpack",
 )  # fmt: skip
-# The tensor cores' kernels take 64 output features at a time, two panels of them on Hopper, and K rows by 32; a tile
-# that is narrower runs as wide. Depthwise, each channel has its own taps.
-_WIDE = Unit(granularity=128, k_step=32, column_step=64)
-UNITS = {"depthwise": Unit(granularity=32), "pointwise": _WIDE, "conv": _WIDE, "linear": _WIDE, "rnn": _WIDE}
+# The tensor cores' kernels take 64 output features at a time, two panels of them on Hopper; a tile that is narrower runs as
+# wide. Depthwise, each channel has its own taps. K rows go by stages of 32 (mma.sync) or 64 (wgmma, which is sm_90a's);
+# layers of few rows run on kernels with finer stages there too. What a plan for the other one lacks, an image pads.
+_MMA = Unit(granularity=128, k_step=32, column_step=64)
+_WGMMA = Unit(granularity=128, k_step=64, column_step=64, few_rows=128, few_rows_step=32)
+UNITS = {
+    card: {"depthwise": Unit(granularity=32), "pointwise": wide, "conv": wide, "linear": wide, "rnn": wide}
+    for card, wide in (("sm_80", _MMA), ("sm_90a", _WGMMA))
+}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _IMAGES = (torch.uint8, torch.int8)  # of packed weights, the second one of those kept two in four
 OLDEST = (8, 0)  # compute capability of the code in the library
+
+
+def card(device: torch.device | str) -> str:
+    """Return which code of the library runs on a GPU, a key of :data:`UNITS`; a key is returned as it is.
+
+    Where there is no GPU to ask, "cuda" is sm_90a: multiples of its steps have no waste on sm_80 either.
+    """
+    if isinstance(device, str) and device in UNITS:
+        return device
+    wgmma = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) == (9, 0)
+    return "sm_90a" if wgmma else "sm_80"
 
 
 def supports(x: Any, weight: Any = None) -> str | None:

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from fxprune.ops import attention, region
 from fxprune.ops.bundle import bundle
+from tests.csrc.attentions import SIZES, chosen
 from tests.csrc.kernels import BF16_ISAS, OPS, use_isa
 from tests.csrc.programs import as_text
 from tests.csrc.test_memory import Fenced
 from tests.integers import generator, integers, tiles
-
-SIZES = ((1, 1), (5, 7), (32, 32), (40, 33), (64, 96), (31, 128))  # queries, keys
 
 
 @pytest.fixture(params=BF16_ISAS)
@@ -25,26 +24,13 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from use_isa(request.param)
 
 
-def chosen(gen: torch.Generator, batch: int, heads: int, depth: int, queries: int, keys: int) -> tuple[Tensor, ...]:
-    """q, k and v by which each query reads the values of one key, or of two equal ones, and what that gives."""
-    at = torch.randint(keys, (batch, heads, queries), generator=gen)
-    # keys are +1 and -1 in places of their own: the product with another one is smaller by 2 at least
-    codes = torch.stack([(torch.arange(keys) // 2**bit % 2) * 2 - 1 for bit in range(depth)]).float()
-    twins = codes if keys < 2 else torch.cat([codes[:, 1:2], codes[:, 1:]], 1)  # the first two keys are equal
-    k = twins.expand(batch, heads, depth, keys)
-    q = 8 * torch.gather(k, 3, at.unsqueeze(2).expand(-1, -1, depth, -1))
-    v = 2 * (integers(gen, batch, heads, depth, keys) + 5)  # no zero, and no mean of two that is none
-    equal = (q.transpose(2, 3) @ k).eq(8 * depth).double()
-    y = v.double() @ (equal / equal.sum(-1, keepdim=True)).transpose(2, 3)
-    return *(t.flatten(1, 2).bfloat16() for t in (q, k, v)), y.flatten(1, 2).bfloat16()
-
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("depth", (8, 33, 64))
 def test_a_query_reads_one_key(isa: str, size: tuple[int, int], depth: int) -> None:
     """Where others are out by exp(-100) the result is one key's values, bit for bit."""
     for batch, heads in ((1, 1), (2, 3)):
-        q, k, v, expected = chosen(generator(*size, depth), batch, heads, depth, *size)
+        drawn = chosen(generator(*size, depth), batch, heads, depth, *size)
+        q, k, v, expected = (t.flatten(1, 2).bfloat16() for t in drawn)
         for threads in (1, 2):
             before = torch.get_num_threads()
             torch.set_num_threads(threads)

@@ -84,6 +84,31 @@ def chain(batch: int, size: tuple[int, int]) -> Case:
     return net.case(integers(net.gen, batch, 6, *size), [8])
 
 
+def sums(batch: int, size: tuple[int, int]) -> Case:
+    """Values that are added where they may be overwritten, and where they may not: they are read later, or by what runs with
+    the addition."""
+    net = Network(generator(batch, *size))
+    net.gemm(0, 6, 24)
+    net.gemm(1, 24, 8)
+    net.conv(2, 8, 8, 1, RELU6)
+    net.gemm(3, 8, 24, residual=1)  # in place
+    net.gemm(4, 24, 8)
+    net.gemm(5, 8, 24, residual=4)  # two products in one
+    net.gemm(6, 24, 24, residual=6)  # of itself
+    net.gemm(7, 24, 8)
+    net.conv(8, 8, 8, 1, RELU6)
+    net.gemm(9, 8, 24, residual=7)  # in place
+    net.gemm(10, 24, 24)
+    net.depthwise(11, 24)
+    net.gemm(12, 24, 24, residual=10)  # a block that reads it in bands
+    net.gemm(13, 24, 24)
+    net.gemm(14, 24, 24, residual=13)  # in place
+    net.gemm(15, 24, 24, residual=14)  # of what the step before read
+    net.gemm(16, 24, 24, residual=15)  # wanted below
+    net.gemm(17, 24, 24, residual=15, act=NONE)
+    return net.case(integers(net.gen, batch, 6, *size), [18])
+
+
 def check(case: Case) -> None:
     expected = region.reference(*as_text(case))
     before = torch.get_num_threads()
@@ -111,6 +136,18 @@ def test_stems(isa: str, kernel: int, stride: int) -> None:
     check(block(1, (150, 151), kernel, stride, stem=True))
     check(block(3, (45, 98), kernel, stride, stem=True))
     check(block(1, (140, 133), 3, stride, dilation=2, stem=True))
+
+
+def test_few_images_take_small_steps_in_turn(isa: str) -> None:
+    """More images than take a late step in turn, so that groups of several sizes run; the first steps are large."""
+    for batch in (9, 16):
+        check(block(batch, (120, 131), 3, 2))
+
+
+@pytest.mark.parametrize("size", ((7, 7), (40, 37), (131, 120)))
+def test_sums_take_the_place_of_what_is_added(isa: str, size: tuple[int, int]) -> None:
+    for batch in (1, 2, 9):
+        check(sums(batch, size))
 
 
 def test_dilated_windows(isa: str) -> None:

@@ -12,7 +12,7 @@ from fxprune.ops import region
 from fxprune.ops.bundle import bundle, unbundle
 from tests.csrc.kernels import BF16_ISAS, OPS, use_isa
 from tests.csrc.programs import as_text
-from tests.csrc.test_region_blocks import Case, Network, block, chain
+from tests.csrc.test_region_blocks import Case, Network, block, chain, sums
 from tests.integers import generator, integers
 
 
@@ -72,3 +72,9 @@ def test_two_products(isa: str, size: tuple[int, int], columns: float) -> None:
 def test_products_that_end_a_block_and_feed_the_next_depthwise_step(isa: str, size: tuple[int, int]) -> None:
     for batch in (1, 2, 3):
         check(chain(batch, size))
+
+
+@pytest.mark.parametrize("size", ((7, 7), (40, 37), (131, 120)))
+def test_sums_take_the_place_of_what_is_added(isa: str, size: tuple[int, int]) -> None:
+    for batch in (1, 2, 9):
+        check(sums(batch, size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -9,8 +10,10 @@ import platform
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,10 @@ from fxprune.lowering import library
 from fxprune.lowering.kernels.cuda import OPERATORS
 from torch import Tensor
 
+from fxprune.ops import OPS
+
 ROOT = Path(__file__).resolve().parents[2]
+COMPILED = tuple(op.name for op in OPS if op.name in OPERATORS)
 
 
 @functools.cache
@@ -49,3 +55,26 @@ def binding() -> Callable[..., Tensor]:
             schemas.define(schema)
     torch.ops.load_library(target)
     return lambda name, *arguments, keep=schemas: getattr(torch.ops.fxprune_simulated, name)(*arguments)
+
+
+@contextlib.contextmanager
+def in_place_of_the_cpus() -> Iterator[list[str]]:
+    """Let the operators of ``fxprune::`` that a GPU has run on the simulator; yields the names of those that ran."""
+    run, ran = binding(), []
+    library = torch.library.Library("fxprune", "IMPL")
+
+    def simulated(name: str) -> Callable[..., Any]:
+        def kernel(*args: Any) -> Any:
+            ran.append(name)
+            return run(name, *args)
+
+        return kernel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of being overridden
+        for name in COMPILED:
+            library.impl(name, simulated(name), "CPU", allow_override=True)
+    try:
+        yield ran
+    finally:
+        library._destroy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import setuptools
 import torch
 from fxprune.lowering import library
 from fxprune.lowering.kernels import TABLES, cuda
@@ -145,6 +147,16 @@ def test_without_nvcc_a_build_that_was_asked_for_fails() -> None:
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+@pytest.mark.parametrize(("version", "reads"), (("75.8.0", False), ("77.0.1", True)))
+def test_an_old_setuptools_builds_the_kernels(version: str, reads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses our pyproject.toml, whose licence is written as newer ones want it."""
+    monkeypatch.setattr(setuptools, "__version__", version)
+    monkeypatch.chdir(ROOT)
+    made = runpy.run_path("setup.py", run_name="a test")["Kernels"]({"name": "fxprune"})
+    made.parse_config_files()
+    assert bool(made.packages) == reads and made.get_name() == "fxprune"
+
+
 def test_a_torch_without_cuda_says_so() -> None:
     assert library.cuda_missing() == "this torch has no CUDA"
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,9 +21,8 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import backend
 from fxprune.match import Match
-from fxprune.ops import OPS
 from fxprune.sparsity import tile
-from tests.cuda.binding import binding
+from tests.cuda.binding import COMPILED, in_place_of_the_cpus
 from tests.cuda.simulator import ELEMENTS
 from tests.gpu.test_models import Feed, pair
 from tests.oracle import FORCED
@@ -59,35 +57,19 @@ class Small(Feed):
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Compile as for a GPU; the operators that ran, in order."""
-    binding()  # skips where it cannot be built
-    ran: list[str] = []
-    library = torch.library.Library("fxprune", "IMPL")
-
-    def simulated(name: str) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            ran.append(name)
-            return binding()(name, *args)
-
-        return run
-
-    compiled = [op.name for op in OPS if op.name in cuda.OPERATORS]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in compiled:
-            library.impl(name, simulated(name), "CPU", allow_override=True)
     imaged = tile.imaged
     monkeypatch.setattr(
         tile, "imaged", lambda given, tiling, device, *rest: imaged(given, tiling, torch.device("cuda"), *rest)
     )
-    monkeypatch.setattr(KernelTables, "unit", lambda self, kind, *_, **__: cuda.UNITS[kind])
-    impls = tuple(Impl(name, "cuda", kernels.cpu.operator(name), lambda *_: None) for name in compiled)
+    monkeypatch.setattr(KernelTables, "unit", lambda self, kind, *_, **__: cuda.UNITS["sm_80"][kind])
+    impls = tuple(Impl(name, "cuda", kernels.cpu.operator(name), lambda *_: None) for name in COMPILED)
     monkeypatch.setattr(KernelTables, "candidates", lambda self, op: [i for i in impls if i.op == op])
     monkeypatch.setattr(Match, "on_gpu", property(lambda self: True))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # by default convolutions may use TF32
-    monkeypatch.setattr(backend, "form_regions", lambda gm, ctx: 0)
+    monkeypatch.setattr(backend, "_JOINS", tuple(join for join in backend._JOINS if join is not backend.form_regions))
     torch._dynamo.reset()
-    yield ran
-    library._destroy()
+    with in_place_of_the_cpus() as ran:
+        yield ran
     torch._dynamo.reset()
 
 

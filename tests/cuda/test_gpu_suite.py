@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from fxprune.ops import depthwise_taps, tile_gradients
+from tests.cuda.binding import binding, in_place_of_the_cpus
 from tests.gpu import (
     place,
     test_convolutions,
+    test_gradients,
     test_large,
     test_nm_mm,
     test_nm_prune,
@@ -25,6 +28,9 @@ from tests.gpu import (
 from tests.gpu import test_tile_gradients as gradients
 
 FLOAT = torch.float32
+# rivals that need a GPU or packages, and a choice of depthwise kernels that torch before 2.13 has not
+MAY_BE_MISSING = {"cuSPARSELt 2:4", "QuACK", "QuACK gather", "grouped_mm"}
+MAY_BE_MISSING |= {f"{layout} {kernel}" for layout in ("nchw", "nhwc") for kernel in ("cudnn", "native")}
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +60,40 @@ def test_gradients_of_tiles_are_built_right() -> None:
         gradients.test_gemm(shape, FLOAT)
     for shape in gradients.CONVOLUTIONS[:4]:
         gradients.test_convolution(shape, FLOAT)
+
+
+def test_every_sample_is_one_that_a_gpu_takes() -> None:
+    for op, args in (sample.values for sample in place.OPERATOR_SAMPLES):
+        given = place.in_one_type(args)
+        binding()(op.name, *given)
+        assert len({a.dtype for a in given if isinstance(a, torch.Tensor) and a.is_floating_point()}) == 1, op.name
+
+
+@pytest.mark.parametrize("case", ("tile_gemm with all", "tile_conv in groups", "depthwise 5x5, stride 2"))
+def test_gradients_of_the_kernels_are_right(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the simulator, over kept weights as on a GPU."""
+    monkeypatch.setattr(tile_gradients, "pays", lambda *_: True)
+    monkeypatch.setattr(depthwise_taps, "_dense", depthwise_taps._sparse)
+    with in_place_of_the_cpus() as ran:
+        test_gradients.check(*test_gradients.KEPT[case], torch.bfloat16)
+        operator = test_gradients.KEPT[case][0]
+        backward = {"tile_gemm": "tile_grad", "tile_conv": "tile_conv_grad", "depthwise_taps": "depthwise_grad"}[operator]
+        assert {operator, f"{backward}_input", f"{backward}_weight"} <= {*ran}, ran
+
+
+def test_gradients_of_samples_are_compared() -> None:
+    for sample in test_gradients.SAMPLES[::5]:
+        if test_gradients.few(*sample.values):
+            test_gradients.test_gradcheck(*sample.values)
+        test_gradients.test_gradients_match_the_cpu(*sample.values)
+
+
+def test_a_wrong_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes the second feature of a tile for the first."""
+    weight = tile_gradients.dense_weight
+    monkeypatch.setattr(tile_gradients, "dense_weight", lambda *args: weight(args[0].roll(1, 1), *args[1:]))
+    with pytest.raises(RuntimeError, match="Jacobian mismatch"):
+        test_gradients.check(*test_gradients.KEPT["tile_gemm"], FLOAT)
 
 
 def test_weights_kept_two_in_four_are_built_right() -> None:
@@ -124,7 +164,7 @@ def test_rows_of_operators_are_built_right(benchmark: ModuleType) -> None:
         benchmark.gemm_row(40, 96, 256, 0.5, 128, FLOAT, ceilings),
     ]
     for row in rows:
-        assert set(row["left_out"]) <= {"cuSPARSELt 2:4", "QuACK", "QuACK gather", "grouped_mm"}, row
+        assert set(row["left_out"]) <= MAY_BE_MISSING, row
         assert row["us"]["ours"] == 2.0 and row["speedup"] == 1.0 and row["predicted"] > 1
     image = benchmark.two_in_four(torch.randn(64 * 4 * 2).half(), torch.tensor([0, 4, 8]).int(), 64, 128)
     assert image.dtype == torch.int8
@@ -200,6 +240,53 @@ def test_one_that_hangs_takes_no_other_along(
     said = capfd.readouterr().out
     assert "1 passed" in said and "begun" in said and "hung.log" in said
     assert tool.together(2.0, jobs, {}) == [f"{name} was not begun, no time was left" for name in jobs]
+
+
+HANGS = """
+import time
+def test_before(): pass
+def test_hangs(): time.sleep(600)
+def test_behind(): assert False, "seen all the same"
+"""
+
+
+def test_a_test_that_hangs_is_named_and_left_out(
+    tool: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The rest of its file runs again, so that nothing that it would have shown is lost."""
+    (tmp_path / "test_file.py").write_text(HANGS)
+    (tmp_path / "pytest.ini").touch()
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+    monkeypatch.setenv("FXPRUNE_TEST_SECONDS", "1")
+    jobs = {"file": (*tool.PYTEST, *tool.WATCHED, "test_file.py")}
+    assert tool.together(90.0, jobs, {}) == ["test_file.py::test_hangs hung", "file ended with 1"]
+    said = capfd.readouterr().out
+    assert "in test_hangs" in said and "seen all the same" in said and "1 failed, 1 passed, 1 deselected" in said
+
+
+def run_main(tool: Any, monkeypatch: pytest.MonkeyPatch, only: str, loads: bool) -> tuple[int, list[tuple[str, float]]]:
+    """tools/gpu.py without a GPU: the status, and the steps with their seconds."""
+    steps: list[tuple[str, float]] = []
+    monkeypatch.setattr(tool, "missing", lambda: None)
+    monkeypatch.setattr(tool, "call", lambda name, *_, **__: [] if loads else [f"{name} ended with 1"])
+    monkeypatch.setattr(tool, "run_step", lambda step, seconds, out: steps.append((step, seconds)) or [])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--only", only])
+    return tool.main(), steps
+
+
+def test_the_last_step_has_the_time_that_is_left(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, steps = run_main(tool, monkeypatch, "build,tests", True)
+    assert status == 0 and [step for step, _ in steps] == ["build", "tests"]
+    assert steps[0][1] == pytest.approx(0.35 * 540, abs=5) and steps[1][1] == pytest.approx(540, abs=5)
+
+
+def test_without_kernels_nothing_passes(
+    tool: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Tests that are all skipped must not look like tests that passed."""
+    status, steps = run_main(tool, monkeypatch, "build,tests,bench", False)
+    assert status == 1 and [step for step, _ in steps] == ["build"]
+    assert "failed: loading the kernels ended with 1; tests was not run" in capfd.readouterr().out
 
 
 def test_the_benchmarks_have_a_third_of_the_time(tool: Any) -> None:

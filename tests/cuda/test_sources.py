@@ -25,6 +25,8 @@ WAITS = {
     r"\batomic[A-Z]\w*\(|\bred\.global|\batom\.": "adds in no fixed order",
     r"\bint(32_t)?\s+\w+\s*=\s*(block|blocks)\(": "a grid index in 32 bits",
 }
+# macros and types that came to torch's stable headers after 2.11
+NEWER = r"\bSTABLE_TORCH_ERROR_CODE_CHECK\b"
 LAUNCH = re.compile(r"<<<[^,;]+,[^,;]+,[^,;]+(\([^)]*\))?[^,;]*,\s*stream\s*>>>")
 
 
@@ -43,6 +45,13 @@ def unguarded(text: str) -> list[str]:
         if stream >= 0 and not 0 <= body.find("OnDeviceOf ") < stream:
             found.append(body.strip().splitlines()[0][:80])
     return found
+
+
+def test_sources_take_nothing_newer_than_the_oldest_torch() -> None:
+    """Newer headers are at hand here; what they add to the stable ABI of 2.11 would not compile there."""
+    paths = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    assert [p.name for p in paths if re.search(NEWER, p.read_text())] == [] and len(paths) > 50
+    assert re.search(NEWER, "STABLE_TORCH_ERROR_CODE_CHECK(call());")
 
 
 @pytest.mark.parametrize("path", (*BINDINGS, *LAUNCHERS, *KERNELS), ids=lambda p: p.name)

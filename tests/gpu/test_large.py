@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.gpu.place import on_gpu
 from tests.integers import bitmap, generator, integers, tiles
 
+pytestmark = pytest.mark.slow
 CALL = torch.ops.fxprune
 CHANNELS, SIDE = 64, 256
 BATCH = 2**31 // (CHANNELS * SIDE * SIDE) + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -47,6 +48,7 @@ class Feed(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 
+pytestmark = pytest.mark.slow
 CASES = (
     ("separable", Separable, (8, 64, 28, 28)), ("excited", Excited, (8, 64, 28, 28)), ("feed", Feed, (4, 128, 256)),
 )  # fmt: skip
@@ -59,8 +61,16 @@ CASES = (
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize(("name", "build", "shape"), CASES, ids=[c[0] for c in CASES])
 def test_compiled_equals_masked_dense(
-    name: str, build: type[nn.Module], shape: tuple[int, ...], dtype: torch.dtype, fallback: str, mode: str, autotune: str
+    name: str,
+    build: type[nn.Module],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    fallback: str,
+    mode: str,
+    autotune: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # by default convolutions may use it
     if fallback == "inductor" and dtype == torch.float16:
         pytest.skip("as in bfloat16")
     torch.manual_seed(0)
@@ -83,3 +93,24 @@ def test_compiled_equals_masked_dense(
     ours, theirs = ((y.double() - exact).abs().max().item() for y in (got, expected))
     scale = exact.abs().max().item()
     assert ours <= 2 * theirs + 1e-6 * scale, f"{name}: {ours:.3g} from fp64, dense {theirs:.3g}"
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """For matrices too; convolutions may use it by default."""
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(("name", "build", "shape"), CASES, ids=[c[0] for c in CASES])
+def test_compiled_in_tf32(name: str, build: type[nn.Module], shape: tuple[int, ...], tf32: None) -> None:
+    """Ten bits of each operand are left; cuDNN need not choose TF32 where it may, so its error is no measure of ours."""
+    torch.manual_seed(0)
+    model = fxprune.prune(build().eval(), (torch.randn(1, *shape[1:]),), sparsity=0.6).model.cuda()
+    x = torch.randn(shape, device="cuda")
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="hwprune", options={**FORCED, "require_sparse": True})
+    with torch.no_grad():
+        got, exact = fast(x), copy.deepcopy(model).double()(x.double())
+    assert (got.double() - exact).abs().max().item() <= 5e-3 * exact.abs().max().item(), name

@@ -19,6 +19,7 @@ from fxprune.config import Config
 from fxprune.export import sparse_program
 from tests.gpu.test_models import Feed, Separable
 
+pytestmark = pytest.mark.slow
 CASES = (("separable", Separable, (8, 64, 28, 28)), ("feed", Feed, (4, 128, 256)))
 
 

@@ -45,10 +45,19 @@ ZEROS = {
     "skip_zeros_conv": 0.75,
 }
 EXACT = ("none", "relu", "relu6")
-WITHOUT_GRADIENT = {"region", "rnn_steps", "nm_prune", "nm_mm", "depthwise_pool", "channel_norm", "attention"}
+WITHOUT_GRADIENT = {
+    "region",
+    "rnn_steps",
+    "nm_prune",
+    "nm_mm",
+    "depthwise_pool",
+    "channel_norm",
+    "attention",
+    "attention_rows",
+}
 # a sigmoid between sums (tests/csrc/test_rnn.py has the exact cases); draws and quotients (tests/ops/test_nm_prune.py);
-# a square root (tests/csrc/test_channel_norm.py); a softmax (tests/csrc/test_attention.py)
-ROUNDS = {"rnn_steps", "nm_prune", "channel_norm", "attention"}
+# a square root (tests/csrc/test_channel_norm.py); a softmax (tests/csrc/test_attention.py, test_attention_rows.py)
+ROUNDS = {"rnn_steps", "nm_prune", "channel_norm", "attention", "attention_rows"}
 WHOLE = [case for case in CASES if case.values[0].name not in ROUNDS]
 DIFFERENTIABLE = [case for case in CASES if case.values[0].name not in WITHOUT_GRADIENT]
 OTHERS = [case for case in CASES if case.values[0].name in WITHOUT_GRADIENT]

@@ -7,6 +7,7 @@
 
 #include "fxprune/add_squares.h"
 #include "fxprune/attention.h"
+#include "fxprune/attention_rows.h"
 #include "fxprune/channel_norm.h"
 #include "fxprune/clear_rows.h"
 #include "fxprune/depthwise_taps.h"

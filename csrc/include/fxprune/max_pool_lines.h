@@ -1,7 +1,8 @@
 // Max pooling: the rows of a window are joined into one padded line, of which the window's columns
-// are joined.
+// are joined. A window of one pixel with steps of two takes them from where they lie.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -43,9 +44,36 @@ void store_pixels(Bf16* p, int64_t n, typename V::Reg pixels) {
   V::store_bf16(p, n, pixels);
 }
 
+// to[i] = from[2 i] for n <= kWidth numbers; `reads` has a bit for each number that may be read.
+template <class V>
+void every_second(const float* from, uint32_t reads, int64_t n, float* to) {
+  V::store(to, V::first(n), V::load_even(from, reads));
+}
+template <class V>
+void every_second(const Bf16* from, uint32_t reads, int64_t n, Bf16* to) {
+  V::template plane_lanes<2>(from, reads, n, to);
+}
+
+template <class V, class T>
+void every_second_pixel(const MaxPoolOf<T>& a, const PoolSpan& span) {
+  for (int64_t c = span.first; c < span.last; ++c) {
+    const T* plane = a.x + c * (a.height * a.width + a.x_gap);
+    T* out = a.out + c * (a.out_h * a.out_w + a.out_gap);
+    for (int64_t oy = span.begin; oy < span.end; ++oy) {
+      const T* row = plane + oy * a.stride_h * a.width;
+      for (int64_t ox = 0; ox < a.out_w; ox += V::kWidth) {
+        const int64_t n = std::min<int64_t>(a.out_w - ox, V::kWidth);
+        every_second<V>(row + 2 * ox, ~0u >> (33 - 2 * n), n, out + oy * a.out_w + ox);
+      }
+    }
+  }
+}
+
 // line: pool_scratch() floats.
 template <class V, class T>
 void pool_lines(const MaxPoolOf<T>& a, const PoolSpan& span, float* line) {
+  const bool one_pixel = a.kernel_h == 1 && a.kernel_w == 1 && a.pad_h == 0 && a.pad_w == 0;
+  if (one_pixel && a.stride_w == 2) return every_second_pixel<V>(a, span);
   constexpr int kW = V::kWidth;
   const float least = -std::numeric_limits<float>::infinity();
   const int64_t length = pool_scratch(a, kW);
