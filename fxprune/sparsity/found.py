@@ -36,6 +36,8 @@ def forms(
     if planned is not None and (planned.rest is not None or tile.is_tile_wise(planned.mask, planned.tiling)):
         found.append((_cost(planned), planned))
     for granularity in sorted(set(widths), reverse=True):
+        if found and _COST.get(granularity, 1.0) * kept(mask) >= 0.97 * found[0][0]:
+            continue  # a cover keeps no less than the mask
         cover = tile.infer(mask, granularity, drop_columns=drops)
         allowed = kept(cover.mask) <= _FULL * mask.numel() if covers else torch.equal(cover.mask, mask)
         cost = _cost(cover)
