@@ -1,9 +1,8 @@
 // fxprune::attention_rows: softmax(q k) v by heads, on row-major activations.
-#include <algorithm>
 #include <cmath>
 
 #include "check.h"
-#include "parallel.h"
+#include "run_attention.h"
 
 namespace fxprune {
 namespace {
@@ -53,11 +52,8 @@ Tensor attention_rows_cpu(const Tensor& q_in, const Tensor& k_in, const Tensor& 
   a.q_pitch = q.stride(2), a.k_pitch = k.stride(2), a.v_pitch = v.stride(2);
   a.mask_pitch = mask.has_value() && mask->size(2) > 1 ? mask->stride(2) : 0;
   a.out_pitch = heads * depth;
-  // Heads are cut first: what is packed of a head's keys and values serves all of its queries. Few
-  // heads: their queries are cut as well.
-  const int64_t pool = torch::stable::get_num_threads(), whole = batch * heads;
-  const int64_t parts =
-      pool == 1 ? 1 : std::clamp<int64_t>((2 * pool + whole - 1) / whole, 1, queries);
+  const int64_t pool = torch::stable::get_num_threads(), whole = batch * heads,
+                parts = query_parts(whole, queries, pool);
   const Kernels& run = kernels();
   for_each_unit(whole * parts, pool, [&](int64_t unit) {
     const int64_t part = unit % parts, b = unit / parts / heads, h = unit / parts % heads;

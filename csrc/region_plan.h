@@ -266,13 +266,15 @@ class RegionPlan {
       taken.erase(
           std::remove_if(taken.begin(), taken.end(), [&](const Room& r) { return r.until < now; }),
           taken.end());
-      const auto add_to = std::find_if(taken.begin(), taken.end(), [&](const Room& r) {
-        return adds_in_place(s) && r.offset == values_[steps_[s].residual].offset;
-      });
-      if (add_to != taken.end()) {
-        v.offset = add_to->offset;
-        add_to->until = std::max(v.last_use, now);
-        continue;
+      if (adds_in_place(s)) {
+        const int64_t place = values_[steps_[s].residual].offset;
+        const auto added = std::find_if(taken.begin(), taken.end(),
+                                        [&](const Room& r) { return r.offset == place; });
+        if (added != taken.end()) {
+          v.offset = place;
+          added->until = std::max(v.last_use, now);
+          continue;
+        }
       }
       int64_t offset = start;
       auto at = taken.begin();

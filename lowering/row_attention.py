@@ -8,7 +8,6 @@ mask of four dimensions (booleans or float32) or none. Causal attention stays: t
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,12 +15,11 @@ from torch.fx import GraphModule, Node
 
 from ..context import Context
 from ..cost import hint
-from ..graph import aten, call, equal_sizes, fake, name_of, replace, shape
-from . import library
+from ..graph import aten, call, equal_sizes, fake, replace, shape
+from . import library, sdpa
 from .measure_fusion import Compare, Fill, comparer, wanted
 
 _ROWS = torch.ops.fxprune.attention_rows.default
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 def row_attention(gm: GraphModule, ctx: Context, compare: Compare | None = None) -> int:
@@ -46,23 +44,16 @@ def row_attention(gm: GraphModule, ctx: Context, compare: Compare | None = None)
 
 def _given(node: Node) -> tuple[Node, Node, Node, Node | None, float] | None:
     """Return q, k, v, mask and scale of an attention that the operator computes."""
-    if node.op != "call_function" or name_of(node) != "scaled_dot_product_attention":
+    found = sdpa.given(node)
+    if found is None:
         return None
-    given: dict[str, Any] = {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
-    if given.get("dropout_p", 0.0) != 0.0 or given.get("is_causal", False) or given.get("enable_gqa", False):
-        return None
-    q, k, v, mask, scale = (given.get(name) for name in ("query", "key", "value", "attn_mask", "scale"))
-    if not (isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)):
-        return None
+    q, k, v, mask, _ = found
     values = [fake(n) for n in (q, k, v)]
     if any(t is None or t.dim() != 4 or t.dtype != torch.float32 or t.device.type != "cpu" for t in values):
         return None
     queries, keys = shape(q) or (), shape(k) or ()
     alike = equal_sizes(keys, shape(v)) and equal_sizes([*queries[:2], queries[3]], [*keys[:2], keys[3]])
-    if not alike or not isinstance(queries[3], int) or not (mask is None or _is_added(mask, queries, keys)):
-        return None
-    scale = 1.0 / math.sqrt(queries[3]) if scale is None else scale
-    return (q, k, v, mask, scale) if isinstance(scale, float) and scale > 0 else None
+    return found if alike and (mask is None or _is_added(mask, queries, keys)) else None
 
 
 def _is_added(mask: Any, q: tuple[Any, ...], k: tuple[Any, ...]) -> bool:
@@ -87,9 +78,6 @@ def _faster(node: Node, operands: tuple[Node, ...], scale: float, ctx: Context, 
 
 
 def _replace(node: Node, q: Node, k: Node, v: Node, mask: Node | None, scale: float) -> None:
-    value = fake(mask)
-    if value is not None and value.dtype == torch.bool:
-        mask = call(node, aten.where.Scalar, mask, 0.0, -math.inf)
-    rows = call(node, _ROWS, q, k, v, mask, scale)
+    rows = call(node, _ROWS, q, k, v, None if mask is None else sdpa.added(node, mask), scale)
     rows.meta["fxprune_impl"] = "cpu"
     replace(node, call(node, aten.transpose.int, rows, 1, 2))

@@ -11,7 +11,6 @@ lanes; the attention has one size of heads, no dropout, and a mask that all head
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from torch.fx import GraphModule, Node
 from ..context import Context
 from ..cost import hint
 from ..graph import aten, call, equal_sizes, fake, is_call, mutates, name_of, shape, sole_user
-from . import library
+from . import library, sdpa
 
 _GEMM = torch.ops.fxprune.tile_gemm.default
 _NORM = aten.layer_norm.default
@@ -87,19 +86,16 @@ def _is_member(node: Node, ctx: Context) -> bool:
 
 def _attention(node: Node) -> Iterator[tuple[Node, _Attention]]:
     """Yield the (B, T, heads * D) result of an attention, and the attention."""
-    if node.op != "call_function" or name_of(node) != "scaled_dot_product_attention":
+    given = sdpa.given(node)
+    if given is None:
         return
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    if given.get("dropout_p", 0.0) != 0.0 or given.get("is_causal", False) or given.get("enable_gqa", False):
-        return
-    paths = [_joined_heads(given[name]) for name in names[:3]]
-    result, sizes, mask, scale = _result(node), shape(given["query"]), given.get("attn_mask"), given.get("scale")
-    if result is None or sizes is None or not all(paths) or not all(isinstance(sizes[d], int) for d in (1, 3)):
+    *operands, mask, scale = given
+    paths = [_joined_heads(operand) for operand in operands]
+    result, sizes = _result(node), shape(operands[0])
+    if result is None or sizes is None or not all(paths) or not isinstance(sizes[1], int):
         return
     q, k, v = (path[0] for path in paths)
-    scale = 1.0 / math.sqrt(sizes[3]) if scale is None else scale
-    if not isinstance(scale, float) or scale <= 0 or not (mask is None or _is_shared(mask, shape(q), shape(k))):
+    if not (mask is None or _is_shared(mask, shape(q), shape(k))):
         return
     if (
         all(map(_is_sequence, (q, k, v, result)))
@@ -245,6 +241,6 @@ def _added(anchor: Node, mask: Node, found: _Attention) -> Node:
     batch, queries, _ = shape(found.q) or (0, 0, 0)
     keys, value = (shape(found.k) or (0, 0, 0))[1], fake(mask)
     if value is not None and value.dtype == torch.bool:
-        mask = call(anchor, aten.to.dtype, call(anchor, aten.where.Scalar, mask, 0.0, -math.inf), torch.bfloat16)
+        mask = call(anchor, aten.to.dtype, sdpa.added(anchor, mask), torch.bfloat16)
     wide = call(anchor, aten.expand.default, mask, [batch, 1, queries, keys])
     return _transposed(anchor, call(anchor, aten.squeeze.dim, wide, 1))
