@@ -46,6 +46,15 @@ inline int32_t type_of(const Tensor& t) {
   return type;
 }
 
+// Bytes of an element of a floating-point tensor, 0 of any other.
+inline int64_t float_bytes(const Tensor& t) {
+  static const int32_t half = aoti_torch_dtype_float16(), wide = aoti_torch_dtype_float64();
+  const int32_t type = type_of(t);
+  if (type == element_types().float32) return 4;
+  if (type == element_types().bfloat16 || type == half) return 2;
+  return type == wide ? 8 : 0;
+}
+
 inline void check_tensor(const Tensor& t, const char* name, int32_t type, const char* type_name) {
   STD_TORCH_CHECK(type_of(t) == type, name, " must be ", type_name);
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");

@@ -5,7 +5,6 @@
 //
 // An AND of integers, exact over NaN and Inf.
 #include <algorithm>
-#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -14,23 +13,12 @@
 namespace fxprune {
 namespace {
 
-int64_t bytes_of(const Tensor& t) {
-  static const std::vector<std::pair<int32_t, int64_t>> sizes = {
-      {aoti_torch_dtype_int8(), 1},    {aoti_torch_dtype_float32(), 4},
-      {aoti_torch_dtype_int32(), 4},   {aoti_torch_dtype_bfloat16(), 2},
-      {aoti_torch_dtype_float16(), 2}, {aoti_torch_dtype_float64(), 8}};
-  for (const auto& [type, size] : sizes) {
-    if (type_of(t) == type) return size;
-  }
-  return 0;
-}
-
 ClearRows check(const Tensor& values, const Tensor& kept) {
   ClearRows a{};
-  a.element = bytes_of(values), a.bits = bytes_of(kept);
-  STD_TORCH_CHECK(a.element > 1 && type_of(values) != element_types().int32,
-                  "values must be float16, bfloat16, float32 or float64");
-  STD_TORCH_CHECK(a.bits == 1 || type_of(kept) == element_types().int32,
+  a.element = float_bytes(values);
+  STD_TORCH_CHECK(a.element > 0, "values must be float16, bfloat16, float32 or float64");
+  a.bits = type_of(kept) == element_types().int32 ? 4 : 1;
+  STD_TORCH_CHECK(a.bits == 4 || type_of(kept) == aoti_torch_dtype_int8(),
                   "kept must be int8 or int32");
   STD_TORCH_CHECK(values.is_cpu() && kept.is_cpu(), "values and kept must be on the CPU");
   STD_TORCH_CHECK(values.is_contiguous() && kept.is_contiguous(),

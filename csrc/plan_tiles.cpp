@@ -4,7 +4,10 @@
 //   fxprune::keep_best    which units of many tiles stay when all of them are ranked together
 //   fxprune::held_scores  element scores that put what is pruned below everything else
 //   fxprune::shared_rows  how many rows of a mask are the same
+//   fxprune::tile_counts  how many features of a tile keep each K row
+//   fxprune::zero_outside whether values are zero where a mask does not keep them
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -27,22 +30,28 @@ void check_flat(const Tensor& t, const char* name, int32_t type, const char* typ
                   shape_of(t));
 }
 
+// What `columns` of the rows of `matrix` (N, K) make tiles of. Returns the number of tiles.
+template <class Cut>
+int64_t check_cut(const Tensor& matrix, const Tensor& columns, int64_t granularity, Cut* a) {
+  check_flat(columns, "columns", element_types().int64, "int64", 1);
+  STD_TORCH_CHECK(granularity >= 1, "granularity must be at least 1, got ", granularity);
+  const int64_t features = matrix.size(0);
+  a->kept = columns.numel(), a->k = matrix.size(1);
+  a->columns = data<int64_t>(columns);
+  for (int64_t i = 0; i < a->kept; ++i) {
+    STD_TORCH_CHECK(a->columns[i] >= 0 && a->columns[i] < features, "columns must lie in [0, ",
+                    features, "), got ", a->columns[i]);
+  }
+  a->granularity = std::min(granularity, std::max<int64_t>(a->kept, 1));
+  return (a->kept + a->granularity - 1) / a->granularity;
+}
+
 // ---- tile_scores ----
 
 Tensor tile_scores_cpu(const Tensor& importance, const Tensor& columns, int64_t granularity) {
   check_flat(importance, "importance", element_types().float32, "float32", 2);
-  check_flat(columns, "columns", element_types().int64, "int64", 1);
-  STD_TORCH_CHECK(granularity >= 1, "granularity must be at least 1, got ", granularity);
-  const int64_t features = importance.size(0);
   TileScores a{};
-  a.kept = columns.numel(), a.k = importance.size(1);
-  a.columns = data<int64_t>(columns);
-  for (int64_t i = 0; i < a.kept; ++i) {
-    STD_TORCH_CHECK(a.columns[i] >= 0 && a.columns[i] < features, "columns must lie in [0, ",
-                    features, "), got ", a.columns[i]);
-  }
-  a.granularity = std::min(granularity, std::max<int64_t>(a.kept, 1));
-  const int64_t tiles = (a.kept + a.granularity - 1) / a.granularity;
+  const int64_t tiles = check_cut(importance, columns, granularity, &a);
   Tensor scores = empty_output(importance, {tiles, a.k});
   if (tiles * a.k == 0) return scores;
   a.values = data<float>(importance);
@@ -194,6 +203,47 @@ int64_t shared_rows_cpu(const Tensor& mask, std::vector<int64_t> groups) {
   return 1;
 }
 
+// ---- tile_counts ----
+
+Tensor tile_counts_cpu(const Tensor& mask, const Tensor& columns, int64_t granularity) {
+  check_flat(mask, "mask", aoti_torch_dtype_bool(), "bool", 2);
+  TileCounts a{};
+  const int64_t tiles = check_cut(mask, columns, granularity, &a);
+  Tensor counts = empty_output(mask, {tiles, a.k}, element_types().int32);
+  if (tiles * a.k == 0) return counts;
+  a.mask = data<uint8_t>(mask);
+  a.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
+  for_each_unit(tiles, torch::stable::get_num_threads(),
+                [&](int64_t tile) { kernels().tile_counts(a, tile, tile + 1); });
+  return counts;
+}
+
+// ---- zero_outside ----
+
+bool zero_outside_cpu(const Tensor& values, const Tensor& mask) {
+  ZeroOutside a{};
+  a.bytes = float_bytes(values);
+  STD_TORCH_CHECK(a.bytes > 0 && values.is_cpu(),
+                  "values must be float16, bfloat16, float32 or float64, on the CPU");
+  check_tensor(mask, "mask", aoti_torch_dtype_bool(), "bool");
+  STD_TORCH_CHECK(values.is_contiguous() && mask.is_contiguous(),
+                  "values and mask must be contiguous");
+  STD_TORCH_CHECK(shape_of(values) == shape_of(mask), "mask must have the shape of values, ",
+                  shape_of(values), ", got ", shape_of(mask));
+  a.count = values.numel();
+  if (a.count == 0) return true;
+  a.values = values.const_data_ptr();
+  a.mask = data<uint8_t>(mask);
+  constexpr int64_t kUnit = 1 << 18;
+  std::atomic<bool> zero{true};
+  for_each_unit((a.count + kUnit - 1) / kUnit, torch::stable::get_num_threads(), [&](int64_t unit) {
+    if (!zero.load(std::memory_order_relaxed)) return;
+    const int64_t end = std::min((unit + 1) * kUnit, a.count);
+    if (!kernels().zero_outside(a, unit * kUnit, end)) zero.store(false, std::memory_order_relaxed);
+  });
+  return zero.load();
+}
+
 }  // namespace
 }  // namespace fxprune
 
@@ -202,6 +252,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fxprune, m) {
   m.def("keep_best(Tensor[] scores, Tensor[] weights, float budget, bool guarded) -> Tensor[]");
   m.def("held_scores(Tensor scores, Tensor kept, float share, bool magnitudes) -> Tensor");
   m.def("shared_rows(Tensor mask, int[] groups) -> int");
+  m.def("tile_counts(Tensor mask, Tensor columns, int granularity) -> Tensor");
+  m.def("zero_outside(Tensor values, Tensor mask) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fxprune, CPU, m) {
@@ -209,4 +261,6 @@ STABLE_TORCH_LIBRARY_IMPL(fxprune, CPU, m) {
   m.impl("keep_best", TORCH_BOX(&fxprune::keep_best_cpu));
   m.impl("held_scores", TORCH_BOX(&fxprune::held_scores_cpu));
   m.impl("shared_rows", TORCH_BOX(&fxprune::shared_rows_cpu));
+  m.impl("tile_counts", TORCH_BOX(&fxprune::tile_counts_cpu));
+  m.impl("zero_outside", TORCH_BOX(&fxprune::zero_outside_cpu));
 }

@@ -108,7 +108,7 @@ def _ranked(layer: LayerPlan, pruned: PrunedWeight, weight: Tensor, width: int, 
 def _described(layer: LayerPlan, mask: LayerMask) -> LayerPlan:
     return replace(
         layer,
-        sparsity=1.0 - mask.mask.float().mean().item(),
+        sparsity=1.0 - mask.share,
         **tiles(mask),
         note=f"recalibrated from tiles of {layer.granularity}",
     )

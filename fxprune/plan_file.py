@@ -29,7 +29,7 @@ from fxprune.plan import LayerPlan, Plan, PrunedWeight
 from fxprune.sparsity import get
 from fxprune.sparsity.pattern import LayerMask, Tiling
 from fxprune.sparsity.tile import is_tile_wise
-from fxprune.sparsity.tile_plan import expand_rows, tile_view
+from fxprune.sparsity.tile_plan import expand_rows, tile_counts
 
 FORMAT, VERSION = "fxprune.plan", 1
 _LARGEST = 1 << 30  # bytes of a file
@@ -90,7 +90,7 @@ def _layer(layer: LayerMask) -> dict[str, Any]:
     tiling = Tiling(layer.tiling.shape, layer.tiling.columns.cpu(), layer.tiling.granularity)
     mask, every = layer.mask.cpu(), len(tiling.columns) == tiling.shape[0]
     if tiling.granularity <= _WIDEST and is_tile_wise(mask, tiling):
-        form, bits = "rows", tile_view(mask[tiling.columns], tiling.granularity).any(1)
+        form, bits = "rows", tile_counts(mask, tiling) > 0
     else:
         form, bits = "elements", mask
     return {

@@ -167,7 +167,7 @@ def _times(users: list[Match], masks: list[LayerMask], ours: float, measure: Mea
     def predicted(mask: LayerMask | None) -> float:
         return sum(predict(user, mask).sparse for user in users)
 
-    kept = [mask.mask.float().mean().item() for mask in masks]
+    kept = [mask.share for mask in masks]
     anchors = {1.0: ours / predicted(None)}
     for i in (len(masks) // 2, len(masks) - 1):
         anchors[kept[i]] = sum(measure(user, masks[i]).sparse for user in users) / predicted(masks[i])

@@ -64,6 +64,8 @@ SCHEMAS = (
     "keep_best(Tensor[] scores, Tensor[] weights, float budget, bool guarded) -> Tensor[]",
     "held_scores(Tensor scores, Tensor kept, float share, bool magnitudes) -> Tensor",
     "shared_rows(Tensor mask, int[] groups) -> int",
+    "tile_counts(Tensor mask, Tensor columns, int granularity) -> Tensor",
+    "zero_outside(Tensor values, Tensor mask) -> bool",
     "isa() -> str",
     "set_isa(str name) -> ()",
 )

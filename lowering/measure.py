@@ -66,11 +66,11 @@ class Measure:
 
     def _key(self, match: Match, mask: LayerMask | None) -> str:
         g = match.geometry
-        kept = 1.0 if mask is None else mask.mask.float().mean().item()
+        kept = 1.0 if mask is None else mask.share
         tiling = None if mask is None else mask.tiling
         unit: tuple[int, ...] = (0, 0) if tiling is None else (tiling.granularity, len(tiling.columns))
         if mask is not None and mask.rest is not None:
-            unit = (*unit, round(mask.rest.mask.float().mean().item() * 100))
+            unit = (*unit, round(mask.rest.share * 100))
         shape = [cost.hint(s) for s in match.geometry.x]
         window = (g.kernel, g.stride, g.padding, g.dilation, g.groups)
         where = "" if match.value.device.type == "cpu" else torch.cuda.get_device_name(match.value.device)

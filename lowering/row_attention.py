@@ -28,17 +28,23 @@ def row_attention(gm: GraphModule, ctx: Context, compare: Compare | None = None)
         return 0
     compare = compare or comparer(ctx)
     faster: dict[tuple[Any, ...], bool] = {}  # by sizes: layers of a model are alike
+    added: dict[Node, Node] = {}  # masks, of which layers of a model share one
     done = 0
     for node in list(gm.graph.nodes):
         if (given := _given(node)) is None:
             continue
-        q, k, v = given[:3]
+        q, k, v, mask, scale = given
         sizes = tuple(hint(s) for n in (q, k) for s in shape(n) or ())
         if sizes not in faster:
-            faster[sizes] = _faster(node, (q, k, v), given[4], ctx, compare)
-        if faster[sizes]:
-            _replace(node, *given)
-            done += 1
+            faster[sizes] = _faster(node, (q, k, v), scale, ctx, compare)
+        if not faster[sizes]:
+            continue
+        if mask is not None and mask not in added:
+            added[mask] = sdpa.added(node, mask)
+        rows = call(node, _ROWS, q, k, v, None if mask is None else added[mask], scale)
+        rows.meta["fxprune_impl"] = "cpu"
+        replace(node, call(node, aten.transpose.int, rows, 1, 2))
+        done += 1
     return done
 
 
@@ -75,9 +81,3 @@ def _faster(node: Node, operands: tuple[Node, ...], scale: float, ctx: Context, 
 
     new, old = compare(ours, theirs, operands)
     return new * ctx.config.min_speedup <= old
-
-
-def _replace(node: Node, q: Node, k: Node, v: Node, mask: Node | None, scale: float) -> None:
-    rows = call(node, _ROWS, q, k, v, None if mask is None else sdpa.added(node, mask), scale)
-    rows.meta["fxprune_impl"] = "cpu"
-    replace(node, call(node, aten.transpose.int, rows, 1, 2))

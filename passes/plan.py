@@ -25,7 +25,7 @@ from ..plan import PrunedWeight, lookup
 from ..planner import choose_masks, pattern_of
 from ..sparsity import dcp, refit, tile
 from ..sparsity.found import describe, forms, halved
-from ..sparsity.pattern import LayerMask, any_nonzero
+from ..sparsity.pattern import LayerMask, obeys
 from ..staircase import choose_levels
 from .join_sequences import join_sequences
 from .plan_rnn import Found, decide_recurrent, recurrent_layers
@@ -123,10 +123,9 @@ def _mask(match: Match, ctx: Context, wanted: dict[str, tuple[str, LayerMask]]) 
     matrix = match.matrix(match.value.detach()).cpu()  # masks live on the CPU
     if planned is not None:
         layer = _cut(planned, match, ctx)
-        if ctx.kept.get(match.weight) and layer.mask.float().mean().item() > 1.0 - _MIN_SPARSITY:
+        if ctx.kept.get(match.weight) and layer.share > 1.0 - _MIN_SPARSITY:
             return "", None
-        obeyed = not any_nonzero(matrix, ~layer.mask)
-        if obeyed or not ctx.inference:
+        if not ctx.inference or obeys(matrix, layer.mask):
             return planned.pattern, _form(match, layer.mask, layer, ctx.inference, ctx)
     if not ctx.inference:
         return "", None

@@ -17,7 +17,7 @@ from ..context import Context, Decision
 from ..graph import aten, call, replace
 from ..match import Match
 from ..sparsity import dcp
-from ..sparsity.pattern import any_nonzero
+from ..sparsity.pattern import obeys
 
 
 def rewrite_depthwise(gm: GraphModule, ctx: Context) -> int:
@@ -67,7 +67,7 @@ def exact(build, match, kept, ctx):  # type: ignore[no-untyped-def]
     from ..weights import StructureChanged
 
     def checked(weight: Tensor) -> tuple[Tensor, ...]:
-        if not ctx.config.prunes and any_nonzero(match.matrix(weight), ~kept):
+        if not ctx.config.prunes and not obeys(match.matrix(weight), kept):
             raise StructureChanged
         return build(weight)
 

@@ -22,7 +22,8 @@ from ..context import Context, Shrunk
 from ..coupling import Constant, Coupling, Gemm, Space
 from ..errors import VerificationError
 from ..graph import argument, example, fake
-from ..sparsity.pattern import any_nonzero
+from ..sparsity.pattern import Tiling, any_along, obeys
+from ..sparsity.tile_plan import tile_counts
 from ..weights import StructureChanged, qualified_name
 
 _CHANNEL = 16  # what a channel costs beside its weights, in weights: loads, stores, depthwise taps
@@ -91,18 +92,19 @@ class _Liveness:
 
         A channel that leaves from the middle of a tile moves all later ones into tiles whose rows they do not share.
         """
-        work = _CHANNEL * len(channels) + sum(_covered(self._live(gemm)[channels]) for gemm in space.producers)
+        covered = [_covered(self._live(gemm), channels) for gemm in space.producers]
         for gemm in space.consumers:
             live = self._live(gemm)
-            work += _covered(live.reshape(len(live), space.size, -1)[:, channels].flatten(1))
-        return work
+            whole = _covered(live, torch.arange(len(live)))
+            covered.append(whole.reshape(len(whole), space.size, -1)[:, channels])
+        return _CHANNEL * len(channels) + _STEP * sum(int(torch.count_nonzero(tiles)) for tiles in covered)
 
     def _needed(self, space: Space) -> Tensor:
         zero = self._zeros(space)
         needed = torch.zeros(space.size, dtype=torch.bool)
         for gemm in space.consumers:
             source = self._coupling.operand(gemm.node)
-            needed |= self._live(gemm).any(0).reshape(space.size, -1).any(1) & ~zero[source]
+            needed |= any_along(self._live(gemm), 0).reshape(space.size, -1).any(1) & ~zero[source]
         return needed
 
     def _live(self, gemm: Gemm) -> Tensor:
@@ -121,11 +123,11 @@ class _Liveness:
         rows, columns = support, support
         source = self._coupling.space(self._coupling.operand(gemm.node))
         if source in self._alive:
-            rows = support[:, self._alive[source].repeat_interleave(support.shape[1] // source.size)]
+            rows = support & self._alive[source].repeat_interleave(support.shape[1] // source.size)
         target = self._coupling.space(gemm.node)
         if target in self._alive:
-            columns = support[self._alive[target]]
-        return ~rows.any(1), ~columns.any(0)
+            columns = support & self._alive[target][:, None]
+        return ~any_along(rows, 1), ~any_along(columns, 0)
 
     def _zeros(self, space: Space) -> dict[Node, Tensor]:
         """Return the channels in which each value is exactly zero."""
@@ -136,7 +138,7 @@ class _Liveness:
             tensors = [_flat_zero(c, self._coupling) for c in space.constants if c.user is node]
             if rule == "produce":
                 gemm = producers[node]
-                zero[node] = ~self._live(gemm).any(1) & _empty(gemm.bias, self._coupling, space.size)
+                zero[node] = ~any_along(self._live(gemm), 1) & _empty(gemm.bias, self._coupling, space.size)
             elif rule == "depthwise":
                 bias = _empty(argument(node, "bias"), self._coupling, space.size)
                 zero[node] = (inputs[0] | tensors[0]) & bias
@@ -196,10 +198,9 @@ def _aligned(alive: Tensor) -> Tensor:
     return runs.repeat_interleave(_STEP)[: len(alive)].nonzero().flatten()
 
 
-def _covered(support: Tensor) -> int:
-    """Return how many weights of (N, K) lie in tiles of the step's output features and K rows that are not all zero."""
-    tiles = pad(support, (0, 0, 0, -len(support) % _STEP)).reshape(-1, _STEP, support.shape[1])
-    return int(tiles.any(1).sum()) * _STEP
+def _covered(support: Tensor, features: Tensor) -> Tensor:
+    """Return which K rows of tiles of the step's features hold anything, bool (tiles, K); support: bool (N, K)."""
+    return tile_counts(support, Tiling((support.shape[0], support.shape[1]), features, _STEP)) > 0
 
 
 def _cut_gemm(gemm: Gemm, empty: tuple[Tensor, Tensor], coupling: Coupling, kept: dict[Space, Tensor], ctx: Context) -> None:
@@ -249,15 +250,15 @@ def _along(vector: Tensor, axis: int, rank: int) -> Tensor:
 
 def _select(value: Tensor, cuts: list[tuple[int, Tensor]], claimed: Tensor) -> Callable[[Tensor], tuple[Tensor]]:
     """Return a build that selects what is kept, and fails when a ``claimed`` zero that was removed is none any more."""
-    removed = torch.zeros(value.shape, dtype=torch.bool)
+    stays = torch.tensor(True)
     for axis, index in cuts:
-        gone = torch.ones(value.shape[axis], dtype=torch.bool)
-        gone[index] = False
-        removed |= _along(gone, axis, value.dim())
-    must_be_zero = removed & claimed & (value.detach() == 0)
+        chosen = torch.zeros(value.shape[axis], dtype=torch.bool)
+        chosen[index] = True
+        stays = stays & _along(chosen, axis, value.dim())
+    free = (value.detach() != 0).logical_or_(stays).logical_or_(~claimed)  # what may be other than zero
 
     def build(tensor: Tensor) -> tuple[Tensor]:
-        if any_nonzero(tensor, must_be_zero):
+        if not obeys(tensor, free):
             raise StructureChanged
         for axis, index in cuts:
             tensor = tensor.index_select(axis, index)

@@ -53,7 +53,7 @@ def test_every_round_has_the_tiles_of_the_kernels() -> None:
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_operators_choose_what_their_references_choose(importance: Any, scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = rounds(importance=importance, scope=scope)
-    for name in ("tile_scores", "keep_best", "held_scores", "shared_rows"):
+    for name in ("tile_scores", "keep_best", "held_scores", "shared_rows", "tile_counts", "zero_outside"):
         monkeypatch.setattr(torch.ops.fxprune, name, getattr(plan_tiles, name))
     for plan, expected in zip(found, rounds(importance=importance, scope=scope), strict=True):
         assert plan.to_dict() == expected.to_dict()

@@ -31,6 +31,7 @@
 #include "fxprune/depthwise_bf16.h"
 #include "fxprune/depthwise_planes.h"
 #include "fxprune/held_scores_lanes.h"
+#include "fxprune/mask_tiles_lanes.h"
 #include "fxprune/max_pool_lines.h"
 #include "fxprune/nm_prune_lanes.h"
 #include "fxprune/partial_sums.h"

@@ -9,6 +9,7 @@
 #include "fxprune/depthwise_planes.h"
 #include "fxprune/held_scores_lanes.h"
 #include "fxprune/kernels.h"
+#include "fxprune/mask_tiles_lanes.h"
 #include "fxprune/math_scalar.h"
 #include "fxprune/max_pool_lines.h"
 #include "fxprune/nm_prune_lanes.h"

@@ -16,6 +16,8 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "keep_best": plan_tiles.keep_best,
     "held_scores": plan_tiles.held_scores,
     "shared_rows": plan_tiles.shared_rows,
+    "tile_counts": plan_tiles.tile_counts,
+    "zero_outside": plan_tiles.zero_outside,
 }
 
 

@@ -12,6 +12,10 @@
         is above everything pruned
     shared_rows(mask, groups)                       mask: bool (N, ...) -> the first of ``groups`` (sizes) such that the
         rows of each run of so many are the same, else 1
+    tile_counts(mask, columns, granularity)         mask: bool (N, K), columns and tiles as of tile_scores -> int32
+        (tiles, K), how many features of a tile keep each K row
+    zero_outside(values, mask)                      values: floats, mask: bool, of one shape -> True when all values that
+        the mask does not keep are zero (-0.0 is, NaN is not)
 
 They have no gradient and are no part of a graph. Source of the ranking: tile-wise sparsity (SC'20).
 """
@@ -55,6 +59,16 @@ def shared_rows(mask: Tensor, groups: Sequence[int]) -> int:
             if torch.equal(blocks, blocks[:, :1].expand_as(blocks)):
                 return group
     return 1
+
+
+def tile_counts(mask: Tensor, columns: Tensor, granularity: int) -> Tensor:
+    tiles = columns.split(granularity) if len(columns) else ()
+    rows = [mask[tile].sum(0, dtype=torch.int32) for tile in tiles]
+    return torch.stack(rows) if rows else mask.new_zeros(0, mask.shape[1], dtype=torch.int32)
+
+
+def zero_outside(values: Tensor, mask: Tensor) -> bool:
+    return not bool(((values != 0) & ~mask).any())
 
 
 def _guarded(scores: Tensor) -> Tensor:

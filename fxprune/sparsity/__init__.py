@@ -46,6 +46,6 @@ def refit(mask: Tensor, granularity: int, depthwise: bool, drops: bool = True) -
     """
     if depthwise:
         return dcp.infer(mask.float(), granularity)
-    cover = tile.infer(mask.float(), granularity, drop_columns=drops)
-    scattered = drops and kept(cover.mask) > _COVER * kept(mask)
+    cover = tile.infer(mask, granularity, drop_columns=drops)
+    scattered = drops and cover.kept > _COVER * kept(mask)
     return elements(mask) if scattered else cover

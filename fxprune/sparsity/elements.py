@@ -17,8 +17,9 @@ from fxprune.sparsity.pattern import LayerMask, Tiling
 
 def elements(mask: Tensor, note: str = "") -> LayerMask:
     """Return the granularity-1 form of a bool mask (N, K); output features without an element are left out."""
-    columns = mask.any(1).nonzero().flatten()
-    counts = tuple(mask[columns].sum(1).tolist())
+    kept = torch.count_nonzero(mask, 1)
+    columns = kept.nonzero().flatten()
+    counts = tuple(kept[columns].tolist())
     return LayerMask(Tiling((mask.shape[0], mask.shape[1]), columns, 1), mask, counts, note)
 
 

@@ -33,19 +33,20 @@ def forms(
     kept, because what lies outside it is zero. drops: empty output features may go (else nothing runs as elements).
     """
     found: list[tuple[float, LayerMask]] = []
+    elements_kept = kept(mask)
     if planned is not None and (planned.rest is not None or tile.is_tile_wise(planned.mask, planned.tiling)):
         found.append((_cost(planned), planned))
     for granularity in sorted(set(widths), reverse=True):
-        if found and _COST.get(granularity, 1.0) * kept(mask) >= 0.97 * found[0][0]:
+        if found and _COST.get(granularity, 1.0) * elements_kept >= 0.97 * found[0][0]:
             continue  # a cover keeps no less than the mask
         cover = tile.infer(mask, granularity, drop_columns=drops)
-        allowed = kept(cover.mask) <= _FULL * mask.numel() if covers else torch.equal(cover.mask, mask)
+        allowed = cover.share <= _FULL if covers else torch.equal(cover.mask, mask)
         cost = _cost(cover)
         if allowed and all(cost < 0.97 * other for other, _ in found):
             found.append((cost, cover))
-    sparse = _COST[1] * kept(mask) <= mask.numel()  # else single elements cannot win
+    sparse = _COST[1] * elements_kept <= mask.numel()  # else single elements cannot win
     if drops and (sparse or not (covers or found)) and (planned is None or planned.tiling.granularity != 1):
-        found.append((_COST[1] * kept(mask), elements(mask)))
+        found.append((_COST[1] * elements_kept, elements(mask)))
     found.sort(key=lambda pair: pair[0])
     return [form for cost, form in found[:_MOST] if cost <= _WITHIN * max(found[0][0], 1.0)]
 
@@ -77,7 +78,7 @@ def _is_halved(mask: Tensor, cover: LayerMask) -> bool:
 
 def describe(mask: Tensor, native: int, drops: bool = True) -> str:
     """Return what the zeros of a mask (N, K) look like: "tile", an n:m that holds in every group, or "unstructured"."""
-    if kept(tile.infer(mask, native, drop_columns=drops).mask) <= 1.03 * kept(mask):
+    if tile.infer(mask, native, drop_columns=drops).kept <= 1.03 * kept(mask):
         return "tile"
     for n, m in _GROUPS:
         if mask.shape[1] >= m and torch.equal(keep_groups(mask.float(), n, m) & mask, mask):
@@ -86,5 +87,5 @@ def describe(mask: Tensor, native: int, drops: bool = True) -> str:
 
 
 def _cost(layer: LayerMask) -> float:
-    rest = 0 if layer.rest is None else kept(layer.rest.mask)
-    return _COST.get(layer.tiling.granularity, 1.0) * (kept(layer.mask) - rest) + _COST[1] * rest
+    rest = 0 if layer.rest is None else layer.rest.kept
+    return _COST.get(layer.tiling.granularity, 1.0) * (layer.kept - rest) + _COST[1] * rest

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -26,9 +27,15 @@ def kept(mask: Tensor) -> int:
     return int(torch.count_nonzero(mask))  # twice as fast as a sum of bools
 
 
-def any_nonzero(values: Tensor, where: Tensor) -> bool:
-    """True when one of ``values`` is not zero (-0.0 is, NaN is not) where the bool mask of the same shape is set."""
-    return bool(((values != 0) & where).any())  # a third of what gathering them takes
+def any_along(mask: Tensor, dim: int) -> Tensor:
+    """Return where a bool mask has an entry that is set along ``dim``."""
+    bits = mask.view(torch.uint8)  # their largest is found many times faster than any() of bools
+    return (bits.amax(dim) if mask.shape[dim] else bits.sum(dim)).bool()
+
+
+def obeys(values: Tensor, mask: Tensor) -> bool:
+    """True when all values that the bool mask of their shape does not keep are zero (-0.0 is, NaN is not)."""
+    return bool(torch.ops.fxprune.zero_outside(values.detach().contiguous(), mask.contiguous()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +104,16 @@ class LayerMask:
     note: str = ""
     rest: LayerMask | None = None
     halved: bool = False
+
+    @cached_property
+    def kept(self) -> int:
+        """How many elements the mask keeps."""
+        return kept(self.mask)
+
+    @property
+    def share(self) -> float:
+        """What part of the elements the mask keeps, 0 to 1."""
+        return self.kept / max(self.mask.numel(), 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,6 +26,7 @@ from fxprune.sparsity.pattern import (
     LayerMask,
     Packed,
     Tiling,
+    any_along,
     keep_largest,
     kept,
     require,
@@ -40,7 +41,7 @@ from fxprune.sparsity.tile_plan import (
     require_packable,
     require_shape,
     row_scores,
-    tile_view,
+    tile_counts,
     tile_widths,
     width_in_groups,
 )
@@ -117,20 +118,14 @@ class Tile:
         if tiling.tiles * k > _LIMIT:
             raise mismatch(weight.shape, tiling.granularity, "its indices do not fit in 32 bits", "Leave it dense.")
         rows = _kept_rows(mask.bool(), tiling)
-        kept = weight.detach()[tiling.columns]
-        full = len(tiling.columns) // tiling.granularity
-        blocks = kept[: full * tiling.granularity].reshape(full, tiling.granularity, k).transpose(1, 2)
-        parts = [blocks[rows[:full]].flatten()]
-        if full < tiling.tiles:
-            parts.append(kept[full * tiling.granularity :].t()[rows[full]].flatten())
-        pointer = torch.zeros(tiling.tiles + 1, dtype=torch.int64)
-        pointer[1:] = rows.sum(1).cumsum(0)
-        tensors = {
-            "values": torch.cat(parts),
-            "index": rows.nonzero()[:, 1].int(),
-            "tile_ptr": pointer.int(),
-            "columns": tiling.columns.int(),
-        }
+        counts = rows.sum(1)
+        pointer = torch.zeros(tiling.tiles + 1, dtype=torch.int32)
+        pointer[1:] = counts.cumsum(0)
+        index, columns = rows.nonzero()[:, 1].int(), tiling.columns.int()
+        nnz = int(counts @ tile_widths(len(columns), tiling.granularity))
+        bits = weight.detach().view(torch.bfloat16) if weight.dtype == torch.float16 else weight.detach()
+        values = torch.ops.fxprune.tile_pack(bits, index, pointer, columns, tiling.granularity, nnz)
+        tensors = {"values": values.view(weight.dtype), "index": index, "tile_ptr": pointer, "columns": columns}
         header = {"out_features": n, "in_features": k, "granularity": tiling.granularity}
         return Packed(self.name, header, tensors)
 
@@ -183,10 +178,10 @@ def infer(weight: Tensor, granularity: int, drop_columns: bool) -> LayerMask:
     so the mask covers every non-zero. All-zero output features are removed only if ``drop_columns``.
     """
     tiling = Tile().tiles(tuple(weight.shape), granularity)
-    nonzero = weight.detach() != 0
+    nonzero = weight if weight.dtype == torch.bool else weight.detach() != 0
     if drop_columns:
-        tiling = Tiling(tiling.shape, nonzero.any(1).nonzero().flatten(), granularity)
-    rows = tile_view(nonzero[tiling.columns], granularity).any(1)
+        tiling = Tiling(tiling.shape, any_along(nonzero, 1).nonzero().flatten(), granularity)
+    rows = tile_counts(nonzero, tiling) > 0
     return LayerMask(tiling, Tile().mask(tiling, list(rows)), tuple(rows.sum(1).tolist()))
 
 
@@ -238,12 +233,11 @@ def is_tile_wise(mask: Tensor, tiling: Tiling) -> bool:
 
 def _kept_rows(mask: Tensor, tiling: Tiling) -> Tensor:
     """Return bool (tiles, K) of a mask that is tile-wise in ``tiling``."""
-    inside = mask[tiling.columns]
-    members = tile_view(inside, tiling.granularity).sum(1)
+    members = tile_counts(mask, tiling)
     widths = tile_widths(len(tiling.columns), tiling.granularity)[:, None]
     if not bool(((members == 0) | (members == widths)).all()):
         reason = "a row of a tile is kept in part"
-    elif kept(inside) != kept(mask):
+    elif int(members.sum()) != kept(mask):
         reason = "the mask keeps weights outside the kept output features"
     else:
         return members > 0

@@ -255,6 +255,12 @@ def tile_view(matrix: Tensor, granularity: int) -> Tensor:
     return matrix.reshape(tiles, granularity, matrix.shape[1])
 
 
+def tile_counts(mask: Tensor, tiling: Tiling) -> Tensor:
+    """Return int32 (tiles, K): how many features of a tile keep each K row in a bool mask of the tiling's shape."""
+    counts: Tensor = torch.ops.fxprune.tile_counts(mask.contiguous(), tiling.columns, tiling.granularity)
+    return counts
+
+
 def tile_widths(columns: int, granularity: int) -> Tensor:
     """Return int64 (tiles,): output features per tile."""
     widths = torch.full((-(-columns // granularity),), granularity)

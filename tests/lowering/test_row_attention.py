@@ -105,6 +105,16 @@ def test_equal_sizes_are_timed_once() -> None:
     assert row_attention(graph.gm, context, lambda *_: asked.append(1) or (1.0, 2.0)) == 2 and len(asked) == 1
 
 
+def test_layers_share_what_a_mask_of_booleans_becomes() -> None:
+    class Twice(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+            once = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+            return F.scaled_dot_product_attention(once, k, v, attn_mask=seen)
+
+    counts = operators(formed(Twice(), [*operands(), next(masks())]))
+    assert counts["attention_rows"] == 2 and counts["where"] == 1
+
+
 NEAR_MISSES = (
     (Attend(is_causal=True), operands()),
     (Attend(dropout_p=0.1), operands()),

@@ -125,6 +125,36 @@ def test_rows_that_are_the_same_are_found(groups: int, width: int, shared: int, 
     assert OPS.shared_rows(mask[:, :0], [64]) == plan_tiles.shared_rows(mask[:, :0], [64]) == 1
 
 
+@pytest.mark.parametrize("shape", [(64, 256), (130, 257), (3, 5), (1, 1), (7, 0), (600, 33)])
+@pytest.mark.parametrize("granularity", [1, 8, 300, 1000])
+@pytest.mark.parametrize("share", [1.1, 0.6, -1.0])
+def test_features_that_keep_a_row_are_counted(shape: tuple[int, int], granularity: int, share: float, isa: str) -> None:
+    gen = torch.Generator().manual_seed(shape[0])
+    columns = some_columns(shape[0], share, gen)
+    for kept in (0.0, 0.3, 1.1):
+        mask = torch.rand(shape, generator=gen) < kept
+        counts = OPS.tile_counts(mask, columns, granularity)
+        assert counts.dtype == torch.int32
+        assert torch.equal(counts, plan_tiles.tile_counts(mask, columns, granularity))
+        assert int(counts.sum()) == int(mask[columns].sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(), (0, 4), (1,), (3, 5), (17, 31), (600, 900)])
+def test_one_value_outside_the_mask_is_found(shape: tuple[int, ...], dtype: torch.dtype, isa: str) -> None:
+    gen = torch.Generator().manual_seed(0)
+    mask = torch.rand(shape, generator=gen) < 0.5
+    values = torch.where(mask, torch.randn(shape, generator=gen), -0.0).to(dtype)
+    assert OPS.zero_outside(values, mask) and plan_tiles.zero_outside(values, mask)
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # a denormal
+    outside = (~mask).flatten().nonzero().flatten()
+    for bad in (smallest, -smallest, torch.nan, torch.inf, 1.0):
+        for place in {*outside[:2].tolist(), *outside[-2:].tolist()}:
+            wrong = values.clone()
+            wrong.view(-1)[place] = bad
+            assert not OPS.zero_outside(wrong, mask) and not plan_tiles.zero_outside(wrong, mask)
+
+
 SCORES, COLUMNS, WEIGHTS = torch.rand(4, 6), torch.arange(4), torch.ones(4, dtype=torch.int64)
 
 
@@ -149,6 +179,15 @@ SCORES, COLUMNS, WEIGHTS = torch.rand(4, 6), torch.arange(4), torch.ones(4, dtyp
         (lambda: OPS.shared_rows(SCORES, [8]), "mask must be bool"),
         (lambda: OPS.shared_rows(SCORES.t() > 0, [8]), "mask must be contiguous"),
         (lambda: OPS.shared_rows(SCORES > 0, [8, 0]), "groups must be positive, got 0"),
+        (lambda: OPS.tile_counts(SCORES, COLUMNS, 2), "mask must be bool"),
+        (lambda: OPS.tile_counts(SCORES.t() > 0, COLUMNS, 2), "mask must be contiguous"),
+        (lambda: OPS.tile_counts(SCORES > 0, COLUMNS.int(), 2), "columns must be int64"),
+        (lambda: OPS.tile_counts(SCORES > 0, COLUMNS + 1, 2), r"columns must lie in \[0, 4\), got 4"),
+        (lambda: OPS.tile_counts(SCORES > 0, COLUMNS, 0), "granularity must be at least 1, got 0"),
+        (lambda: OPS.zero_outside(COLUMNS, COLUMNS > 0), "values must be float16, bfloat16, float32 or float64"),
+        (lambda: OPS.zero_outside(SCORES, SCORES), "mask must be bool"),
+        (lambda: OPS.zero_outside(SCORES.t(), SCORES.t() > 0), "must be contiguous"),
+        (lambda: OPS.zero_outside(SCORES, SCORES[1:] > 0), r"shape of values, \(4, 6\), got \(3, 6\)"),
     ],
 )
 def test_they_refuse(call: Callable[[], Any], message: str) -> None:

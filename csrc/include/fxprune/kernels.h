@@ -12,6 +12,7 @@
 #include "fxprune/clear_rows.h"
 #include "fxprune/depthwise_taps.h"
 #include "fxprune/held_scores.h"
+#include "fxprune/mask_tiles.h"
 #include "fxprune/max_pool.h"
 #include "fxprune/nm_prune.h"
 #include "fxprune/skip_zeros.h"
