@@ -64,7 +64,7 @@ def _without(model: nn.Module, inputs: Sequence[Tensor], share: float) -> nn.Mod
         warnings.simplefilter("ignore")  # of parameters outside of layers, which it prunes as it should
         tp.pruner.MagnitudePruner(
             smaller,
-            inputs[0].float(),
+            inputs[0][:1].float(),  # whose graph of all activations it keeps
             importance=tp.importance.GroupMagnitudeImportance(p=2),
             pruning_ratio=share,
             round_to=ROUND_TO,
