@@ -33,14 +33,19 @@ struct PixelsBf16 : TileBf16<V> {
     if (a.activation == Activation::kHardswish) {
       return store(a, image, lanes, columns, rows, sums, bias, Hardswish{});
     }
-    const Clamp clamp = clamp_of(a.activation);
-    const Reg low = V::set1(clamp.low), high = V::set1(clamp.high);
-    store(a, image, lanes, columns, rows, sums, bias,
-          [=](Reg x) { return V::min(high, V::max(low, x)); });
+    store(a, image, lanes, columns, rows, sums, bias, Clamped(a.activation));
   }
 
   struct Hardswish {
     Reg operator()(Reg x) const { return hardswish<V>(x); }
+  };
+  struct Clamped {
+    explicit Clamped(Activation activation) {
+      const Clamp clamp = clamp_of(activation);
+      low = V::set1(clamp.low), high = V::set1(clamp.high);
+    }
+    Reg operator()(Reg x) const { return V::min(high, V::max(low, x)); }
+    Reg low, high;
   };
 
   // end(sums + bias), rounded. bias: of every feature, or null.
@@ -103,10 +108,8 @@ struct PixelsBf16 : TileBf16<V> {
   // A feature that is a bias alone, in a whole block.
   static void store_bias(const TileGemmBf16& a, int64_t image, int64_t shift, int64_t feature) {
     alignas(64) static constexpr float kNothing[kPixels] = {};
-    const Clamp clamp = clamp_of(a.activation);
-    const Reg low = V::set1(clamp.low), high = V::set1(clamp.high);
-    const auto line = V::line_of(kNothing, V::set1(a.bias ? a.bias[feature] : 0.0f),
-                                 [=](Reg x) { return V::min(high, V::max(low, x)); });
+    const Reg bias = V::set1(a.bias ? a.bias[feature] : 0.0f);
+    const auto line = V::line_of(kNothing, bias, Clamped(a.activation));
     V::store_line(a.out + (image * a.n + feature) * a.ldo() + shift, line);
   }
 };
