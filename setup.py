@@ -3,7 +3,8 @@
 Only torch's headers are needed, and torch is located without importing it, so that ``pip install .`` never downloads
 one. Without a compiler or without the headers the package is built Python-only and runs on its references.
 The CUDA library is built when this machine has a GPU and nvcc, or when FXPRUNE_CUDA=1; it loads beside a torch without
-CUDA as well. Environment: CXX, NVCC, FXPRUNE_CUDA (0 or 1), FXPRUNE_TORCH_DIR (a torch package directory),
+CUDA as well. Environment: CXX, NVCC, FXPRUNE_CUDA (0 or 1), FXPRUNE_CUDA_TARGETS (nvcc's -gencode options in place of
+those for Ampere, Hopper and later GPUs), FXPRUNE_TORCH_DIR (a torch package directory),
 FXPRUNE_SANITIZE=1 (address and undefined-behaviour sanitizers, plus an operator that trips them).
 """
 
@@ -50,6 +51,7 @@ NVCC_TARGETS = [
     "-gencode=arch=compute_90a,code=sm_90a",
     "-gencode=arch=compute_80,code=[sm_80,compute_80]",
 ]
+NVCC_TARGETS = shlex.split(os.environ.get("FXPRUNE_CUDA_TARGETS", "")) or NVCC_TARGETS
 
 
 def nvcc() -> list[str]:

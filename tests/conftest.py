@@ -5,6 +5,7 @@ Profiles: ``dev`` by default, ``nightly`` with FXPRUNE_FUZZ=<examples per proper
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -32,6 +33,7 @@ for folder in (ROOT, ROOT / "benchmarks"):
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch._dynamo.guards  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 _SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
@@ -44,11 +46,20 @@ settings.register_profile(
 settings.load_profile("nightly" if "FXPRUNE_FUZZ" in os.environ else "dev")
 
 torch.set_num_threads(2)
+# For its log alone, Dynamo flushes the caches of the processor and times each guard once: 20 ms of a small compile's 60.
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+# pytest listens to every logger that does not propagate, and to a listener torch describes all that it compiles: 8 ms.
+logging.getLogger("torch.__trace").addHandler = lambda _: None  # type: ignore[method-assign]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
     config.addinivalue_line("markers", "fuzz: a property worth thousands of examples (make fuzz)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first: none of them is left for the end, when the other processes have nothing more to do."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -64,17 +64,9 @@ def types() -> bool:
 
 
 def cpp_format() -> bool:
-    """List the C++ files that clang-format would change."""
-    print("== clang-format", flush=True)
-    tool = find("clang-format")
-    sources = [p for p in sorted((ROOT / "csrc").rglob("*")) if p.suffix in (".cpp", ".h", ".cu", ".cuh")]
-    wrong = [p for p in sources if tool is None or formatted(tool, p) != p.read_text()]
-    print("\n".join(f"would reformat {p.relative_to(ROOT)}" for p in wrong))
-    return not wrong
-
-
-def formatted(tool: str, path: Path) -> str:
-    return subprocess.run([tool, path], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    """Show the first line of each C++ file that clang-format would change, in one run of it over all."""
+    sources = [str(p) for p in sorted((ROOT / "csrc").rglob("*")) if p.suffix in (".cpp", ".h", ".cu", ".cuh")]
+    return run("clang-format", "--dry-run", "--Werror", *sources)
 
 
 def sizes() -> bool:

@@ -1,17 +1,20 @@
 """Compare what every CUDA kernel needs of the GPU with csrc/cuda/resources.json: registers, spills, instructions.
 
-    python tools/cuda_resources.py [--write]
+    python tools/cuda_resources.py [--write] [--if-changed]
 
 Compiles the CUDA library for all its targets (only what changed) and reads the assembler's report: registers, stack and
 spilled bytes by kernel and target. Where cuobjdump is found it also counts machine instructions (HGMMA, HMMA, LDGSTS,
 bulk copies, local memory), and those that a depthwise kernel executes per output with every tap kept. More registers
 than the table allows, any spill, an expected instruction that is gone, or more per output than the targets is a failure;
---write records what is there. Needs nvcc, no GPU; cuobjdump and nvdisasm also come as PyPI packages.
+--write records what is there, with a digest of what it was made from; with --if-changed nothing is compiled where that
+is what there is: the same compiler would make the same of it. Needs nvcc, no GPU; cuobjdump and nvdisasm also come as
+PyPI packages.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -24,6 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "csrc/cuda/resources.json"
+MADE_FROM = TABLE.with_suffix(".sha256")
 # instructions that are counted, by the beginning of their name in the disassembly
 COUNTED = ("HGMMA", "HMMA", "LDGSTS", "UBLKCP", "LDSM", "SYNCS", "FFMA", "LDL", "STL")
 # what must be there, by a part of the kernel's name, on the targets that have it
@@ -58,10 +62,14 @@ Row = dict[str, Any]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="replace the table by what was found")
+    parser.add_argument("--if-changed", action="store_true", help="compile only what the table was not made from")
     options = parser.parse_args()
     nvcc = os.environ.get("NVCC", "nvcc").split()[0]
     if shutil.which(nvcc) is None:
         print(f"cuda-resources: skipped, there is no {nvcc}")
+        return 0
+    if options.if_changed and MADE_FROM.read_text().strip() == made_from(version()):
+        print("cuda-resources: the table was made from these kernels by this compiler")
         return 0
     objects = build()
     found = resources(objects)
@@ -74,6 +82,7 @@ def main() -> int:
     if options.write:
         rows = (f"{json.dumps(key)}: {json.dumps(row)}" for key, row in sorted(found.items()))
         TABLE.write_text("{\n" + ",\n".join(rows) + "\n}\n")  # a row per line
+        MADE_FROM.write_text(made_from(version()) + "\n")
         print(f"cuda-resources: wrote {len(found)} rows")
         return 0
     problems = compare(found, json.loads(TABLE.read_text()), bool(instructions))
@@ -91,6 +100,34 @@ def build() -> list[Path]:
         raise SystemExit("cuda-resources: the build left no report of the assembler")
     folder = logs[-1].parent  # that of this build's flags: the last one written to
     return [folder / f"{source.name}.o" for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+
+
+def version() -> str:
+    nvcc = os.environ.get("NVCC", "nvcc").split()
+    return subprocess.run([*nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def made_from(compiler: str) -> str:
+    """Return a digest of all that the table depends on: the compiler and its options, the sources, and its own text."""
+    command = [sys.executable, "-c", "import setup; print(setup.NVCC_FLAGS, setup.NVCC_TARGETS)"]
+    options = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256((compiler + options).encode())
+    for path in (TABLE, *sources()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def sources() -> list[Path]:
+    """Return the CUDA files that kernels are in, and all of ours that they include."""
+    found: set[Path] = set()
+    waiting = list((ROOT / "csrc/cuda").glob("*.cu"))
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            names = re.findall(r'#include "(.+)"', path.read_text())
+            waiting += [p for name in names for p in (ROOT / "csrc" / name, ROOT / "csrc/include" / name) if p.is_file()]
+    return sorted(found)
 
 
 def resources(objects: list[Path]) -> dict[str, Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -42,16 +43,21 @@ def net() -> nn.Module:
     return nn.Sequential(Block(), Block())
 
 
-def programs(call: Callable[..., Any], x: Tensor) -> list[str]:
+def programs(call: Callable[..., Any], x: Tensor) -> tuple[str, ...]:
     """Return the source of forward and backward, without names that count compiles."""
     _, sources = run_fw_bw_and_get_code(lambda: call(x))
     assert len(sources) == 2
-    return [re.sub(r"AOT ID: .*|'\d+_(forward|backward)'", "", source) for source in sources]
+    return tuple(re.sub(r"AOT ID: .*|'\d+_(forward|backward)'", "", source) for source in sources)
 
 
-def stock(x: Tensor, **options: Any) -> list[str]:
+def x_of_net() -> Tensor:
+    return torch.randn(4, 8, 32)
+
+
+@functools.cache
+def stock(dynamic: bool | None = None) -> tuple[str, ...]:
     try:
-        return programs(torch.compile(net(), **options), x)
+        return programs(torch.compile(net(), dynamic=dynamic), x_of_net())
     finally:
         torch._dynamo.reset()
 
@@ -64,16 +70,16 @@ def slower(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("options", [{}, {"grad_sparsity": "auto:2:4"}], ids=["plain", "auto"])
 def test_what_is_not_pruned_is_stock(options: dict[str, Any], dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     slower(monkeypatch)
-    x = torch.randn(4, 8, 32)
+    x = x_of_net()
     call = torch.compile(net(), backend=fxprune.hwprune, options=options, dynamic=dynamic)
-    assert programs(call, x) == stock(x, dynamic=dynamic)
+    assert programs(call, x) == stock(dynamic)
 
 
 def test_a_program_built_later_is_stock(monkeypatch: pytest.MonkeyPatch) -> None:
     """For another model of the class, which Dynamo does not compile again."""
     slower(monkeypatch)
-    x = torch.randn(4, 8, 32)
-    expected = stock(x)
+    x = x_of_net()
+    expected = stock()
     options = {"grad_sparsity": "auto:2:4"}
     programs(torch.compile(net(), backend=fxprune.hwprune, options=options), x)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -89,8 +95,8 @@ def saved(backward: str) -> list[str]:
 
 def test_a_pruned_graph_saves_what_stock_saves() -> None:
     """Parameters, not views of them; and the counters of its random numbers."""
-    x = torch.randn(4, 8, 32)
-    _, expected = stock(x)
+    x = x_of_net()
+    _, expected = stock()
     options = {"grad_sparsity": "2:4", "autotune": "off"}
     _, given = programs(torch.compile(net(), backend=fxprune.hwprune, options=options), x)
     assert given.count("fxprune.nm_prune") > expected.count("fxprune.nm_prune") == 0

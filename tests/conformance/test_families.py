@@ -13,7 +13,7 @@ from tests.conformance import families
 from tests.conformance.family import COLUMNS, row
 
 ROWS = {cells["family"]: cells for cells in families.read()}
-FAST = ("cspnext", "deit", "dla", "ghostnet")
+FAST = ("cspnext", "deit", "dla")
 
 
 @pytest.mark.parametrize("family", FAST)

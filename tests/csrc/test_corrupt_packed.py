@@ -21,7 +21,7 @@ from fxprune.ops import OPS
 from fxprune.ops.bundle import unbundle
 from fxprune.ops.operator import Operator
 from fxprune.ops.region import numbers, text
-from tests.oracle import tensors
+from tests.oracle import nearness, tensors
 
 if not library.load():
     pytest.skip("the C++ library is not built", allow_module_level=True)
@@ -97,7 +97,7 @@ def repeats(op: Operator, args: list[Any]) -> bool:
 
 def same(op: Operator, given: Any, wanted: Any) -> bool:
     pairs = list(zip(tensors(given), tensors(wanted), strict=True))
-    near = 2.0**-6 if op.name == "attention" else 1e-4  # it rounds the shares of keys, which are no integers
+    near = nearness(op.name)
     return all(a.shape == b.shape and torch.allclose(a, b, atol=near, rtol=near, equal_nan=True) for a, b in pairs)
 
 

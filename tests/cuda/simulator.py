@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(p for p in (ROOT / "csrc/sim").glob("*.cpp") if p.name != "operators.cpp")
 SANITIZE = os.environ.get("FXPRUNE_SANITIZE") == "1"
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
-FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"] if SANITIZE else ["-O2", "-g0"]
+FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"] if SANITIZE else ["-O2", "-g0"]
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)
 # the functions that return a text or null

@@ -13,7 +13,7 @@ import fxprune
 from fxprune.decompositions import BACKWARD
 from fxprune.ops import OPS
 from fxprune.ops.operator import Operator
-from tests.oracle import tensors
+from tests.oracle import nearness, tensors
 
 # torch's own copy of a program warns about torch's own tree specifications
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
@@ -64,7 +64,7 @@ def test_runs_as_core_aten(op: Operator) -> None:
                 assert core, f"{op.name}: {target} is not core ATen"
         with torch.no_grad():
             got = tensors(plain.module()(*given))
-        near = 2.0**-6 if op.name == "attention" else 1e-4  # the kernel rounds the shares of keys to bfloat16
+        near = nearness(op.name)
         for a, b in zip(got, tensors(expected), strict=True):
             torch.testing.assert_close(a, b, rtol=near, atol=near)
 
