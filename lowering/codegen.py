@@ -16,10 +16,11 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import default_partition
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from ..config import Config
-from ..graph import name_of
+from ..graph import fake, name_of
 from ..weights import states
 from . import library, tensorrt
 
@@ -52,7 +53,7 @@ def compile_rest(
     config: Config,
     joint: JointPass | None = None,
 ) -> Callable[..., Any]:
-    """Compile a rewritten graph. Beside our kernels, convolutions left in it stay NCHW, the layout of those.
+    """Compile a rewritten graph. Beside our kernels on images, convolutions left in it stay NCHW, the layout of those.
 
     constant: per input, whether it is a weight; with ``freeze`` those are folded into the compiled code. joint: runs on the
     joint graph of autograd, before Inductor's own passes.
@@ -73,12 +74,21 @@ def compile_rest(
 def patches(graph: Graph, config: Config) -> dict[str, Any]:
     """Return the settings of Inductor for a rewritten graph."""
     # Inductor would check the sizes of every packed weight on every call; a region checks what it reads itself
-    ours = {"layout_optimization": False, "size_asserts": False} if _has_ours(graph) else {}
-    return {**ours, **_patches(config)}
+    ours = {"size_asserts": False} if _has_ours(graph) else {}
+    layout = {"layout_optimization": False} if any(map(_runs_on_images, graph.nodes)) else {}
+    return {**ours, **layout, **_patches(config)}
 
 
 def _has_ours(graph: Graph) -> bool:
     return any(getattr(node.target, "namespace", "") == "fxprune" for node in graph.nodes)
+
+
+def _runs_on_images(node: Node) -> bool:
+    """True for a kernel of ours on feature-major images; beside others, stock's convolutions keep stock's layout."""
+    if getattr(node.target, "namespace", "") != "fxprune":
+        return False
+    values = [*(fake(n) for n in node.all_input_nodes), *pytree.tree_leaves(node.meta.get("example_value"))]
+    return any(isinstance(v, Tensor) and v.dim() == 4 and v.is_floating_point() for v in values)
 
 
 def _unrolls(gm: GraphModule) -> bool:

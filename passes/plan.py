@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from ..sparsity.pattern import LayerMask, obeys
 from ..staircase import choose_levels
 from .join_sequences import join_sequences
 from .plan_rnn import Found, decide_recurrent, recurrent_layers
-from .regions import as_convolutions, chained, regions
+from .regions import as_convolutions, by_image, chained, regions
 from .split_batch import split_batch
 
 # below this fraction of zeros a weight counts as dense: timing noise is larger than the gain
@@ -267,7 +268,8 @@ def _decide_region(
             why = _whole(match, pattern, ctx)
             ctx.decisions.append(Decision(match, None, False, refusals[match.node] or why, pattern=pattern))
         return
-    timings = {m.node: ctx.measure(m, found[m][1]) for m in region if refusals[m.node] is None}
+    timed = partial(by_image, ctx.measure) if ctx.inference and len(region) > 1 else ctx.measure
+    timings = {m.node: timed(m, found[m][1]) for m in region if refusals[m.node] is None}
     ours = dense = 0.0
     for match in region:
         timing = timings.get(match.node)

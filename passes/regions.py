@@ -13,10 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+import torch
 from torch.fx import Node
 
+from ..context import Measure, Timing
+from ..cost import hint
 from ..graph import argument, aten, is_call
 from ..match import Geometry, Match
+from ..sparsity.pattern import LayerMask
 from .fuse_epilogue import activation_name
 
 _TO_LAST, _TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
@@ -106,3 +110,17 @@ def _as_convolution(match: Match) -> Match:
     (b, h, w, k), n = match.geometry.x, match.geometry.y[-1]
     geometry = Geometry((b, k, h, w), (b, n, h, w))
     return replace(match, kind="pointwise", geometry=geometry, value=match.matrix(match.value), transposed=False)
+
+
+def by_image(measure: Measure, match: Match, mask: LayerMask | None) -> Timing:
+    """Time a layer as a region runs it: one image per thread, whose activations stay in the caches of its core.
+
+    All images at once go through memory, which is what dense convolutions do and are timed at.
+    """
+    timing = measure(match, mask)
+    batch, threads = hint(match.geometry.x[0]), torch.get_num_threads()
+    if match.on_gpu or batch <= threads:
+        return timing
+    x, y = ((threads, *sizes[1:]) for sizes in (match.geometry.x, match.geometry.y))
+    few = measure(replace(match, geometry=replace(match.geometry, x=x, y=y)), mask)
+    return replace(timing, sparse=min(timing.sparse, few.sparse * batch / threads))

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from fxprune.lowering import measure
+from fxprune.lowering import codegen, measure
 from torch import nn
 
 from fxprune import backend
 from fxprune.backend import LAST_REPORTS, describe
+from fxprune.capture import capture
+from fxprune.config import Config
 from fxprune.context import Decision, Timing
 from tests.oracle import assert_exact, compiled, integer_model, integers, zero_some
 from tests.toys import image, mlp, mobile, pruned, rows, run
@@ -67,6 +69,22 @@ def test_a_region_wins_or_loses_as_a_whole(timed: Callable[..., None]) -> None:
     found = decided(model, image())  # ours 5 + 30, dense 40
     assert [found[n].chosen for n in ("dw", "pw", "fc")] == [True, False, False]
     assert found["pw"].reason == "kept dense in its feature-major region: 0.50x of dense"
+
+
+def settings(model: nn.Module, x: torch.Tensor) -> dict[str, Any]:
+    """What Inductor is told about the graph that it gets."""
+    (graph,) = capture(model, (x,))
+    with torch.no_grad():
+        clone, _, _ = backend.rewrite(graph.gm, graph.inputs, Config(min_speedup=1.02))
+    return codegen.patches(clone.graph, Config())
+
+
+def test_dense_convolutions_keep_stocks_layout_beside_linear_layers_of_ours(timed: Callable[..., None]) -> None:
+    timed(dw=(10.0, 20.0, 20.0), pw=(40.0, 20.0, 30.0), linear=(1.0, 2.0, 2.0))
+    beside_dense = settings(pruned(mobile(), image()), image())
+    assert "layout_optimization" not in beside_dense and beside_dense["size_asserts"] is False
+    timed(dw=(5.0, 20.0, 20.0), pw=(40.0, 20.0, 30.0), linear=(3.0, 2.0, 2.0))
+    assert settings(pruned(mobile(), image()), image())["layout_optimization"] is False
 
 
 class Channels(nn.Module):

@@ -11,6 +11,7 @@ from torch import nn
 import fxprune
 from fxprune import backend
 from fxprune.context import Timing
+from fxprune.match import Match
 from tests.oracle import Run, check, compiled, integer_model, integers, rewritten, zero_some
 
 X = integers(2, 8, 6, 6, seed=7)
@@ -54,6 +55,33 @@ def test_slower_region_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     run = check(separable(), X, min_speedup=1.02)
     assert not run.changed and run.ops == {"conv2d": 3}
     assert all(not chosen and "kept dense: its region of 3 layers reaches 0.67x" in why for chosen, why in verdicts(run))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_layers_of_a_region_are_timed_with_an_image_a_thread(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All images at once take our kernels ten times as long as by two."""
+
+    def measure(match: Match, mask: object) -> Timing:
+        batch = match.geometry.x[0]
+        assert match.geometry.y[0] == batch
+        return Timing(10.0 * batch if batch > 2 else 1.0 * batch, 2.0 * batch, 3.0 * batch, measured=True)
+
+    class Fake:
+        seconds = 0.0
+
+        def __init__(self, *_: object) -> None:
+            self.predict = measure
+
+        __call__ = staticmethod(measure)
+
+    monkeypatch.setattr(backend, "Measure", Fake)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x = integers(6, 8, 6, 6, seed=7)
+    run = check(separable()[:layers], x, min_speedup=1.02)
+    if layers > 1:
+        assert verdicts(run) == [(True, "2.00x of dense")] * layers
+    else:  # alone it is no region
+        assert not run.changed and verdicts(run) == [(False, "kept dense: its region of 1 layers reaches 0.67x of dense")]
 
 
 def test_one_slow_layer_stays_dense_inside_a_winning_region(monkeypatch: pytest.MonkeyPatch) -> None:
