@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -91,6 +92,11 @@ def compile_and_compare(model: nn.Module, shape: tuple[int, ...], dtype: torch.d
     return ours / exact.abs().max().item()
 
 
+def of_graphs(seen: list[str]) -> list[str]:
+    """The kernels that graphs call: one more packs the weights, when they are compiled."""
+    return [op for op in seen if op != "tile_pack"]
+
+
 @pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
 @pytest.mark.parametrize(("name", "build", "shape", "counts"), CASES, ids=[c[0] for c in CASES])
 def test_models(
@@ -99,7 +105,7 @@ def test_models(
     torch.manual_seed(0)
     model = fxprune.prune(build().eval(), (torch.randn(1, *shape[1:]),), sparsity=0.5).model
     compile_and_compare(model, shape, dtype)
-    assert {op: seen.count(op) for op in set(seen)} == counts
+    assert Counter(of_graphs(seen)) == counts
 
 
 @pytest.mark.parametrize(("name", "build", "shape", "counts"), CASES[::2], ids=[c[0] for c in CASES[::2]])
@@ -116,7 +122,7 @@ def test_tf32(
         error = compile_and_compare(model, shape, torch.float32, 2e-3)
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert error > 1e-5 and {op: seen.count(op) for op in set(seen)} == counts
+    assert error > 1e-5 and Counter(of_graphs(seen)) == counts
 
 
 @pytest.mark.parametrize("pattern", ("tvw", "2:4"))
@@ -139,4 +145,4 @@ def test_two_in_four(pattern: str, dtype: torch.dtype, seen: list[str], monkeypa
         Small().eval(), (torch.randn(1, 5, 96),), sparsity=0.5 if pattern == "2:4" else 0.6, pattern=pattern
     ).model
     compile_and_compare(model, (2, 5, 96), dtype)
-    assert halved == [True, True] and seen == ["tile_gemm"] * 2
+    assert halved == [True, True] and of_graphs(seen) == ["tile_gemm"] * 2
