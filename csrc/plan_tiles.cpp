@@ -30,28 +30,24 @@ void check_flat(const Tensor& t, const char* name, int32_t type, const char* typ
                   shape_of(t));
 }
 
-// What `columns` of the rows of `matrix` (N, K) make tiles of. Returns the number of tiles.
-template <class Cut>
-int64_t check_cut(const Tensor& matrix, const Tensor& columns, int64_t granularity, Cut* a) {
+TileCut check_cut(const Tensor& matrix, const Tensor& columns, int64_t granularity) {
   check_flat(columns, "columns", element_types().int64, "int64", 1);
   STD_TORCH_CHECK(granularity >= 1, "granularity must be at least 1, got ", granularity);
-  const int64_t features = matrix.size(0);
-  a->kept = columns.numel(), a->k = matrix.size(1);
-  a->columns = data<int64_t>(columns);
-  for (int64_t i = 0; i < a->kept; ++i) {
-    STD_TORCH_CHECK(a->columns[i] >= 0 && a->columns[i] < features, "columns must lie in [0, ",
-                    features, "), got ", a->columns[i]);
+  const int64_t features = matrix.size(0), kept = columns.numel();
+  const int64_t* column = data<int64_t>(columns);
+  for (int64_t i = 0; i < kept; ++i) {
+    STD_TORCH_CHECK(column[i] >= 0 && column[i] < features, "columns must lie in [0, ", features,
+                    "), got ", column[i]);
   }
-  a->granularity = std::min(granularity, std::max<int64_t>(a->kept, 1));
-  return (a->kept + a->granularity - 1) / a->granularity;
+  return {column, kept, std::min(granularity, std::max<int64_t>(kept, 1)), matrix.size(1)};
 }
 
 // ---- tile_scores ----
 
 Tensor tile_scores_cpu(const Tensor& importance, const Tensor& columns, int64_t granularity) {
   check_flat(importance, "importance", element_types().float32, "float32", 2);
-  TileScores a{};
-  const int64_t tiles = check_cut(importance, columns, granularity, &a);
+  TileScores a{check_cut(importance, columns, granularity)};
+  const int64_t tiles = a.tiles();
   Tensor scores = empty_output(importance, {tiles, a.k});
   if (tiles * a.k == 0) return scores;
   a.values = data<float>(importance);
@@ -207,8 +203,8 @@ int64_t shared_rows_cpu(const Tensor& mask, std::vector<int64_t> groups) {
 
 Tensor tile_counts_cpu(const Tensor& mask, const Tensor& columns, int64_t granularity) {
   check_flat(mask, "mask", aoti_torch_dtype_bool(), "bool", 2);
-  TileCounts a{};
-  const int64_t tiles = check_cut(mask, columns, granularity, &a);
+  TileCounts a{check_cut(mask, columns, granularity)};
+  const int64_t tiles = a.tiles();
   Tensor counts = empty_output(mask, {tiles, a.k}, element_types().int32);
   if (tiles * a.k == 0) return counts;
   a.mask = data<uint8_t>(mask);

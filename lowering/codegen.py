@@ -63,7 +63,7 @@ def compile_rest(
     if config.fallback == "eager" or _unrolls(gm):
         return gm.forward if joint is None else _differentiate(gm, example_inputs, joint)
     settings = patches(gm.graph, config)
-    if joint is not None or _has_ours(gm.graph):
+    if joint is not None or any(map(_is_ours, gm.graph.nodes)):
         settings["joint_custom_pre_pass"] = Salt(joint)
     if not config.freeze or torch.is_grad_enabled():
         return _read(gm, example_inputs, lambda read: _compile(gm, read, settings))
@@ -74,19 +74,18 @@ def compile_rest(
 def patches(graph: Graph, config: Config) -> dict[str, Any]:
     """Return the settings of Inductor for a rewritten graph."""
     # Inductor would check the sizes of every packed weight on every call; a region checks what it reads itself
-    ours = {"size_asserts": False} if _has_ours(graph) else {}
-    layout = {"layout_optimization": False} if any(map(_runs_on_images, graph.nodes)) else {}
-    return {**ours, **layout, **_patches(config)}
+    ours = [node for node in graph.nodes if _is_ours(node)]
+    sizes = {"size_asserts": False} if ours else {}
+    layout = {"layout_optimization": False} if any(map(_runs_on_images, ours)) else {}
+    return {**sizes, **layout, **_patches(config)}
 
 
-def _has_ours(graph: Graph) -> bool:
-    return any(getattr(node.target, "namespace", "") == "fxprune" for node in graph.nodes)
+def _is_ours(node: Node) -> bool:
+    return getattr(node.target, "namespace", "") == "fxprune"
 
 
 def _runs_on_images(node: Node) -> bool:
     """True for a kernel of ours on feature-major images; beside others, stock's convolutions keep stock's layout."""
-    if getattr(node.target, "namespace", "") != "fxprune":
-        return False
     values = [*(fake(n) for n in node.all_input_nodes), *pytree.tree_leaves(node.meta.get("example_value"))]
     return any(isinstance(v, Tensor) and v.dim() == 4 and v.is_floating_point() for v in values)
 

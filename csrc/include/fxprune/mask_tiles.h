@@ -3,14 +3,13 @@
 
 #include <cstdint>
 
+#include "fxprune/tile_cut.h"
+
 namespace fxprune {
 
-// mask: rows of `k`, one a feature; columns: the features of tiles, `granularity` to each of them;
-// counts: tiles x k
-struct TileCounts {
+// mask: rows of `k`, one a feature; counts: tiles x k
+struct TileCounts : TileCut {
   const uint8_t* mask;
-  const int64_t* columns;
-  int64_t kept, granularity, k;
   int32_t* counts;
 };
 

@@ -13,8 +13,7 @@ namespace fxprune {
 template <class V>
 void tile_counts(const TileCounts& s, int64_t first, int64_t last) {
   for (int64_t tile = first; tile < last; ++tile) {
-    const int64_t* begin = s.columns + tile * s.granularity;
-    const int64_t* end = s.columns + std::min((tile + 1) * s.granularity, s.kept);
+    const int64_t *begin = s.begin(tile), *end = s.end(tile);
     int32_t* __restrict counts = s.counts + tile * s.k;
     std::fill(counts, counts + s.k, 0);
     for (const int64_t* feature = begin; feature < end; ++feature) {

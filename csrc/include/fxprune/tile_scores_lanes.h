@@ -3,7 +3,6 @@
 // Include only under a target pragma.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -34,8 +33,7 @@ void tile_scores(const TileScores& s, int64_t first, int64_t last) {
   using Double = typename WideLanes<V::kWidth>::Double;
   constexpr int kLanes = V::kWidth / 2, kVecs = 8, kStep = kLanes * kVecs;
   for (int64_t tile = first; tile < last; ++tile) {
-    const int64_t* begin = s.columns + tile * s.granularity;
-    const int64_t* end = s.columns + std::min((tile + 1) * s.granularity, s.kept);
+    const int64_t *begin = s.begin(tile), *end = s.end(tile);
     const double features = static_cast<double>(end - begin);
     float* scores = s.scores + tile * s.k;
     int64_t k = 0;
