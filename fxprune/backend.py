@@ -11,6 +11,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import RestartAnalysis
 from torch._logging import trace_structured
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from fxprune import dump
 from fxprune.capture import Captured, detect
@@ -105,6 +106,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         clone, ctx, changed = rewrite(gm, inputs, config, levels, sizes or symbols.sizes(inputs))
         _report(ctx, time.perf_counter() - start)
         if not changed:
+            ctx.close()
             return dense(inputs, ctx.side)
         chain(clone, ctx)
         packs = ctx.weights.appended()
@@ -122,13 +124,14 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
         compiled = codegen.compile_rest(clone, [*inputs, *packs], constant, config, joint)
         ctx.seconds["codegen"] = time.perf_counter() - before
         run = _with_key(compiled, ctx, [*inputs, *packs])
+        ctx.close()
         return Built(run, packs, ctx, ctx.side, _holds(config, training))
 
     def build_later(args: Sequence[Any]) -> Built:
         if are_hidden(args):
             return Built(gm.forward, holds=lambda: False)
         state = states(gm, args)
-        inputs = [new if fixed else old for new, old, fixed in zip(args, example_inputs, state, strict=True)]
+        inputs = [new if fixed or old is None else old for new, old, fixed in zip(args, activations, state, strict=True)]
         try:
             with symbols.restored(), warnings.catch_warnings():
                 if hidden:
@@ -139,6 +142,8 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
             log.warning("rebuilding for changed weights or another batch size failed; the graph runs dense", exc_info=True)
             return Built(gm.forward)
 
+    fixed = states(gm, example_inputs)
+    activations = [None if is_weight else value for value, is_weight in zip(example_inputs, fixed, strict=True)]
     levels = _levels(gm, example_inputs, config, dense, build) if config.has_target else None
     # a part of a model that DDP splits, whose parameters the first call brings: they may have a plan
     hidden = are_hidden(example_inputs) and generation() > 0
@@ -371,7 +376,7 @@ def _report(ctx: Context, seconds: float) -> None:
         metadata_fn=lambda: {"name": "fxprune_decisions", "encoding": "json"},
         payload_fn=lambda: json.dumps({"seconds": ctx.seconds, "layers": [describe(d) for d in ctx.decisions]}),
     )
-    LAST_REPORTS.append(ctx)
+    LAST_REPORTS.append(replace(ctx, weights=Weights(GraphModule({}, Graph()))))  # without what is packed
     del LAST_REPORTS[:-16]
 
 

@@ -78,12 +78,14 @@ def capture(model: nn.Module, example_inputs: Any) -> list[Captured]:
         remedy = "Check that model(*example_inputs) runs; a tuple is positional arguments, a dict keyword arguments."
         cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise CaptureError(inputs=shapes, cause=cause, remedy=remedy) from error
-    outside = _outside(model, graphs)
-    if outside and not graphs:  # one to tell it
+    found = list(graphs)
+    graphs.clear()  # Dynamo keeps `keep` with the code of the class, and the weights must not live as long
+    outside = _outside(model, found)
+    if outside and not found:  # one to tell it
         nothing = Graph()
         nothing.output(())
-        graphs.append(Captured(GraphModule(nn.Module(), nothing), ()))
-    return [replace(graph, outside=() if i else outside) for i, graph in enumerate(graphs)]
+        found.append(Captured(GraphModule(nn.Module(), nothing), ()))
+    return [replace(graph, outside=() if i else outside) for i, graph in enumerate(found)]
 
 
 def _outside(model: nn.Module, graphs: Sequence[Captured]) -> tuple[Refusal, ...]:

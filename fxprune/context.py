@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -83,16 +83,17 @@ class Decision:
     timing: Timing | None = None
     pattern: str = ""
     kernel: str = "dense"
+    zeros: float = 0.0  # in a weight without a mask, once it is released
 
     @property
     def sparsity(self) -> float:
         """Fraction of zeros the kernel skips (of the weight itself when there is no mask)."""
         if self.mask is not None:
-            return 1.0 - self.mask.mask.sum().item() / max(self.mask.mask.numel(), 1)
+            return 1.0 - self.mask.share
         value = self.match.value
-        if isinstance(value, FakeTensor):  # DDP compiles its parts before they meet their weights
-            return 0.0
-        return (value == 0).sum().item() / max(value.numel(), 1)
+        if isinstance(value, FakeTensor) or value.is_meta:  # DDP compiles its parts before they meet their weights
+            return self.zeros
+        return 1.0 - torch.count_nonzero(value).item() / max(value.numel(), 1)
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ Observer = Callable[[int, str, GraphModule, "Context"], None]  # (number of the 
 
 @dataclass
 class Context:
-    """State of one compile; passes read it and add to it, nothing outlives it."""
+    """State of one compile; passes read it and add to it. What outlives it holds no weight of the user's."""
 
     config: Config
     weights: Weights
@@ -181,3 +182,12 @@ class Context:
         """Return the ids of the user's tensors that the rewritten graph was built from."""
         chosen = [self.weights.value(self.weights.origin(d.match.weight)) for d in self.decisions if d.chosen]
         return {id(t) for t in (*chosen, *self.weights.watched()) if t is not None}
+
+    def close(self) -> None:
+        """Release the user's weights, and what only the compile needed; what was decided stays to be read."""
+        decisions = [replace(d, zeros=d.sparsity) if d.mask is None else d for d in self.decisions]
+        shells = {match: match.shell() for match in (*self.matches, *(d.match for d in decisions))}
+        self.decisions[:] = [replace(d, match=shells[d.match]) for d in decisions]
+        self.matches[:] = [shells[match] for match in self.matches]
+        self.blocks[:] = [block.of(shells) for block in self.blocks]
+        self.weights.release()

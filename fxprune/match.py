@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +58,28 @@ class Recurrent:
     hidden: bool
 
 
+@dataclass(frozen=True)
+class WeightView:
+    """How a weight of ``shape`` is seen as a matrix; it holds no tensor."""
+
+    shape: torch.Size
+    transposed: bool
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(C, KH*KW) of a depthwise weight, (N, K) of a GEMM weight, K = C/groups * KH * KW of a convolution's."""
+        n, k = self.shape[0], self.shape.numel() // max(self.shape[0], 1)
+        return (k, n) if self.transposed else (n, k)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """View a tensor of the weight's shape as :attr:`matrix_shape`."""
+        return weight.t() if self.transposed else weight.reshape(self.matrix_shape)
+
+    def restore(self, matrix: Tensor) -> Tensor:
+        """Inverse of :meth:`matrix`."""
+        return matrix.t() if self.transposed else matrix.reshape(self.shape)
+
+
 @dataclass(frozen=True, eq=False)
 class Match:
     """One prunable call.
@@ -105,22 +128,27 @@ class Match:
         return self.on_gpu and self.value.dtype == torch.float32 and cuda_tf32_image.allowed(convolution)
 
     @property
+    def view(self) -> WeightView:
+        """The weight as a matrix, for what outlives the compile."""
+        return WeightView(self.value.shape, self.transposed)
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(C, KH*KW) of a depthwise weight, (N, K) of a GEMM weight, K = C/groups * KH * KW of a convolution's."""
-        n, k = self.value.shape[0], self.value.numel() // max(self.value.shape[0], 1)
-        return (k, n) if self.transposed else (n, k)
+        return self.view.matrix_shape
 
     def tile_width(self, wanted: int) -> int:
         """Return ``wanted`` output features per tile, or fewer, so that with groups a tile lies inside one."""
         return width_in_groups(self.matrix_shape[0], self.geometry.groups, wanted)
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """View a tensor of the weight's shape as :attr:`matrix_shape`."""
-        return weight.t() if self.transposed else weight.reshape(self.matrix_shape)
+        return self.view.matrix(weight)
 
     def restore(self, matrix: Tensor) -> Tensor:
-        """Inverse of :meth:`matrix`."""
-        return matrix.t() if self.transposed else matrix.reshape(self.value.shape)
+        return self.view.restore(matrix)
+
+    def shell(self) -> Match:
+        """Return the match with only the shape and the type of its weight."""
+        return replace(self, value=torch.empty(self.value.shape, dtype=self.value.dtype, device="meta"))
 
     def where(self) -> str:
         """The layer and the user's own source line."""
@@ -141,6 +169,12 @@ class Block:
     expand: Match | None = None
     squeeze_excite: bool = False
     residual: bool = False
+
+    def of(self, matches: Mapping[Match, Match]) -> Block:
+        """Return the block with other matches in the place of its own."""
+        expand = None if self.expand is None else matches.get(self.expand, self.expand)
+        ours = [matches.get(match, match) for match in (self.depthwise, self.project)]
+        return replace(self, depthwise=ours[0], project=ours[1], expand=expand)
 
     @property
     def kind(self) -> str:

@@ -2,14 +2,16 @@
 
 Dynamo hands a backend its graph with the weights as placeholders and the real Parameters beside it; an exported
 program holds them as attributes. A derived tensor becomes one more graph input. Each remembers what it was built
-from, so a weight that changes after compile is repacked into the same buffers.
+from, so a weight that changes after compile is repacked into the same buffers. Once a graph is compiled only what it
+reads is held: the user's weights live as long as the user wants, and what was derived on the way is built anew.
 """
 
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,12 +32,11 @@ class StructureChanged(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Derived:
-    """Tensors built from other tensors of the graph: ``buffers = build(*inputs)``."""
+    """Tensors built from other tensors of the graph: those of ``nodes`` are ``build(*those of inputs)``."""
 
     nodes: tuple[Node, ...]
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Node, ...]
     build: Build
-    buffers: tuple[Tensor, ...]
 
 
 class Weights:
@@ -44,6 +45,7 @@ class Weights:
     def __init__(self, gm: GraphModule, example_inputs: Sequence[object] = ()) -> None:
         self._gm = gm
         self._real: dict[Node, Tensor] = {}
+        self._released: dict[Node, weakref.ref[Tensor]] = {}  # the user's, which they alone keep
         self._origin: dict[Node, Node] = {}
         self.derived: list[Derived] = []
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -58,7 +60,10 @@ class Weights:
 
     def value(self, node: object) -> Tensor | None:
         """Return the tensor behind a weight, buffer or derived node; ``None`` for anything computed."""
-        return self._real.get(node) if isinstance(node, Node) else None
+        if not isinstance(node, Node):
+            return None
+        released = self._released.get(node)
+        return self._real.get(node) if released is None else released()
 
     def given(self) -> list[tuple[Node, Tensor]]:
         """Return the user's parameters, buffers and constants with their nodes."""
@@ -86,7 +91,7 @@ class Weights:
             nodes.append(self._input(name, buffer))
             if inputs and not own:
                 self._origin[nodes[-1]] = self.origin(inputs[0])
-        self.derived.append(Derived(tuple(nodes), tensors, build, buffers))
+        self.derived.append(Derived(tuple(nodes), tuple(inputs), build))
         return tuple(nodes)
 
     def _input(self, name: str, value: Tensor) -> Node:
@@ -108,14 +113,9 @@ class Weights:
         with torch.inference_mode(False), torch.no_grad():
             whole, layout = bundle([self._real[n] for n in own])
             moved = {id(self._real[n]): p.view_as(self._real[n]) for n, p in zip(own, unbundle(whole, layout), strict=True)}
-
-        def now(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return tuple(moved.get(id(t), t) for t in tensors)
-
         self._real = {node: moved.get(id(value), value) for node, value in self._real.items()}
-        self.derived = [replace(e, inputs=now(e.inputs), buffers=now(e.buffers)) for e in self.derived]
         holders = [self._input(f"weights_{str(t.dtype).removeprefix('torch.')}", t) for t in whole]
-        self.derived.append(Derived(tuple(holders), (), tuple, ()))  # their parts are refreshed
+        self.derived.append(Derived(tuple(holders), (), lambda: tuple(whole)))  # their parts are refreshed
         return holders, layout
 
     def _copied(self, node: Node) -> Node:
@@ -123,7 +123,7 @@ class Weights:
 
     def _built(self, build: Build, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run ``build`` on the CPU, where masks and index lists live, and put the results on the weights' device."""
-        device = next((t.device for t in (*tensors, *self._real.values())), torch.device("cpu"))
+        device = next((t.device for t in (*tensors, *self._real.values()) if not t.is_meta), torch.device("cpu"))
         return tuple(t.to(device) for t in build(*(t.cpu() for t in tensors)))
 
     def appended(self) -> list[Tensor]:
@@ -139,28 +139,58 @@ class Weights:
 
     def watched(self) -> list[Tensor]:
         """Return the user's tensors that anything derived depends on."""
-        own = {id(b) for entry in self.derived for b in entry.buffers}
-        seen: dict[int, Tensor] = {}
-        for entry in self.derived:
-            for tensor in entry.inputs:
-                if id(tensor) not in own:
-                    seen[id(tensor)] = tensor
-        return list(seen.values())
+        own = {node for entry in self.derived for node in entry.nodes}
+        sources = [self.value(node) for entry in self.derived for node in entry.inputs if node not in own]
+        return list({id(tensor): tensor for tensor in sources if tensor is not None}.values())
+
+    def release(self) -> None:
+        """Hold no longer what the graph does not read: the user's tensors, and derived ones that others are built from.
+
+        Of those the shape and type stay; integers stay whole, because a structure must not change. Call it behind
+        :meth:`appended`.
+        """
+        own = {node for entry in self.derived for node in entry.nodes}
+        inputs = {node for node in self._gm.graph.nodes if node.op == "placeholder"}
+        read = {_memory(self._real[node]) for node in own & inputs}
+        for node, value in list(self._real.items()):
+            if node in own:
+                if value.is_floating_point() and _memory(value) not in read:
+                    self._real[node] = value.to("meta")
+            elif node.op == "placeholder":
+                self._released[node] = weakref.ref(self._real.pop(node))
+
+    def clear(self) -> None:
+        """Hold nothing more: a weight is gone, and what was derived with it is never read again."""
+        self.derived.clear()
+        self._real.clear()
 
     def refresh(self) -> None:
         """Rebuild every derived tensor into its buffer.
 
         Raises :class:`StructureChanged` when a result no longer has the shape or the integers it had.
         """
+        passing: dict[Node, Tensor] = {}  # those that nobody holds
         with torch.inference_mode(False), torch.no_grad():
             for entry in self.derived:
-                for buffer, new in zip(entry.buffers, self._built(entry.build, entry.inputs), strict=True):
+                tensors = [passing[n] if n in passing else self.value(n) for n in entry.inputs]
+                if any(t is None for t in tensors):
+                    raise StructureChanged
+                for node, new in zip(entry.nodes, self._built(entry.build, tensors), strict=True):  # type: ignore[arg-type]
+                    buffer = self._real[node]
                     if new.shape != buffer.shape or new.dtype != buffer.dtype:
                         raise StructureChanged
-                    if buffer.is_floating_point() or buffer.dtype in (torch.uint8, torch.int8):  # values, or an image
+                    if buffer.is_meta:
+                        passing[node] = new
+                    elif new is buffer:
+                        continue
+                    elif buffer.is_floating_point() or buffer.dtype in (torch.uint8, torch.int8):  # values, or an image
                         buffer.copy_(new)
                     elif not torch.equal(buffer, new):
                         raise StructureChanged
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def qualified_name(node: Node) -> str:

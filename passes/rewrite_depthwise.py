@@ -18,6 +18,7 @@ from ..graph import aten, call, replace
 from ..match import Match
 from ..sparsity import dcp
 from ..sparsity.pattern import obeys
+from ..weights import Build, StructureChanged
 
 
 def rewrite_depthwise(gm: GraphModule, ctx: Context) -> int:
@@ -32,10 +33,11 @@ def _rewrite(decision: Decision, ctx: Context) -> None:
     match = decision.match
     kept = torch.ones(match.matrix_shape, dtype=torch.bool) if decision.mask is None else decision.mask.mask
     words = dcp.tap_words(kept)
+    view, on_gpu = match.view, match.on_gpu
 
     def build(weight: Tensor) -> tuple[Tensor, ...]:
-        matrix = match.matrix(weight) * kept.to(weight.dtype)
-        return matrix if match.on_gpu else matrix.float(), words  # the CPU kernels' type for any activations
+        matrix = view.matrix(weight) * kept.to(weight.dtype)
+        return matrix if on_gpu else matrix.float(), words  # the CPU kernels' type for any activations
 
     if ctx.inference:
         weight, taps = ctx.weights.derive(
@@ -59,15 +61,15 @@ def from_image(match: Match, new: Node) -> Node:
     return call(match.node, aten.squeeze.dim, new, 2) if match.value.dim() == 3 else new
 
 
-def exact(build, match, kept, ctx):  # type: ignore[no-untyped-def]
+def exact(build: Build, match: Match, kept: Tensor, ctx: Context) -> Build:
     """Make a repack fail when the weight has a non-zero outside the mask it was packed with.
 
     A mask that came from ``options={"sparsity": ...}`` is applied instead: pruning was asked for.
     """
-    from ..weights import StructureChanged
+    view, prunes = match.view, ctx.config.prunes
 
     def checked(weight: Tensor) -> tuple[Tensor, ...]:
-        if not ctx.config.prunes and not obeys(match.matrix(weight), kept):
+        if not prunes and not obeys(view.matrix(weight), kept):
             raise StructureChanged
         return build(weight)
 

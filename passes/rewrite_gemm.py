@@ -63,27 +63,29 @@ def packed(match: Match, layer: LayerMask, ctx: Context, prefix: str, whole: Ten
     """
 
     def build(weight: Tensor) -> tuple[Tensor, ...]:
-        operands = tile.operands(match.matrix(weight), layer.mask, layer.tiling)
-        if not ctx.inference:
+        operands = tile.operands(view.matrix(weight), layer.mask, layer.tiling)
+        if not inference:
             return tuple(operands)
         try:
-            return tuple(tile.imaged(operands, layer.tiling, match.value.device, layer.halved, tf32))
+            return tuple(tile.imaged(operands, layer.tiling, device, layer.halved, tf32))
         except TileMismatch as error:  # a weight that changed keeps more than two in four
             raise StructureChanged from error
 
+    view, device, inference = match.view, match.value.device, ctx.inference
     tf32 = match.tf32  # the same when a weight is packed again
     labels = [f"{prefix}_{name}" for name in tile.OPERANDS]
     if ctx.inference:
         return ctx.weights.derive(labels, (match.weight,), exact(build, match, layer.mask if whole is None else whole, ctx))
     with torch.no_grad():
-        fixed = build(match.value.detach().cpu())
-    structure = ctx.weights.derive(labels[1:], (), lambda: fixed[1:])
+        first, *fixed = build(match.value.detach().cpu())
+    count = first.shape[0]
+    structure = ctx.weights.derive(labels[1:], (), lambda: tuple(fixed))
     n, k = match.matrix_shape
     if match.transposed:
         matrix = call(match.node, aten.t.default, match.weight)
     else:
         matrix = call(match.node, aten.reshape.default, match.weight, [n, k])
-    arguments = (matrix, *structure, layer.tiling.granularity, fixed[0].shape[0])
+    arguments = (matrix, *structure, layer.tiling.granularity, count)
     values = call(match.node, torch.ops.fxprune.tile_pack.default, *arguments)
     return (values, *structure)
 

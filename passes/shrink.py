@@ -12,6 +12,7 @@ graph is built again.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -213,7 +214,7 @@ def _cut_gemm(gemm: Gemm, empty: tuple[Tensor, Tensor], coupling: Coupling, kept
         inner = value.shape[gemm.columns] // source.size
         columns = (columns[:, None] * inner + torch.arange(inner)).flatten()
     cuts = [(axis, index) for axis, index in ((gemm.rows, rows), (gemm.columns, columns)) if index is not None]
-    claimed = _along(empty[0], gemm.rows, value.dim()) | _along(empty[1], gemm.columns, value.dim())
+    claimed = [_along(empty[0], gemm.rows, value.dim()), _along(empty[1], gemm.columns, value.dim())]
     (weight,) = ctx.weights.derive([f"{gemm.node.name}_kept"], [gemm.weight], _select(value, cuts, claimed))
     ctx.kept[weight] = tuple(cuts)
     gemm.node.replace_input_with(gemm.weight, weight)
@@ -226,13 +227,13 @@ def _cut_constant(constant: Constant, channels: Tensor, ctx: Context) -> None:
     assert value is not None
     cuts = [(constant.axis, channels)]
     name = f"{constant.user.name}_{constant.tensor.name}_kept"
-    (cut,) = ctx.weights.derive([name], [constant.tensor], _select(value, cuts, torch.tensor(True)))
+    (cut,) = ctx.weights.derive([name], [constant.tensor], _select(value, cuts, [torch.tensor(True)]))
     if value.dim() > 1:
         ctx.kept[cut] = tuple(cuts)
     if (exact := ctx.float_bias.get(constant.tensor)) is not None:
         wide = ctx.weights.value(exact)
         assert wide is not None
-        (ctx.float_bias[cut],) = ctx.weights.derive([f"{name}_float"], [exact], _select(wide, cuts, torch.tensor(True)))
+        (ctx.float_bias[cut],) = ctx.weights.derive([f"{name}_float"], [exact], _select(wide, cuts, [torch.tensor(True)]))
     constant.user.replace_input_with(constant.tensor, cut)
 
 
@@ -248,17 +249,27 @@ def _along(vector: Tensor, axis: int, rank: int) -> Tensor:
     return vector.reshape([-1 if d == axis else 1 for d in range(rank)])
 
 
-def _select(value: Tensor, cuts: list[tuple[int, Tensor]], claimed: Tensor) -> Callable[[Tensor], tuple[Tensor]]:
-    """Return a build that selects what is kept, and fails when a ``claimed`` zero that was removed is none any more."""
-    stays = torch.tensor(True)
-    for axis, index in cuts:
-        chosen = torch.zeros(value.shape[axis], dtype=torch.bool)
-        chosen[index] = True
-        stays = stays & _along(chosen, axis, value.dim())
-    free = (value.detach() != 0).logical_or_(stays).logical_or_(~claimed)  # what may be other than zero
+def _select(value: Tensor, cuts: list[tuple[int, Tensor]], claimed: list[Tensor]) -> Callable[[Tensor], tuple[Tensor]]:
+    """Return a build that selects what is kept, and fails when a claimed zero that was removed is none any more.
+
+    claimed: bool along one axis each; an element counts with any of them.
+    """
+    shape = value.shape
+
+    def free() -> Tensor:
+        """Return what stays or is not claimed: made anew each time, for it takes a quarter of the weight's memory."""
+        stays = torch.tensor(True)
+        for axis, index in cuts:
+            chosen = torch.zeros(shape[axis], dtype=torch.bool)
+            chosen[index] = True
+            stays = stays & _along(chosen, axis, len(shape))
+        return (stays | ~reduce(torch.logical_or, claimed)).expand(shape)
+
+    others = None if obeys(value, free()) else value.detach() != 0  # what is claimed and yet not zero
 
     def build(tensor: Tensor) -> tuple[Tensor]:
-        if not obeys(tensor, free):
+        mask = free() if others is None else free() | others
+        if not obeys(tensor, mask):
             raise StructureChanged
         for axis, index in cuts:
             tensor = tensor.index_select(axis, index)

@@ -169,21 +169,21 @@ def test_weights_change_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(fast.graphs) == 1
 
     agree("first")
-    contexts = {id(v.context) for v in variants(fast)}
+    contexts = [v.context for v in variants(fast)]
     with torch.no_grad():
         model[0].weight.mul_(2)
     agree("values")
-    assert {id(v.context) for v in variants(fast)} == contexts, "a change of values must not rebuild"
+    assert [v.context for v in variants(fast)] == contexts, "a change of values must not rebuild"
     with torch.no_grad():
         model[0].weight[:, :5] = 1.0
     agree("support")
-    assert len(variants(fast)) == 2 and not contexts & {id(v.context) for v in variants(fast)}
+    assert len(variants(fast)) == 2 and not any(v.context is c for v in variants(fast) for c in contexts)
     model[2].weight.data.mul_(-1)
     assert fxprune.refresh(model) == 1
     agree("data and refresh")
     model.load_state_dict(deep(3).state_dict(), assign=True)
     agree("other weights")
-    assert len(variants(fast)) == 4
+    assert len(variants(fast)) == 2, "those of the weights that are gone went with them"
 
 
 def test_a_threshold_that_moves_leaves_two_variants(monkeypatch: pytest.MonkeyPatch) -> None:
