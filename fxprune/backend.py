@@ -110,8 +110,8 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
             return dense(inputs, ctx.side)
         chain(clone, ctx)
         packs = ctx.weights.appended()
-        clone.recompile()
         if config.verify:
+            clone.recompile()
             _verify_numerically("rewrite", gm, clone, inputs, packs, config, ctx)
         before = time.perf_counter()
         joint = None
@@ -369,8 +369,9 @@ def _report(ctx: Context, seconds: float) -> None:
         log.info("two variants by batch size; this one: %s", ctx.side)
     if ctx.shrunk:
         log.info("%d groups of channels shrunk: %s", len(ctx.shrunk), cut_channels(ctx.shrunk))
-    for decision in ctx.decisions:
-        log.debug("%s", describe(decision))
+    if log.isEnabledFor(logging.DEBUG):
+        for decision in ctx.decisions:
+            log.debug("%s", describe(decision))
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": "fxprune_decisions", "encoding": "json"},

@@ -24,6 +24,7 @@ from fxprune.ops.bundle import bundle, unbundle
 
 STATE_NAME = "fxprune_state_name"  # node.meta: the qualified name of a captured parameter or buffer
 Build = Callable[..., tuple[Tensor, ...]]
+Fits = Callable[..., bool]
 
 
 class StructureChanged(Exception):
@@ -32,11 +33,15 @@ class StructureChanged(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Derived:
-    """Tensors built from other tensors of the graph: those of ``nodes`` are ``build(*those of inputs)``."""
+    """Tensors built from other tensors of the graph: those of ``nodes`` are ``build(*those of inputs)``.
+
+    fits: asked of changed inputs, whether what was decided by the first ones still holds.
+    """
 
     nodes: tuple[Node, ...]
     inputs: tuple[Node, ...]
     build: Build
+    fits: Fits | None = None
 
 
 class Weights:
@@ -77,21 +82,24 @@ class Weights:
     def is_derived(self, node: Node) -> bool:
         return any(node in entry.nodes for entry in self.derived)
 
-    def derive(self, names: Sequence[str], inputs: Sequence[Node], build: Build, own: bool = False) -> tuple[Node, ...]:
+    def derive(
+        self, names: Sequence[str], inputs: Sequence[Node], build: Build, fits: Fits | None = None, own: bool = False
+    ) -> tuple[Node, ...]:
         """Add one graph input per tensor of ``build(*tensors of inputs)``; returns their nodes.
 
-        The first input is the parameter that the results stand for; without inputs they are constants. own: they stand
-        for no parameter of the model.
+        The first input is the parameter that the results stand for; without inputs they are constants. fits: as
+        :class:`Derived` has it. own: the results stand for no parameter of the model.
         """
         tensors = tuple(self._real[n] for n in inputs)
         with torch.inference_mode(False), torch.no_grad():
-            buffers = tuple(t.detach().clone().contiguous() for t in self._built(build, tensors))
+            given = {_memory(t) for t in tensors}
+            buffers = tuple(_alone(t.detach(), given if inputs else None) for t in self._built(build, tensors))
         nodes = []
         for name, buffer in zip(names, buffers, strict=True):
             nodes.append(self._input(name, buffer))
             if inputs and not own:
                 self._origin[nodes[-1]] = self.origin(inputs[0])
-        self.derived.append(Derived(tuple(nodes), tuple(inputs), build))
+        self.derived.append(Derived(tuple(nodes), tuple(inputs), build, fits))
         return tuple(nodes)
 
     def _input(self, name: str, value: Tensor) -> Node:
@@ -173,7 +181,7 @@ class Weights:
         with torch.inference_mode(False), torch.no_grad():
             for entry in self.derived:
                 tensors = [passing[n] if n in passing else self.value(n) for n in entry.inputs]
-                if any(t is None for t in tensors):
+                if any(t is None for t in tensors) or not (entry.fits is None or entry.fits(*tensors)):
                     raise StructureChanged
                 for node, new in zip(entry.nodes, self._built(entry.build, tensors), strict=True):  # type: ignore[arg-type]
                     buffer = self._real[node]
@@ -187,6 +195,13 @@ class Weights:
                         buffer.copy_(new)
                     elif not torch.equal(buffer, new):
                         raise StructureChanged
+
+
+def _alone(tensor: Tensor, given: set[int] | None) -> Tensor:
+    """Return a contiguous tensor with memory of its own; given: that of the inputs, ``None`` when nobody knows whose it is."""
+    whole = tensor.contiguous()
+    theirs = whole.data_ptr() == tensor.data_ptr() and (given is None or _memory(tensor) in given)
+    return whole.clone() if theirs or whole.untyped_storage().nbytes() > whole.nbytes else whole
 
 
 def _memory(tensor: Tensor) -> int:
@@ -248,5 +263,5 @@ def _fake_like(gm: GraphModule, tensor: Tensor) -> Tensor:
     for node in gm.graph.nodes:
         mode = getattr(example(node), "fake_mode", None)
         if mode is not None:
-            return mode.from_tensor(tensor, static_shapes=True)
+            return FakeTensor(mode, tensor.to("meta"), tensor.device)
     return tensor

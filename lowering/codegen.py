@@ -61,6 +61,7 @@ def compile_rest(
     if config.fallback == "tensorrt":
         return _frozen(gm, example_inputs, constant, lambda live: tensorrt.compile_rest(gm, live, config.tensorrt))
     if config.fallback == "eager" or _unrolls(gm):
+        gm.recompile()
         return gm.forward if joint is None else _differentiate(gm, example_inputs, joint)
     settings = patches(gm.graph, config)
     if joint is not None or any(map(_is_ours, gm.graph.nodes)):

@@ -18,7 +18,7 @@ from ..graph import aten, call, replace
 from ..match import Match
 from ..sparsity import dcp
 from ..sparsity.pattern import obeys
-from ..weights import Build, StructureChanged
+from ..weights import Fits
 
 
 def rewrite_depthwise(gm: GraphModule, ctx: Context) -> int:
@@ -41,7 +41,7 @@ def _rewrite(decision: Decision, ctx: Context) -> None:
 
     if ctx.inference:
         weight, taps = ctx.weights.derive(
-            (f"{match.node.name}_taps", f"{match.node.name}_mask"), (match.weight,), exact(build, match, kept, ctx)
+            (f"{match.node.name}_taps", f"{match.node.name}_mask"), (match.weight,), build, keeps(match, kept, ctx)
         )
     else:
         (taps,) = ctx.weights.derive((f"{match.node.name}_mask",), (), lambda: (words,))
@@ -61,16 +61,10 @@ def from_image(match: Match, new: Node) -> Node:
     return call(match.node, aten.squeeze.dim, new, 2) if match.value.dim() == 3 else new
 
 
-def exact(build: Build, match: Match, kept: Tensor, ctx: Context) -> Build:
-    """Make a repack fail when the weight has a non-zero outside the mask it was packed with.
+def keeps(match: Match, kept: Tensor, ctx: Context) -> Fits | None:
+    """Return whether a changed weight has no non-zero outside the mask it was packed with.
 
     A mask that came from ``options={"sparsity": ...}`` is applied instead: pruning was asked for.
     """
-    view, prunes = match.view, ctx.config.prunes
-
-    def checked(weight: Tensor) -> tuple[Tensor, ...]:
-        if not prunes and not obeys(view.matrix(weight), kept):
-            raise StructureChanged
-        return build(weight)
-
-    return checked
+    view = match.view
+    return None if ctx.config.prunes else lambda weight: obeys(view.matrix(weight), kept)

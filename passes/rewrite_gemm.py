@@ -22,7 +22,7 @@ from ..match import Match
 from ..sparsity import tile
 from ..sparsity.pattern import LayerMask
 from ..weights import StructureChanged
-from .rewrite_depthwise import exact
+from .rewrite_depthwise import keeps
 
 _TILE_GEMM = torch.ops.fxprune.tile_gemm.default
 
@@ -75,7 +75,7 @@ def packed(match: Match, layer: LayerMask, ctx: Context, prefix: str, whole: Ten
     tf32 = match.tf32  # the same when a weight is packed again
     labels = [f"{prefix}_{name}" for name in tile.OPERANDS]
     if ctx.inference:
-        return ctx.weights.derive(labels, (match.weight,), exact(build, match, layer.mask if whole is None else whole, ctx))
+        return ctx.weights.derive(labels, (match.weight,), build, keeps(match, layer.mask if whole is None else whole, ctx))
     with torch.no_grad():
         first, *fixed = build(match.value.detach().cpu())
     count = first.shape[0]

@@ -11,7 +11,6 @@ graph is built again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import reduce
 
 import torch
@@ -25,7 +24,7 @@ from ..errors import VerificationError
 from ..graph import argument, example, fake
 from ..sparsity.pattern import Tiling, any_along, obeys
 from ..sparsity.tile_plan import tile_counts
-from ..weights import StructureChanged, qualified_name
+from ..weights import Build, Fits, qualified_name
 
 _CHANNEL = 16  # what a channel costs beside its weights, in weights: loads, stores, depthwise taps
 _STEP = 8  # channels the dense and sparse kernels handle at once: a few dead ones stay to fill it
@@ -215,7 +214,7 @@ def _cut_gemm(gemm: Gemm, empty: tuple[Tensor, Tensor], coupling: Coupling, kept
         columns = (columns[:, None] * inner + torch.arange(inner)).flatten()
     cuts = [(axis, index) for axis, index in ((gemm.rows, rows), (gemm.columns, columns)) if index is not None]
     claimed = [_along(empty[0], gemm.rows, value.dim()), _along(empty[1], gemm.columns, value.dim())]
-    (weight,) = ctx.weights.derive([f"{gemm.node.name}_kept"], [gemm.weight], _select(value, cuts, claimed))
+    (weight,) = ctx.weights.derive([f"{gemm.node.name}_kept"], [gemm.weight], *_select(value, cuts, claimed))
     ctx.kept[weight] = tuple(cuts)
     gemm.node.replace_input_with(gemm.weight, weight)
     if gemm.bias is not None and rows is not None:
@@ -227,13 +226,13 @@ def _cut_constant(constant: Constant, channels: Tensor, ctx: Context) -> None:
     assert value is not None
     cuts = [(constant.axis, channels)]
     name = f"{constant.user.name}_{constant.tensor.name}_kept"
-    (cut,) = ctx.weights.derive([name], [constant.tensor], _select(value, cuts, [torch.tensor(True)]))
+    (cut,) = ctx.weights.derive([name], [constant.tensor], *_select(value, cuts, [torch.tensor(True)]))
     if value.dim() > 1:
         ctx.kept[cut] = tuple(cuts)
     if (exact := ctx.float_bias.get(constant.tensor)) is not None:
         wide = ctx.weights.value(exact)
         assert wide is not None
-        (ctx.float_bias[cut],) = ctx.weights.derive([f"{name}_float"], [exact], _select(wide, cuts, [torch.tensor(True)]))
+        (ctx.float_bias[cut],) = ctx.weights.derive([f"{name}_float"], [exact], *_select(wide, cuts, [torch.tensor(True)]))
     constant.user.replace_input_with(constant.tensor, cut)
 
 
@@ -249,8 +248,8 @@ def _along(vector: Tensor, axis: int, rank: int) -> Tensor:
     return vector.reshape([-1 if d == axis else 1 for d in range(rank)])
 
 
-def _select(value: Tensor, cuts: list[tuple[int, Tensor]], claimed: list[Tensor]) -> Callable[[Tensor], tuple[Tensor]]:
-    """Return a build that selects what is kept, and fails when a claimed zero that was removed is none any more.
+def _select(value: Tensor, cuts: list[tuple[int, Tensor]], claimed: list[Tensor]) -> tuple[Build, Fits]:
+    """Return what selects the kept, and whether each claimed zero that was removed from ``value`` still is one.
 
     claimed: bool along one axis each; an element counts with any of them.
     """
@@ -268,14 +267,14 @@ def _select(value: Tensor, cuts: list[tuple[int, Tensor]], claimed: list[Tensor]
     others = None if obeys(value, free()) else value.detach() != 0  # what is claimed and yet not zero
 
     def build(tensor: Tensor) -> tuple[Tensor]:
-        mask = free() if others is None else free() | others
-        if not obeys(tensor, mask):
-            raise StructureChanged
         for axis, index in cuts:
             tensor = tensor.index_select(axis, index)
         return (tensor,)
 
-    return build
+    def fits(tensor: Tensor) -> bool:
+        return obeys(tensor, free() if others is None else free() | others)
+
+    return build, fits
 
 
 def _propagate(node: Node, narrower: bool) -> None:
