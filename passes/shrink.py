@@ -112,7 +112,7 @@ class _Liveness:
         support = self._support[gemm.node]
         source = self._coupling.space(self._coupling.operand(gemm.node))
         for space, axis in ((self._coupling.space(gemm.node), 0), (source, 1)):
-            if space in self._alive:
+            if space in self._alive and not self._alive[space].all():
                 repeated = self._alive[space].repeat_interleave(support.shape[axis] // space.size)
                 support = support & (repeated[:, None] if axis == 0 else repeated)
         return support
