@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -46,15 +46,18 @@ class PruneResult:
     """model: a plain module with zeros. plan: pattern, tiles and counts. sparsity: achieved, by the keys asked for.
 
     search: with ``max_drop``, the share of the sparsity, the metric and the evaluations. speed: with a target, what was
-    predicted and measured.
+    predicted and measured. Printed, it is its report.
     """
 
-    model: nn.Module
-    plan: Plan
+    model: nn.Module = field(repr=False)
+    plan: Plan = field(repr=False)
     sparsity: dict[str, float]
-    report: Table
+    report: Table = field(repr=False)
     search: Search | None = None
     speed: Speed | None = None
+
+    def __str__(self) -> str:
+        return str(self.report)
 
 
 def prune(

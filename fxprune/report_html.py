@@ -16,6 +16,7 @@ from fxprune.config import KINDS
 from fxprune.plan import Plan, PrunedWeight
 from fxprune.report import Table
 from fxprune.sparsity import dcp
+from fxprune.sparsity.pattern import share
 from fxprune.stages import Stage
 
 _MOST = 24  # pictures of masks and of levels: the largest
@@ -151,7 +152,7 @@ def _masks(plan: Plan, dense: nn.Module | None) -> str:
     figures = []
     for name, pruned in shown:
         n, k = pruned.layer.tiling.shape
-        zeros = 1 - pruned.mask.float().mean().item()
+        zeros = 1 - share(pruned.mask)
         before = _depthwise(name, pruned, parameters) if name in parameters and pruned.pattern == "dcp" else []
         pictures = [*before, ("kept" if not before else "HSR: recalibrated", pruned.layer.mask)]
         images = "".join(
@@ -167,10 +168,10 @@ def _masks(plan: Plan, dense: nn.Module | None) -> str:
 
 def _depthwise(name: str, pruned: PrunedWeight, parameters: dict[str, nn.Parameter]) -> list[tuple[str, torch.Tensor]]:
     """The masks on the way to a balanced, recalibrated one, at the same sparsity (DEPrune, Sec. 4.2 and 5.1)."""
-    share, scores = 1 - pruned.mask.float().mean().item(), parameters[name].detach().abs().reshape(pruned.layer.mask.shape)
+    zeros, scores = 1 - share(pruned.mask), parameters[name].detach().abs().reshape(pruned.layer.mask.shape)
     group = pruned.layer.tiling.granularity
     stages = (("DCP: smallest taps", False), ("BWT: equal per group", True))
-    plans = [dcp.plan_layers({name: scores}, {name: share}, group=group, balance=b, recalibration="off") for _, b in stages]
+    plans = [dcp.plan_layers({name: scores}, {name: zeros}, group=group, balance=b, recalibration="off") for _, b in stages]
     return [(label, made[name].mask) for (label, _), made in zip(stages, plans, strict=True)]
 
 

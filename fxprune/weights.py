@@ -198,7 +198,7 @@ class Weights:
 
 
 def _alone(tensor: Tensor, given: set[int] | None) -> Tensor:
-    """Return a contiguous tensor with memory of its own; given: that of the inputs, ``None`` when nobody knows whose it is."""
+    """Return a contiguous tensor with memory of its own. given: that of the inputs, ``None`` when it may be anybody's."""
     whole = tensor.contiguous()
     theirs = whole.data_ptr() == tensor.data_ptr() and (given is None or _memory(tensor) in given)
     return whole.clone() if theirs or whole.untyped_storage().nbytes() > whole.nbytes else whole

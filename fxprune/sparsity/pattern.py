@@ -27,6 +27,11 @@ def kept(mask: Tensor) -> int:
     return int(torch.count_nonzero(mask))  # twice as fast as a sum of bools
 
 
+def share(mask: Tensor) -> float:
+    """Return what part of a bool mask is set, 0 to 1."""
+    return kept(mask) / max(mask.numel(), 1)
+
+
 def any_along(mask: Tensor, dim: int) -> Tensor:
     """Return where a bool mask has an entry that is set along ``dim``."""
     bits = mask.view(torch.uint8)  # their largest is found many times faster than any() of bools
