@@ -68,6 +68,20 @@ def test_every_spelling_of_an_activation_fuses(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*EXACT, *ROUNDING])
+def test_an_activation_behind_no_kernel_keeps_its_meaning(name: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pw = nn.Conv2d(8, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pw({**EXACT, **ROUNDING}[name](x + x))
+
+    run = check(zero_some(integer_model(Net())), X)
+    assert run.ops["tile_gemm"] == 1 and sum(run.ops.values()) == 3
+
+
+@pytest.mark.parametrize("name", [*EXACT, *ROUNDING])
 def test_blocks_agree_between_dynamo_and_export(name: str) -> None:
     matches, blocks = detected(between({**EXACT, **ROUNDING}[name]), X)
     assert matches == {"depthwise": 1, "pointwise": 1} and blocks == {"depthwise_separable": 1}
