@@ -205,9 +205,7 @@ def _refusal(match: Match, mask: LayerMask | None, ctx: Context) -> str | None:
     """Return why a match cannot run sparse at all, ``None`` when it can."""
     reason = ctx.extra.get("dense_reason") or unsupported(match, ctx.kernels)
     reason = reason or _layout_refusal(match)
-    if reason is None and mask is not None and not _live(match, ctx):
-        reason = "the weight is not a constant of this graph"
-    return reason
+    return _type_refusal(match, ctx) if reason is None and mask is not None else reason
 
 
 def _layout_refusal(match: Match) -> str | None:
@@ -222,10 +220,13 @@ def _addresses_memory(node: Node) -> bool:
     return node.op in ("call_function", "call_method") and name_of(node) in ("view", "view_as", "as_strided")
 
 
-def _live(match: Match, ctx: Context) -> bool:
-    value = ctx.weights.value(match.weight)
-    meta = fake(match.x)
-    return value is not None and meta is not None and value.dtype == meta.dtype
+def _type_refusal(match: Match, ctx: Context) -> str | None:
+    """A kernel has one type for input, weight and result; autocast mixes them."""
+    value, x, result = ctx.weights.value(match.weight), fake(match.x), fake(match.node)
+    if value is None or x is None:
+        return "the weight is not a constant of this graph"
+    types = (x.dtype, value.dtype, value.dtype if result is None else result.dtype)
+    return None if len(set(types)) == 1 else "input, weight and result have the types {}, {} and {}".format(*types)
 
 
 def _decide_alone(match: Match, pattern: str, mask: LayerMask | None, ctx: Context) -> None:
