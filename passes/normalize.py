@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from ..context import Context
-from ..graph import aten, fake
+from ..graph import aten, fake, transformed
 
 Call = tuple[Any, tuple[Any, ...]] | tuple[Any, tuple[Any, ...], dict[str, Any]]  # what to call with which operands
 Rule = Callable[..., "Call | None"]
@@ -266,10 +266,8 @@ _FRESH = {
 
 def normalize(gm: GraphModule, ctx: Context) -> int:
     """Return the number of calls rewritten."""
-    changed = 0
-    for node in list(gm.graph.nodes):
-        changed += _rewrite(node)
-    return changed
+    inside = transformed(gm.graph)
+    return sum(_rewrite(node) for node in list(gm.graph.nodes) if node not in inside)
 
 
 def _rewrite(node: Node) -> bool:

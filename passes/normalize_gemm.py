@@ -19,7 +19,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..context import Context
-from ..graph import TRANSPOSES, aten, call, equal_sizes, fake, is_call, mutation_between, replace, shape
+from ..graph import TRANSPOSES, aten, call, equal_sizes, fake, is_call, mutation_between, replace, shape, transformed
 
 EINSUM = (torch.functional.einsum, aten.einsum.default)
 BATCHED = (torch.bmm, "bmm", aten.bmm.default, aten.matmul.default)
@@ -37,9 +37,9 @@ _REPEATS = (
 
 def normalize_gemm(gm: GraphModule, ctx: Context) -> int:
     """Return the number of calls rewritten."""
-    changed = 0
+    changed, inside = 0, transformed(gm.graph)
     for node in list(gm.graph.nodes):
-        if node.op not in ("call_function", "call_method"):
+        if node.op not in ("call_function", "call_method") or node in inside:
             continue
         new = None
         if node.target in EINSUM:
