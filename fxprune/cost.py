@@ -39,6 +39,7 @@ _VECTORS = 3  # vectors of pixels in the feature-major kernel's
 _EDGE = 2  # pixels that kernel computes without starting a vector
 _BLOCK = 32  # pixels or rows of x, and input features, that the bfloat16 kernel multiplies at once
 _STRIP = {1: 8, -1: 4}  # output features (feature-major) or vectors of them (row-major) that share a load of x
+_GUESS = 256  # a size that only the data decide, such as a number of chosen rows
 
 # our operator, dense feature-major, dense channels-last
 _DEPTHWISE = ("depthwise_taps", "depthwise_nchw", "depthwise_nhwc")
@@ -368,9 +369,13 @@ def _memory(dev: Device, sp: Any, moved: Any) -> Terms:
 
 
 def hint(value: Any) -> int:
-    """Return a size, or the hint of a symbolic one without adding a guard."""
-    known = getattr(getattr(value, "node", None), "hint", None)
-    return int(value if known is None else known)
+    """Return a size, or the hint of a symbolic one without adding a guard; of one that data decide, a guess."""
+    node = getattr(value, "node", None)
+    if node is None or node.hint is not None:
+        return int(value if node is None else node.hint)
+    env = node.shape_env
+    known = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val  # of torch before 2.13
+    return int(node.expr.subs({symbol: known.get(symbol, _GUESS) for symbol in node.expr.free_symbols}))
 
 
 def devices(isa: str, rates: Rates | None = None) -> tuple[Device, Device]:

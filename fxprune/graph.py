@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
@@ -142,6 +142,19 @@ def mutation_between(first: Node, last: Node) -> bool:
             return True
         node = node.next
     return False
+
+
+def transformed(graph: Graph) -> set[Node]:
+    """Return the calls inside functorch's transforms (vmap, grad, jvp): their values are wrapped, so none is rewritten."""
+    depth, inside = 0, set()
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = name_of(node)
+        depth += name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
+        if depth:
+            inside.add(node)
+    return inside
 
 
 def call(anchor: Node, target: Any, *args: Any) -> Node:

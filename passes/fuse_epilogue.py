@@ -32,8 +32,7 @@ def activation_name(node: Node) -> str | None:
     if is_call(node, aten.hardtanh.default):
         return "relu6" if tuple(node.args[1:3]) == (0.0, 6.0) else None
     if is_call(node, aten.gelu.default):
-        approximate = node.args[1] if len(node.args) > 1 else node.kwargs.get("approximate", "none")
-        return "gelu" if approximate == "none" else "gelu_tanh"
+        return "gelu" if node.kwargs.get("approximate", "none") == "none" else "gelu_tanh"
     return _ACTIVATIONS.get(node.target) if node.op == "call_function" else None
 
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from ..context import Context
-from ..graph import aten, fake
+from ..graph import aten, fake, transformed
 
-Call = tuple[Any, tuple[Any, ...]]
+Call = tuple[Any, tuple[Any, ...]] | tuple[Any, tuple[Any, ...], dict[str, Any]]  # what to call with which operands
 Rule = Callable[..., "Call | None"]
 
 # The rules' parameters are named as torch names them, so that keyword calls bind.
@@ -61,7 +61,8 @@ def _hardtanh(input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: 
 
 
 def _gelu(input: Any, approximate: str = "none") -> Call:
-    return aten.gelu.default, (input,) if approximate == "none" else (input, approximate)
+    keywords = {} if approximate == "none" else {"approximate": approximate}
+    return aten.gelu.default, (input,), keywords
 
 
 def _binary(overload: Any) -> Rule:
@@ -265,10 +266,8 @@ _FRESH = {
 
 def normalize(gm: GraphModule, ctx: Context) -> int:
     """Return the number of calls rewritten."""
-    changed = 0
-    for node in list(gm.graph.nodes):
-        changed += _rewrite(node)
-    return changed
+    inside = transformed(gm.graph)
+    return sum(_rewrite(node) for node in list(gm.graph.nodes) if node not in inside)
 
 
 def _rewrite(node: Node) -> bool:
@@ -281,12 +280,13 @@ def _rewrite(node: Node) -> bool:
         return False
     if result is None:
         return False
-    target, args = result
+    target, args = result[:2]
+    keywords = result[2] if len(result) == 3 else {}
     if target is None:
         new = args[0]
     else:
         with node.graph.inserting_before(node):
-            new = node.graph.call_function(target, args)
+            new = node.graph.call_function(target, args, keywords)
         new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)

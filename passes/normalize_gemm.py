@@ -19,7 +19,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..context import Context
-from ..graph import TRANSPOSES, aten, call, equal_sizes, is_call, mutation_between, replace, shape
+from ..graph import TRANSPOSES, aten, call, equal_sizes, fake, is_call, mutation_between, replace, shape, transformed
 
 EINSUM = (torch.functional.einsum, aten.einsum.default)
 BATCHED = (torch.bmm, "bmm", aten.bmm.default, aten.matmul.default)
@@ -37,9 +37,9 @@ _REPEATS = (
 
 def normalize_gemm(gm: GraphModule, ctx: Context) -> int:
     """Return the number of calls rewritten."""
-    changed = 0
+    changed, inside = 0, transformed(gm.graph)
     for node in list(gm.graph.nodes):
-        if node.op not in ("call_function", "call_method"):
+        if node.op not in ("call_function", "call_method") or node in inside:
             continue
         new = None
         if node.target in EINSUM:
@@ -115,6 +115,9 @@ def _added(node: Node, ctx: Context) -> Node | None:
         product = call(node, aten.mul.Scalar, product, alpha)
     if beta == 0:  # the operator then ignores what is in c, NaN included
         return product
+    before, after = fake(c), fake(product)
+    if before is not None and after is not None and before.dtype != after.dtype:  # autocast does
+        c = call(node, aten.to.dtype, c, after.dtype)
     return call(node, aten.add.Tensor, product, c if beta == 1 else call(node, aten.mul.Scalar, c, beta))
 
 

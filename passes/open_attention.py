@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..context import Context, Refusal
-from ..graph import aten, fake, is_call
+from ..graph import aten, fake, is_call, transformed
 from ..weights import qualified_name
 
 _FAST = (torch._transformer_encoder_layer_fwd, aten._transformer_encoder_layer_fwd.default)
@@ -29,10 +29,10 @@ _LAYER = "nn.TransformerEncoderLayer in one call: try torch.backends.mha.set_fas
 
 def open_attention(gm: GraphModule, ctx: Context) -> int:
     """Return the number of calls opened."""
-    opened = 0
+    opened, inside = 0, transformed(gm.graph)
     for node in list(gm.graph.nodes):
         function = encoder_layer if is_call(node, *_FAST) else F.multi_head_attention_forward
-        if not is_call(node, *_FAST, F.multi_head_attention_forward):
+        if not is_call(node, *_FAST, F.multi_head_attention_forward) or node in inside:
             continue
         if (reason := _closed(node)) is None:
             _open(node, function)

@@ -23,8 +23,9 @@ from ..graph import fake, name_of
 from ..left import may_prune, other_readers, why_left
 from ..match import Match
 from ..plan import PrunedWeight, lookup
-from ..planner import choose_masks, pattern_of
+from ..planner import Choice, choose_masks, pattern_of
 from ..sparsity import dcp, refit, tile
+from ..sparsity.elements import elements
 from ..sparsity.found import describe, forms, halved
 from ..sparsity.pattern import LayerMask, obeys
 from ..staircase import choose_levels
@@ -100,25 +101,24 @@ def _explained(decision: Decision, left: str | None) -> Decision:
     return replace(decision, reason=f"{decision.reason}, and prune leaves it: {left}")
 
 
-def _masks_from_options(ctx: Context) -> dict[str, tuple[str, LayerMask]]:
+def _masks_from_options(ctx: Context) -> dict[str, Choice]:
     levels = ctx.extra.get("levels")
     if levels is not None:  # found for a target speed
-        chosen = choose_levels(ctx.matches, ctx.config, ctx.kernels.units(ctx.matches), levels)
-    elif ctx.config.sparsity is None:
+        return choose_levels(ctx.matches, ctx.config, ctx.kernels.units(ctx.matches), levels)
+    if ctx.config.sparsity is None:
         return {}
-    else:
-        if any(pattern_of(match, ctx.config) == "channel" for match in ctx.matches):
-            expected = 'fxprune.prune(model, ..., pattern="channel") before compiling: it also zeroes BatchNorm and biases'
-            raise ConfigError(name="pattern", given=ctx.config.pattern, expected=expected)
-        chosen = choose_masks(may_prune(ctx), ctx.config, ctx.kernels.units(ctx.matches))
-    return {name: (choice.pattern, choice.layer) for name, choice in chosen.items()}
+    if any(pattern_of(match, ctx.config) == "channel" for match in ctx.matches):
+        expected = 'fxprune.prune(model, ..., pattern="channel") before compiling: it also zeroes BatchNorm and biases'
+        raise ConfigError(name="pattern", given=ctx.config.pattern, expected=expected)
+    return choose_masks(may_prune(ctx), ctx.config, ctx.kernels.units(ctx.matches))
 
 
-def _mask(match: Match, ctx: Context, wanted: dict[str, tuple[str, LayerMask]]) -> tuple[str, LayerMask | None]:
+def _mask(match: Match, ctx: Context, wanted: Mapping[str, Choice]) -> tuple[str, LayerMask | None]:
     """Return (pattern name, mask); the mask is ``None`` for a weight that stays dense."""
     if match.parameter in wanted:
-        pattern, layer = wanted[match.parameter]
-        return pattern, _form(match, layer.mask, layer, False, ctx)
+        choice = wanted[match.parameter]
+        layer = _as_read(choice.layer, choice.match.restore(choice.layer.mask), match)
+        return choice.pattern, _form(match, layer.mask, layer, False, ctx)
     parameter = ctx.weights.value(ctx.weights.origin(match.weight))
     planned = None if parameter is None else lookup(parameter)
     matrix = match.matrix(match.value.detach()).cpu()  # masks live on the CPU
@@ -144,11 +144,22 @@ def _cut(planned: PrunedWeight, match: Match, ctx: Context) -> LayerMask:
     """Return the mask of a plan without the channels that were cut out of the graph."""
     cuts = ctx.kept.get(match.weight)
     if not cuts:
-        return planned.layer
+        return _as_read(planned.layer, planned.mask, match)
     mask = planned.mask
     for axis, index in cuts:
         mask = mask.index_select(axis, index)
     return refit(match.matrix(mask), planned.layer.tiling.granularity, match.kind == "depthwise", _drops(match))
+
+
+def _as_read(layer: LayerMask, mask: torch.Tensor, match: Match) -> LayerMask:
+    """Return the form of a mask, bool of the weight's shape, that a match reads.
+
+    layer: what was planned for the weight; where that was for a call that reads its transpose, single elements.
+    """
+    n, k = match.matrix_shape
+    if layer.tiling.shape == (n, k) and (n != k or not bool((match.matrix(mask) & ~layer.mask).any())):
+        return layer
+    return elements(match.matrix(mask))
 
 
 def _native(match: Match, ctx: Context) -> int:
@@ -194,9 +205,7 @@ def _refusal(match: Match, mask: LayerMask | None, ctx: Context) -> str | None:
     """Return why a match cannot run sparse at all, ``None`` when it can."""
     reason = ctx.extra.get("dense_reason") or unsupported(match, ctx.kernels)
     reason = reason or _layout_refusal(match)
-    if reason is None and mask is not None and not _live(match, ctx):
-        reason = "the weight is not a constant of this graph"
-    return reason
+    return _type_refusal(match, ctx) if reason is None and mask is not None else reason
 
 
 def _layout_refusal(match: Match) -> str | None:
@@ -211,10 +220,13 @@ def _addresses_memory(node: Node) -> bool:
     return node.op in ("call_function", "call_method") and name_of(node) in ("view", "view_as", "as_strided")
 
 
-def _live(match: Match, ctx: Context) -> bool:
-    value = ctx.weights.value(match.weight)
-    meta = fake(match.x)
-    return value is not None and meta is not None and value.dtype == meta.dtype
+def _type_refusal(match: Match, ctx: Context) -> str | None:
+    """A kernel has one type for input, weight and result; autocast mixes them."""
+    value, x, result = ctx.weights.value(match.weight), fake(match.x), fake(match.node)
+    if value is None or x is None:
+        return "the weight is not a constant of this graph"
+    types = (x.dtype, value.dtype, value.dtype if result is None else result.dtype)
+    return None if len(set(types)) == 1 else "input, weight and result have the types {}, {} and {}".format(*types)
 
 
 def _decide_alone(match: Match, pattern: str, mask: LayerMask | None, ctx: Context) -> None:

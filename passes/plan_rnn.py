@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from ..context import Context, Decision, Timing
+from ..graph import example
 from ..match import Match
 from ..sparsity.pattern import LayerMask
 
@@ -33,7 +34,7 @@ def decide_recurrent(
     ctx: Context,
 ) -> None:
     """Append the decisions of one layer; ``found`` holds pattern and mask of each of its weights."""
-    reason = None if ctx.inference else _TRAINING
+    reason = _rounded(layer[0]) if ctx.inference else _TRAINING
     reason = reason or next((why for m, (_, mask) in zip(layer, found, strict=True) if (why := refusal(m, mask, ctx))), None)
     if reason is None and all(mask is None for _, mask in found):
         reason = "no zeros"
@@ -53,3 +54,11 @@ def decide_recurrent(
         kernel = ("tile_gemm", "rnn_steps")[i % 2] if chosen else "dense"
         # the time of a direction stands at its weight_hh, so that it is counted once
         ctx.decisions.append(Decision(match, mask, chosen, text, timings[i // 2] if i % 2 else None, pattern, kernel))
+
+
+def _rounded(match: Match) -> str | None:
+    """Return why autocast keeps an LSTM dense; a GRU's results stay float32 under it, ``None``."""
+    output = example(match.node)[0]
+    if output.dtype == match.value.dtype:
+        return None
+    return f"autocast computes it in {output.dtype}, the recurrent kernel computes in {match.value.dtype}"

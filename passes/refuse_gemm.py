@@ -1,6 +1,7 @@
-"""Say why a product with a weight is no match: the weight is computed in the graph, is no matrix, or stands on the left.
+"""Say why a product with a weight is no match: the weight is computed in the graph, is no matrix, or stands on the left,
+or the product is inside a transform of functorch.
 
-linear(x, cat([wq, wk, wv]))   x @ w[H, K, N]   w @ x   einsum("bthd,hdo->bto", x, w)
+linear(x, cat([wq, wk, wv]))   x @ w[H, K, N]   w @ x   einsum("bthd,hdo->bto", x, w)   vmap(linear)(x, w)
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..context import Context, Refusal
-from ..graph import TRANSPOSES, aten, is_call, name_of, shape
+from ..graph import TRANSPOSES, aten, is_call, name_of, shape, transformed
 from ..weights import qualified_name
 from .normalize_gemm import ADDED, BATCHED, EINSUM, einsum_operands
 
-_PRODUCTS = (*BATCHED, aten.linear.default, aten.mm.default, torch.mm, torch.matmul, operator.matmul)
+_PRODUCTS = (*BATCHED, aten.linear.default, aten.mm.default, torch.mm, torch.matmul, operator.matmul, torch._C._nn.linear)
+_TRANSFORMED = "it is inside a transform of functorch (vmap, grad, jvp), which our operators have no rule for"
 
 
 def refuse_gemm(gm: GraphModule, ctx: Context) -> int:
     """Append a refusal per unmatched product with a parameter; returns 0, the graph is unchanged."""
-    matched = {m.node for m in ctx.matches}
+    matched, inside = {m.node for m in ctx.matches}, transformed(gm.graph)
     sources: dict[Node, list[Node]] = {}  # of what is computed from the model's own tensors alone: those tensors
     for node in gm.graph.nodes:
         if ctx.weights.value(node) is not None:
@@ -30,7 +32,7 @@ def refuse_gemm(gm: GraphModule, ctx: Context) -> int:
             if node.all_input_nodes and all(n in sources for n in node.all_input_nodes):
                 sources[node] = list(dict.fromkeys(s for n in node.all_input_nodes for s in sources[n]))
             elif (operands := _operands(node)) is not None:
-                _refuse(node, operands, sources, ctx)
+                _refuse(node, operands, sources, inside, ctx)
     return 0
 
 
@@ -43,14 +45,14 @@ def _operands(node: Node) -> list[Any] | None:
     return list(node.args[1:3]) if node.target in ADDED else None
 
 
-def _refuse(node: Node, operands: list[Any], sources: dict[Node, list[Node]], ctx: Context) -> None:
+def _refuse(node: Node, operands: list[Any], sources: dict[Node, list[Node]], inside: set[Node], ctx: Context) -> None:
     for position, operand in enumerate(operands):
         own = [s for s in sources.get(operand, ()) if isinstance(ctx.weights.value(s), torch.nn.Parameter)]
         sizes = shape(operand)
         if not own or sizes is None:
             continue
         name = ", ".join(qualified_name(ctx.weights.origin(s)) for s in own)
-        reason = _reason(node, operand, position, ctx)
+        reason = _TRANSFORMED if node in inside else _reason(node, operand, position, ctx)
         ctx.refused.append(Refusal(name, "linear", "x".join(map(str, sizes)), reason))
         return
 

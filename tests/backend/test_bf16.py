@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import backend
-from tests.oracle import FORCED, assert_exact, compiled, operators, rewritten, widened, zero_some
+from tests.oracle import FORCED, assert_exact, compiled, integer_model, integers, operators, rewritten, widened, zero_some
 from tests.toys import image, mlp, mobile, pruned, rows, run
 
 MODES = ("bfloat16", "float BatchNorm", "autocast")
@@ -214,3 +214,38 @@ def test_timings_are_kept_by_dtype() -> None:
             context = rewritten(model, x, exact=widened(x)).context
         keys.add(measure._key(context.matches[0], context.decisions[0].mask))
     assert len(keys) == 2
+
+
+FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of x (7, 48), a weight (48, 64) and a bias
+    "matmul": lambda x, w, b: x @ w + b,
+    "mm": lambda x, w, b: torch.mm(x, w),
+    "addmm": lambda x, w, b: torch.addmm(b, x, w),
+    "addmm with factors": lambda x, w, b: torch.addmm(b, x, w, beta=2, alpha=3),
+    "linear of a transpose": lambda x, w, b: F.linear(x, w.t(), b),
+    "matmul by a transpose": lambda x, w, b: (x @ w) @ w.T,
+    "einsum": lambda x, w, b: torch.einsum("bi,io->bo", x, w),
+    "bmm": lambda x, w, b: torch.bmm(x[None], w[None]),
+    "baddbmm": lambda x, w, b: torch.baddbmm(b, x[None], w[None]),
+}
+
+
+class Form(nn.Module):
+    def __init__(self, form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.form, self.weight, self.bias = form, nn.Parameter(torch.zeros(48, 64)), nn.Parameter(torch.zeros(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.form(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_every_product_runs_sparse_under_autocast(name: str, dtype: torch.dtype) -> None:
+    """What an earlier layer gives is bfloat16 already."""
+    model, x = zero_some(integer_model(Form(FORMS[name]))), integers(7, 48, low=-2, high=2).to(dtype)
+    fast = compiled(model)
+    with mode_of("autocast"):
+        expected, given = model(x), fast.call(x)
+    assert given.dtype == expected.dtype
+    assert_exact(given, expected, name, most_zeros=0.8)
+    assert all(d.chosen for d in fast.contexts[0].decisions) and fast.contexts[0].decisions

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import fxprune
 from tests.oracle import assert_exact, compiled
 from tests.toys import image, mlp, mobile, pruned, rows, run
 
@@ -66,3 +69,32 @@ def test_decisions_use_the_hint_and_add_no_guard() -> None:
     for batch in (4, 8, 16, 128):
         assert_exact(run(fast.call, rows(batch)), run(model, rows(batch)), f"batch {batch}")
     assert len(fast.contexts) == 1
+
+
+class Chosen(nn.Module):
+    """A model over the rows that do not begin with a zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x[x[:, 0].nonzero().flatten()])
+
+
+@pytest.mark.parametrize("measured", ("off", "fast"))
+def test_sizes_that_the_data_decide(measured: str, tmp_path: Path) -> None:
+    """Nobody knows how many rows there will be: speed is judged at a guess, for any number the result is right."""
+    x = rows(6)
+    model = pruned(Chosen().eval(), x)
+    fast = compiled(model, autotune=measured)
+    options = {"autotune": measured, "min_speedup": 0.0}
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for left in (6, 4, 1):
+            x[left:, 0] = 0
+            assert_exact(run(fast.call, x), run(model, x), f"{left} left")
+        (context,) = fast.contexts
+        assert all(d.chosen for d in context.decisions)
+        assert fxprune.explain(model, x, **options).summary["chosen"] == "2 of 2"
+    fxprune.export(model, x, tmp_path / "model.pt2", **options)
+    assert_exact(fxprune.load(tmp_path / "model.pt2")(x), run(model, x))

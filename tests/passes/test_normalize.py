@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.oracle import check, detected, integer_model, integers, rewritten, zero_some
+from tests.oracle import assert_exact, check, detected, integer_model, integers, rewritten, zero_some
 
 X = integers(2, 8, 6, 6, seed=1)
 
@@ -65,6 +66,20 @@ ROUNDING = {
 def test_every_spelling_of_an_activation_fuses(name: str) -> None:
     run = check(between({**EXACT, **ROUNDING}[name]), X)
     assert run.ops == {"depthwise_taps": 1, "tile_gemm": 1}, run.graph.code
+
+
+@pytest.mark.parametrize("name", [*EXACT, *ROUNDING])
+def test_an_activation_behind_no_kernel_keeps_its_meaning(name: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pw = nn.Conv2d(8, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pw({**EXACT, **ROUNDING}[name](x + x))
+
+    run = check(zero_some(integer_model(Net())), X)
+    assert run.ops["tile_gemm"] == 1 and sum(run.ops.values()) == 3
 
 
 @pytest.mark.parametrize("name", [*EXACT, *ROUNDING])
@@ -178,3 +193,31 @@ def test_dropout_asked_for_stays() -> None:
     torch.manual_seed(0)
     run = rewritten(between(lambda v: F.dropout(v, 0.5, training=True)), X)
     assert run.ops == {"depthwise_taps": 1, "dropout": 1, "tile_gemm": 1}
+
+
+TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "vmap": lambda m, x: torch.vmap(m)(x),
+    "grad": lambda m, x: torch.func.grad(lambda v: m(v).sum())(x),
+    "jvp": lambda m, x: torch.func.jvp(m, (x,), (x,)),
+    "jacrev": lambda m, x: torch.func.jacrev(m)(x),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_what_functorch_transforms_is_left_alone(name: str) -> None:
+    """A layer in front of the transform runs sparse; those inside are reported."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(24, 16)
+            self.inner = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+
+        def forward(self, x: Tensor) -> Any:
+            return TRANSFORMS[name](self.inner, self.first(x))
+
+    model, x = zero_some(integer_model(Net())), integers(3, 24)
+    run = rewritten(model, x, exact=())
+    assert_exact(run.output, run.expected, most_zeros=0.95)
+    assert [d.match.name for d in run.context.decisions if d.chosen] == ["first"]
+    assert {r.name for r in run.context.refused if "functorch" in r.reason} == {"inner.0.weight", "inner.2.weight"}

@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import fxprune
 from fxprune import backend
 from fxprune.context import Timing
 from fxprune.match import Match
-from tests.oracle import Run, check, compiled, integer_model, integers, rewritten, zero_some
+from fxprune.plan import lookup
+from tests.oracle import Run, assert_exact, check, compiled, integer_model, integers, rewritten, zero_some
 
 X = integers(2, 8, 6, 6, seed=7)
 
@@ -151,6 +153,49 @@ def test_a_plan_the_weight_no_longer_obeys_gives_way_to_the_zeros_there_are() ->
     pruned.model.weight.data[0] = 1
     (decision,) = check(pruned.model, X).context.decisions
     assert decision.pattern == "found" and decision.mask is not None and bool(decision.mask.mask[0].all())
+
+
+class BothWays(nn.Module):
+    """A layer and its mirror image: one call reads the transpose of what the other does."""
+
+    def __init__(self, wide: int) -> None:
+        super().__init__()
+        self.encode = nn.Linear(24, wide, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.relu(self.encode(x)), self.encode.weight.t())
+
+
+@pytest.mark.parametrize("wide", (40, 24))
+def test_a_weight_read_both_ways_has_one_mask(wide: int) -> None:
+    x = integers(5, 24, seed=3)
+    pruned = fxprune.prune(integer_model(BothWays(wide)), x, sparsity=0.6, granularity=8).model
+    decisions = check(pruned, x).context.decisions
+    assert [d.match.transposed for d in decisions] == [False, True] and all(d.chosen for d in decisions)
+
+
+@pytest.mark.parametrize("wide", (40, 24))
+def test_a_weight_read_both_ways_is_pruned_once_by_the_compile(wide: int) -> None:
+    x, model = integers(5, 24, seed=3), integer_model(BothWays(wide))
+    given = rewritten(model, x, sparsity=0.6, granularity=8)
+    assert all(d.chosen for d in given.context.decisions)
+    assert_exact(given.output, fxprune.prune(model, x, sparsity=0.6, granularity=8).model(x))
+
+
+@pytest.mark.parametrize("wide", (40, 24))
+def test_a_weight_read_both_ways_trains_under_its_mask(wide: int) -> None:
+    x = integers(5, 24, seed=3)
+    model = fxprune.prune(integer_model(BothWays(wide)), x, sparsity=0.6, granularity=8).model
+    weight, fast, results = model.encode.weight, compiled(model), []
+    for call in (fast.call, model):
+        leaf = x.clone().requires_grad_()
+        y = call(leaf)
+        results.append([y.detach(), *torch.autograd.grad(y, [leaf, weight], integers(*y.shape, seed=4))])
+    pruned = lookup(weight)
+    assert pruned is not None and all(d.chosen for d in fast.contexts[0].decisions)
+    results[1][2] = results[1][2] * pruned.mask
+    for ours, dense in zip(*results, strict=True):
+        assert_exact(ours, dense, trusted=False)
 
 
 def test_nan_is_not_a_zero() -> None:

@@ -379,3 +379,15 @@ def test_channels_of_a_dense_weight_leave_one_by_one() -> None:
         model[0].weight.fill_(1)
     run = check(model, integers(2, 32, 6, 6))
     assert [s.after for s in run.context.shrunk] == [56]
+
+
+def test_complex_channels_go_too() -> None:
+    """No kernel is of complex numbers; cutting is dense code."""
+    torch.manual_seed(0)
+    layers = {name: nn.Linear(*sizes, dtype=torch.complex64) for name, sizes in {"a": (12, 24), "b": (24, 8)}.items()}
+    model = Net(lambda m, x: m.b(m.a(x)), **layers).eval()
+    silent(model.a, start=8, count=16)
+    x = torch.randn(5, 12, dtype=torch.complex64)
+    run = rewritten(model, x, exact=())
+    assert cut(run) == [("a", 24, 8)] and run.changed
+    torch.testing.assert_close(run.output, run.expected)
