@@ -68,10 +68,9 @@ def hwprune(
     config = Config.from_options(options, mode)
     try:
         return _compile(gm, example_inputs, config)
-    except (FxPruneError, RestartAnalysis):
-        raise
-    except Exception:
-        if config.require_sparse or config.verify:
+    except Exception as error:
+        defect = not isinstance(error, (FxPruneError, RestartAnalysis)) or isinstance(error, VerificationError)
+        if not defect or config.require_sparse or config.verify:
             raise
         log.warning("the sparse rewrite failed; the graph runs dense", exc_info=True)
         return codegen.stock(gm, example_inputs, config)

@@ -27,7 +27,7 @@ from ..planner import Choice, choose_masks, pattern_of
 from ..sparsity import dcp, refit, tile
 from ..sparsity.elements import elements
 from ..sparsity.found import describe, forms, halved
-from ..sparsity.pattern import LayerMask, obeys
+from ..sparsity.pattern import LayerMask, kept, obeys
 from ..staircase import choose_levels
 from .join_sequences import join_sequences
 from .plan_rnn import Found, decide_recurrent, recurrent_layers
@@ -157,9 +157,9 @@ def _as_read(layer: LayerMask, mask: torch.Tensor, match: Match) -> LayerMask:
     layer: what was planned for the weight; where that was for a call that reads its transpose, single elements.
     """
     n, k = match.matrix_shape
-    if layer.tiling.shape == (n, k) and (n != k or not bool((match.matrix(mask) & ~layer.mask).any())):
-        return layer
-    return elements(match.matrix(mask))
+    read = match.matrix(mask)
+    same = layer.tiling.shape == (n, k) and (n != k or torch.equal(read, layer.mask) or not kept(read & ~layer.mask))
+    return layer if same else elements(read)
 
 
 def _native(match: Match, ctx: Context) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.compiled import CompiledGraph
+from fxprune.errors import VerificationError
 from tests.oracle import assert_exact, compiled
 from tests.toys import image, mlp, mobile, pruned, rows, run
 
@@ -132,11 +133,17 @@ def test_a_compiled_function_that_calls_the_model_twice() -> None:
     assert [d.chosen for d in fast.contexts[0].decisions] == [True] * 4
 
 
-def test_a_failing_rewrite_runs_dense_and_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+PLANTED = [ZeroDivisionError("planted"), VerificationError(stage="rewrite", what="planted", given=1, expected=2)]
+
+
+@pytest.mark.parametrize("error", PLANTED, ids=lambda e: type(e).__name__)
+def test_a_failing_rewrite_runs_dense_and_says_so(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     from fxprune import backend
 
     def broken(gm: Any, ctx: Any) -> int:
-        raise ZeroDivisionError("planted")
+        raise error
 
     monkeypatch.setattr(backend, "FORWARD", (*backend.FORWARD, broken))
     model = pruned(mlp(), rows())
@@ -145,12 +152,16 @@ def test_a_failing_rewrite_runs_dense_and_says_so(monkeypatch: pytest.MonkeyPatc
     assert "the sparse rewrite failed" in caplog.text and "planted" in caplog.text
 
 
-def test_a_failing_rewrite_raises_when_sparse_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", PLANTED, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("option", ("require_sparse", "verify"))
+def test_a_failing_rewrite_raises_when_sparse_is_required(
+    option: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fxprune import backend
 
     def broken(gm: Any, ctx: Any) -> int:
-        raise ZeroDivisionError("planted")
+        raise error
 
     monkeypatch.setattr(backend, "FORWARD", (*backend.FORWARD, broken))
     with pytest.raises(Exception, match="planted"):
-        run(compiled(pruned(mlp(), rows()), require_sparse=True).call, rows())
+        run(compiled(pruned(mlp(), rows()), **{option: True}).call, rows())
