@@ -26,7 +26,7 @@ from fxprune.lowering.codegen import stock
 from fxprune.lowering.kernels import KernelTables
 from fxprune.lowering.measure import Measure
 from fxprune.match import Match
-from fxprune.plan import Plan
+from fxprune.plan import Plan, register
 from fxprune.planner import choose_masks, keeps_all
 from fxprune.prunable import contexts_of, prunable
 from fxprune.prune_report import achieved, table
@@ -58,6 +58,14 @@ class PruneResult:
 
     def __str__(self) -> str:
         return str(self.report)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Attach the masks to the model of a copy, or of a result that was saved and loaded."""
+        self.__dict__.update(state)
+        parameters = dict(self.model.named_parameters())
+        for name, pruned in self.plan.weights.items():
+            if name in parameters:
+                register(parameters[name], pruned)
 
 
 def prune(

@@ -26,6 +26,7 @@ from .match_rnn import match_rnn
 from .normalize import normalize
 from .normalize_gemm import normalize_gemm
 from .open_attention import open_attention
+from .open_checkpoint import open_checkpoint
 from .plan import plan
 from .refuse_gemm import refuse_gemm
 from .relax_views import relax_views
@@ -39,6 +40,7 @@ from .shrink import shrink
 Pass = Callable[[GraphModule, Context], int]
 
 DETECT: tuple[Pass, ...] = (
+    open_checkpoint,  # what is checkpointed is part of the graph
     open_attention,  # the linear layers of nn.MultiheadAttention are calls of their own
     normalize,  # one vocabulary: pre-autograd ATen, no in-place activations
     fold_weights,  # so that a masked weight is one
@@ -52,7 +54,8 @@ DETECT: tuple[Pass, ...] = (
 )
 
 FORWARD: tuple[Pass, ...] = (
-    open_attention,  # first: the linear layers of nn.MultiheadAttention are calls of their own
+    open_checkpoint,  # first: what is checkpointed is part of the graph
+    open_attention,  # before what matches: the linear layers of nn.MultiheadAttention are calls of their own
     normalize,  # everything below speaks ATen
     fold_weights,  # before everything that asks whether a weight is constant
     normalize_gemm,  # right after: what else multiplies by a constant matrix

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import pickle
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch
 import fxprune
 from fxprune import plan
 from fxprune.errors import NothingToPrune
+from fxprune.prune import PruneResult
 from tests.toys import image, mlp, mobile, rows
 
 
@@ -75,3 +78,18 @@ def test_json_is_stable_and_complete() -> None:
     assert [list(layer) for layer in layers] == [names.split()] * 3
     assert [layer["kind"] for layer in layers] == ["depthwise", "pointwise", "linear"]
     assert layers[1]["columns"] is None and layers[2]["shape"] == [24, 32]
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))], ids=["copied", "pickled"])
+def test_a_copied_result_holds_its_own_model(copy_of: Callable[[PruneResult], PruneResult]) -> None:
+    first = fxprune.prune(mlp(), rows(), sparsity=0.5)
+    result = copy_of(first)
+    del first
+    optimizer = torch.optim.SGD(result.model.parameters(), 0.5, momentum=0.9)
+    result.plan.hold(optimizer)
+    result.model(rows()).square().sum().backward()
+    before = {name: result.model.get_parameter(name).clone() for name in result.plan.weights}
+    optimizer.step()
+    for name, pruned in result.plan.weights.items():
+        weight = result.model.get_parameter(name)
+        assert not weight[~pruned.mask].any() and not torch.equal(weight, before[name])
