@@ -174,12 +174,17 @@ def _closed(*_: Any) -> Any:
 def _probes(watched: Sequence[Tensor]) -> list[tuple[Any, int]]:
     """Return, per running statistic, its memory and where its largest value is.
 
-    A forward in training mode moves BatchNorm's statistics without a change of version.
+    A forward in training mode moves BatchNorm's statistics without a change of version, and tensors made under
+    ``inference_mode`` have none: of those one value stands for all.
     """
-    vectors = [t for t in watched if t.dim() == 1 and t.numel() and not isinstance(t, torch.nn.Parameter)]
+    vectors = [t for t in watched if t.numel() and (t.is_inference() or _is_statistic(t))]
     dtypes = (torch.float32, torch.float64, torch.bfloat16)
     probed = [t.detach() for t in vectors if t.device.type == "cpu" and t.dtype in dtypes]
     return [(_bits(t).numpy(), int(t.abs().argmax())) for t in probed]
+
+
+def _is_statistic(t: Tensor) -> bool:
+    return t.dim() == 1 and not isinstance(t, torch.nn.Parameter)
 
 
 def _bits(t: Tensor) -> Tensor:

@@ -152,6 +152,21 @@ def test_changes_under_inference_mode() -> None:
         assert_exact(fast.call(rows()), model(rows()))
         model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()}, assign=True)
         assert_exact(fast.call(rows()), model(rows()))
+        model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()})
+        assert_exact(fast.call(rows()), model(rows()))
+
+
+def test_inference_tensors_that_change_in_place() -> None:
+    """They have no version."""
+    with torch.inference_mode():
+        model = pruned(mlp(), rows())
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+        assert all(p.is_inference() for p in model.parameters())
+        fast = compiled(model)
+        assert_exact(fast.call(rows()), model(rows()))
+        for step in range(3):
+            model[0].weight.mul_(-1 if step else 2)
+            assert_exact(fast.call(rows()), model(rows()), f"step {step}")
 
 
 def test_variants_are_bounded() -> None:
