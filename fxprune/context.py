@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from fxprune.config import Config
 from fxprune.gradients import GradientLayer, GradientTimes, Ratio
 from fxprune.match import Block, Match
-from fxprune.sparsity.pattern import LayerMask
+from fxprune.sparsity.pattern import LayerMask, share
 from fxprune.weights import Weights
 
 
@@ -93,7 +93,7 @@ class Decision:
         value = self.match.value
         if isinstance(value, FakeTensor) or value.is_meta:  # DDP compiles its parts before they meet their weights
             return self.zeros
-        return 1.0 - torch.count_nonzero(value).item() / max(value.numel(), 1)
+        return 1.0 - share(value)
 
 
 @dataclass(frozen=True)

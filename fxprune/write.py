@@ -15,7 +15,7 @@ from fxprune.match import Match
 from fxprune.plan import LayerPlan, PrunedWeight, lookup, register, tiles
 from fxprune.planner import Choice
 from fxprune.sparsity import refit
-from fxprune.sparsity.pattern import LayerMask
+from fxprune.sparsity.pattern import LayerMask, share
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Wish:
             pattern=pruned.pattern,
             shape=tuple(pruned.mask.shape),
             target=self.target,
-            sparsity=1.0 - int(pruned.mask.count_nonzero()) / max(pruned.mask.numel(), 1),
+            sparsity=1.0 - share(pruned.mask),
             note=self.note,
             **tiles(pruned.layer),
         )

@@ -27,7 +27,7 @@ from ..planner import Choice, choose_masks, pattern_of
 from ..sparsity import dcp, refit, tile
 from ..sparsity.elements import elements
 from ..sparsity.found import describe, forms, halved
-from ..sparsity.pattern import LayerMask, kept, obeys
+from ..sparsity.pattern import LayerMask, kept, obeys, share
 from ..staircase import choose_levels
 from .join_sequences import join_sequences
 from .plan_rnn import Found, decide_recurrent, recurrent_layers
@@ -130,8 +130,7 @@ def _mask(match: Match, ctx: Context, wanted: Mapping[str, Choice]) -> tuple[str
             return planned.pattern, _form(match, layer.mask, layer, ctx.inference, ctx)
     if not ctx.inference:
         return "", None
-    zeros = 1.0 - torch.count_nonzero(matrix).item() / max(matrix.numel(), 1)
-    if zeros < _MIN_SPARSITY:
+    if 1.0 - share(matrix) < _MIN_SPARSITY:
         return "", None
     if match.kind == "depthwise":
         return "found", dcp.infer(matrix)

@@ -23,12 +23,12 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what packed weights a
 
 
 def kept(mask: Tensor) -> int:
-    """Return how many entries of a bool mask are set."""
+    """Return how many entries of a bool mask are set, or elements of a weight are not zero."""
     return int(torch.count_nonzero(mask))  # twice as fast as a sum of bools
 
 
 def share(mask: Tensor) -> float:
-    """Return what part of a bool mask is set, 0 to 1."""
+    """Return what part of a bool mask is set, or of a weight is not zero, 0 to 1."""
     return kept(mask) / max(mask.numel(), 1)
 
 
