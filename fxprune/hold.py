@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from fxprune.hold_steps import HeldSteps, clear, written
+from fxprune.hold_steps import HeldSteps, clear
 
 _WIDTHS = (64, 32, 8)  # of tiles
 _WIDE = 32  # output features that share bits from which on those are int32: an AND of one width is faster
@@ -90,7 +90,7 @@ class Holder:
         self._steps.forget()
         self.project()
         for optimizer in self._optimizers:
-            clear([(moment, bits) for parameter, bits in self.kept() for moment in written(optimizer, parameter)[1:]])
+            self._steps.settle(optimizer, self._kept_of(optimizer))
 
     @torch.no_grad()
     def project(self) -> None:

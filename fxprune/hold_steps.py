@@ -90,13 +90,25 @@ class HeldSteps:
         self._count += 1
         cheap = self._masked is not None and _are_unwritten(_gradients(kept), *self._masked)
         self._masked = None
-        moved = kept[-self._count % _RENEWAL :: _RENEWAL] if cheap else kept
-        zero(optimizer, moved)
         if cheap:
+            zero(optimizer, kept[-self._count % _RENEWAL :: _RENEWAL])
             self._zeroed[optimizer].renew()
-        elif self._masks_gradients and _leaves_zeros(optimizer):
-            self._zeroed[optimizer] = _Zeroed(optimizer, kept)
+        else:
+            zero(optimizer, kept)
+            self._trust(optimizer, kept)
         self._settled.update((id(parameter), parameter._version) for parameter, _ in kept)
+
+    def settle(self, optimizer: torch.optim.Optimizer, kept: Kept) -> None:
+        """Zero what an optimizer keeps for parameters whose pruned elements are zero; the next step may count on it."""
+        moments = [(value, bits) for parameter, bits in kept for value in written(optimizer, parameter)[1:]]
+        with torch.no_grad():
+            clear(moments)
+        self._trust(optimizer, kept)
+
+    def _trust(self, optimizer: torch.optim.Optimizer, kept: Kept) -> None:
+        """Take parameters and what an optimizer keeps for them for zero where they are pruned, until somebody writes."""
+        if self._masks_gradients and _leaves_zeros(optimizer):
+            self._zeroed[optimizer] = _Zeroed(optimizer, kept)
 
     def unsettled(self, kept: Kept) -> Kept:
         """Return the parameters that somebody wrote to since their pruned elements became zero."""

@@ -53,10 +53,16 @@ def net() -> nn.Sequential:
 class Training:
     """A network with its optimizer and its pruner, and how often gradients were zeroed instead of weights."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, optimizer: Any = OPTIMIZERS["sgd"][0], growth: bool = False) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        optimizer: Any = OPTIMIZERS["sgd"][0],
+        growth: bool = False,
+        schedule: Any = None,
+    ) -> None:
         self.model = net()
         self.optimizer = optimizer(self.model.parameters())
-        self.pruner = fxprune.Pruner(self.model, torch.zeros(2, 24), sparsity=0.75, growth=growth)
+        self.pruner = fxprune.Pruner(self.model, torch.zeros(2, 24), sparsity=0.75, growth=growth, schedule=schedule)
         self.masks = self.pruner.state_dict()["masks"]
         self.cheap, self.costly = 0, 0
         original = hold_steps.zero
@@ -114,6 +120,17 @@ def test_every_step_leaves_zeros_and_the_same_bits_elsewhere(name: str, monkeypa
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=name == "adam without eps")
     # all but the first step, the one that makes the state, and one of each layer in 32
     assert training.cheap >= 3 * 40 - 2 * 3 - 2 * 3 if cheap else training.cheap == 0
+
+
+def test_the_step_after_a_round_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(monkeypatch, OPTIMIZERS["adamw fused"][0], schedule=fxprune.CubicSchedule(4, 12, 4))
+    for step in range(16):
+        training.step(step)
+        training.masks = training.pruner.state_dict()["masks"]
+        if step == 3:
+            training.cheap = training.costly = 0
+    assert training.held()
+    assert training.costly <= 3 and training.cheap >= 3 * 12 - 3  # one of each layer in 32
 
 
 def in_place(t: Training) -> None:
