@@ -108,7 +108,7 @@ def run(case: Case) -> dict[str, Any]:
     from machine import Gate
 
     import fxprune
-    from fxprune.backend import LAST_REPORTS
+    from fxprune.decisions import LAST_REPORTS
 
     logging.getLogger("torch").setLevel(logging.ERROR)
     torch.set_num_threads(case.threads)

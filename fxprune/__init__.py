@@ -38,10 +38,11 @@ _register_operators()  # before the modules that name torch.ops.fxprune
 __version__ = "0.1.0"
 
 from fxprune.apply import apply_plan, recalibrate  # noqa: E402
-from fxprune.backend import gradient_report, hwprune, register  # noqa: E402
+from fxprune.backend import hwprune, register  # noqa: E402
 from fxprune.benchmark import benchmark  # noqa: E402
 from fxprune.compiled import refresh  # noqa: E402
 from fxprune.config import Config  # noqa: E402
+from fxprune.decisions import gradient_report  # noqa: E402
 from fxprune.decompositions import decompositions  # noqa: E402
 from fxprune.explain import explain, levels, stages  # noqa: E402
 from fxprune.export import Exported, Loaded, export, load  # noqa: E402

@@ -6,50 +6,40 @@ appended as graph inputs. A graph with nothing to gain goes to Inductor untouche
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo.exc import RestartAnalysis
-from torch._logging import trace_structured
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
-from fxprune import dump
 from fxprune.capture import Captured, detect
 from fxprune.compiled import Built, CompiledGraph
 from fxprune.config import Config
-from fxprune.context import BatchSide, Context, Decision, Observer, Shrunk, Sizes
-from fxprune.errors import ConfigError, FxPruneError, NoGradientPruned, RequireSparse, VerificationError
-from fxprune.gradients import gradient_clock, gradient_table, ratio_at, ratios
+from fxprune.context import BatchSide, Context, Sizes
+from fxprune.decisions import keep_report
+from fxprune.errors import ConfigError, FxPruneError, NoGradientPruned, VerificationError
+from fxprune.gradients import gradient_clock, ratio_at, ratios
 from fxprune.graph import copied
 from fxprune.left import may_prune
 from fxprune.lowering import calibrate, codegen, library, measure
-from fxprune.lowering.fuse_dsconv import fuse_dsconv
-from fxprune.lowering.fuse_pool import fuse_pool
 from fxprune.lowering.kernels import KernelTables
-from fxprune.lowering.lower import lower
 from fxprune.lowering.measure import Measure
-from fxprune.lowering.measure_gradient import MeasureGradient
-from fxprune.lowering.region import form_regions
-from fxprune.lowering.row_attention import row_attention
-from fxprune.lowering.sequence import feature_major_sequences
 from fxprune.match import Match
-from fxprune.passes import FORWARD, Sdgp
+from fxprune.passes import Sdgp
 from fxprune.passes.plan import unsupported
 from fxprune.passes.regions import regions
+from fxprune.pipeline import chain, rewrite, trains
 from fxprune.plan import generation, lookup
-from fxprune.report import Table
 from fxprune.staircase import Staircase, grouped, staircases
 from fxprune.symbols import Symbols
 from fxprune.target import search
-from fxprune.weights import Weights, are_hidden, is_state, remember_names, states
+from fxprune.weights import are_hidden, is_state, remember_names, states
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +77,7 @@ def register() -> None:
 def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
     remember_names(gm)
     symbols = Symbols(example_inputs)
-    training = _trains(example_inputs)
+    training = trains(example_inputs)
     if training and config.fallback == "tensorrt":
         raise ConfigError(name="fallback", given="tensorrt", expected="inference: call the model under torch.no_grad()")
     if training and config.grad_sparsity is not None:
@@ -103,7 +93,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
             return dense(inputs)
         start = time.perf_counter()
         clone, ctx, changed = rewrite(gm, inputs, config, levels, sizes or symbols.sizes(inputs))
-        _report(ctx, time.perf_counter() - start)
+        keep_report(ctx, time.perf_counter() - start)
         if not changed:
             ctx.close()
             return dense(inputs, ctx.side)
@@ -173,7 +163,7 @@ def _levels(
     build: Callable[[Sequence[Any], Mapping[str, float]], Built],
 ) -> Mapping[str, float]:
     """Find the sparsity of each layer of one graph for a target speed."""
-    if _trains(inputs):
+    if trains(inputs):
         name = "target_latency_ms" if config.target_speedup is None else "target_speedup"
         expected = "inference: call the model under torch.no_grad(), or prune it first with fxprune.prune"
         raise ConfigError(name=name, given=getattr(config, name), expected=expected)
@@ -208,78 +198,9 @@ def _with_key(run: Callable[..., Any], ctx: Context, inputs: Sequence[Any]) -> C
     return lambda *args: run(*args[:at], gradient_clock.key(ctx.config.seed), *args[at + 1 :])
 
 
-def _trains(inputs: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
-
-
-def rewrite(
-    gm: GraphModule,
-    example_inputs: Sequence[Any],
-    config: Config,
-    levels: Mapping[str, float] | None = None,
-    sizes: Sizes | None = None,
-    observers: tuple[Observer, ...] = (),
-) -> tuple[GraphModule, Context, bool]:
-    """Run the forward pipeline on a clone of ``gm``; returns (clone, context, whether anything was gained).
-
-    levels: sparsity by parameter that a target speed came to. sizes: the symbolic ones of the call it is for, as
-    :class:`Context` holds them; without them everything is decided at the hints. observers: see the graph after each pass.
-    """
-    clone = copied(gm)
-    tables = KernelTables()
-    training = _trains(example_inputs)
-    timer = Measure(config, tables.unit)
-    ctx = Context(config, Weights(clone, example_inputs), not training, tables, timer, timer.predict, sizes or {})
-    dumping = (dump.Dump(config.dump, tuple(example_inputs)),) if config.dump else ()
-    ctx.observers = (*observers, *dumping)
-    if training:
-        ctx.gradient_ratio = ratio_at(config.grad_sparsity, gradient_clock.step)
-        ctx.measure_gradient = MeasureGradient(config)
-    if levels is not None:
-        ctx.extra["levels"] = levels
-    if (reason := _autocast_reason(gm, training)) is not None:
-        ctx.extra["dense_reason"] = reason
-    ctx.observe(0, "captured", clone)
-    for number, rewrite_pass in enumerate(FORWARD, 1):
-        start = time.perf_counter()
-        changed = rewrite_pass(clone, ctx)
-        ctx.counts[rewrite_pass.__name__] = changed
-        ctx.seconds[rewrite_pass.__name__] = time.perf_counter() - start
-        if changed:
-            _lint(clone, rewrite_pass.__name__)
-        ctx.observe(number, rewrite_pass.__name__, clone)
-    ctx.seconds["measure"] = timer.seconds
-    ctx.counts.update(lower(clone, tables))
-    _require(ctx)
-    if ctx.gradients:
-        log.info("%s", gradient_table(ctx.gradients, ctx.gradient_ratio))
-    gained = bool(ctx.shrunk) or ctx.gradient_key is not None or any(d.chosen for d in ctx.decisions)
-    if ctx.gradient_key is None:
-        ctx.gradient_ratio = None
-    return clone, ctx, gained
-
-
-_JOINS = (feature_major_sequences, form_regions, row_attention, fuse_pool, fuse_dsconv)
-
-
-def chain(gm: GraphModule, ctx: Context) -> None:
-    """Join operators into larger ones, in graphs that run: the steps behind the pipeline."""
-    for position, join in enumerate(_JOINS, len(FORWARD) + 1):
-        ctx.counts[join.__name__] = join(gm, ctx)
-        ctx.observe(position, join.__name__, gm)
-
-
-def _lint(gm: GraphModule, stage: str) -> None:
-    try:
-        gm.graph.lint()
-    except RuntimeError as error:
-        given = str(error).partition("\n")[0]
-        raise VerificationError(stage=stage, what="malformed graph", given=given, expected="a legal graph") from error
-
-
 def _worth_a_look(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> bool:
     """True when pruning is asked for, or a weight (or a mask beside it) has a plan or a fair share of zeros."""
-    if config.prunes or config.dump or (_trains(example_inputs) and ratio_at(config.grad_sparsity, gradient_clock.step)):
+    if config.prunes or config.dump or (trains(example_inputs) and ratio_at(config.grad_sparsity, gradient_clock.step)):
         return True
     if are_hidden(example_inputs):
         return False
@@ -292,33 +213,6 @@ def _worth_a_look(gm: GraphModule, example_inputs: Sequence[Any], config: Config
             if value.numel() and torch.count_nonzero(value.detach()).item() < 0.95 * value.numel():
                 return True
     return False
-
-
-def _autocast_reason(gm: GraphModule, training: bool) -> str | None:
-    """Return why autocast keeps a graph dense, ``None`` when it does not."""
-    if torch.is_autocast_enabled("cuda"):
-        return "autocast is on for cuda"
-    if _enters_autocast(gm):
-        return "the model switches autocast on itself: call it under torch.autocast instead"
-    if not torch.is_autocast_enabled("cpu"):
-        return None
-    if training:
-        return "autocast is on while gradients are needed"
-    dtype = torch.get_autocast_dtype("cpu")
-    return None if dtype == torch.bfloat16 else f"autocast is on for {dtype}, kernels are float32 or bfloat16"
-
-
-def _enters_autocast(gm: GraphModule) -> bool:
-    """True when the graph switches autocast on; models also switch it off around what needs float32."""
-    calls = [n for n in gm.graph.nodes if n.op == "call_function" and "_enter_autocast" in str(n.target)]
-    return any(len(n.args) < 3 or n.args[2] is not False for n in calls)
-
-
-def _require(ctx: Context) -> None:
-    dense = [d for d in ctx.decisions if d.mask is not None and not d.chosen]
-    if ctx.config.require_sparse and dense:
-        names = "; ".join(f"{d.match.name} ({d.reason})" for d in dense[:5])
-        raise RequireSparse(count=len(dense), layers=names)
 
 
 def _verify_numerically(
@@ -352,61 +246,3 @@ def _seeded(run: Callable[..., Any], args: Sequence[Any]) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return run(*args)
-
-
-def _report(ctx: Context, seconds: float) -> None:
-    chosen = [d for d in ctx.decisions if d.chosen]
-    masked = [d for d in ctx.decisions if d.mask is not None]
-    log.info(
-        "%d of %d matches run sparse kernels (%d hold zeros), %.2f s planning, packing and measuring",
-        len(chosen),
-        len(ctx.decisions),
-        len(masked),
-        seconds,
-    )
-    if ctx.side is not None:
-        log.info("two variants by batch size; this one: %s", ctx.side)
-    if ctx.shrunk:
-        log.info("%d groups of channels shrunk: %s", len(ctx.shrunk), cut_channels(ctx.shrunk))
-    if log.isEnabledFor(logging.DEBUG):
-        for decision in ctx.decisions:
-            log.debug("%s", describe(decision))
-    trace_structured(
-        "artifact",
-        metadata_fn=lambda: {"name": "fxprune_decisions", "encoding": "json"},
-        payload_fn=lambda: json.dumps({"seconds": ctx.seconds, "layers": [describe(d) for d in ctx.decisions]}),
-    )
-    LAST_REPORTS.append(replace(ctx, weights=Weights(GraphModule({}, Graph()))))  # without what is packed
-    del LAST_REPORTS[:-16]
-
-
-def gradient_report(graphs: int = 1) -> Table:
-    """Return what ``grad_sparsity`` did to each layer of the graphs compiled last for training, and the times measured.
-
-    After a few optimizer steps also what that is for a whole step: its time, and what the layers' times add to it with
-    dense gradients.
-    graphs: how many, 16 at most; a model with graph breaks, or under DDP, has several.
-    """
-    found = [ctx for ctx in LAST_REPORTS if ctx.gradients][-graphs:]
-    layers = [layer for ctx in found for layer in ctx.gradients]
-    pruned, steps = sum(ctx.gradient_key is not None for ctx in found), gradient_clock.last_steps()
-    step = None if steps is None else (steps[0], steps[1] / max(pruned, 1))
-    return gradient_table(layers, found[-1].config.grad_sparsity if found else "off", step)
-
-
-def cut_channels(shrunk: Sequence[Shrunk]) -> str:
-    """Return one line about the channels that were cut out of a graph."""
-    parts = [f"{s.layers[0]}{' ...' if len(s.layers) > 1 else ''} {s.before} -> {s.after}" for s in shrunk]
-    return f"{sum(s.before for s in shrunk)} -> {sum(s.after for s in shrunk)} channels ({', '.join(parts)})"
-
-
-def describe(decision: Decision) -> str:
-    """Return one line about one match."""
-    match = decision.match
-    return (
-        f"{match.name} [{match.kind} {match.geometry}] {decision.sparsity:.1%} zeros -> {decision.kernel}: {decision.reason}"
-    )
-
-
-# the contexts of the latest compiles, for tests and benchmarks to read what was decided
-LAST_REPORTS: list[Context] = []

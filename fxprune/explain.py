@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.backend import chain, cut_channels, groups_of, rewrite
+from fxprune.backend import groups_of
 from fxprune.capture import capture
 from fxprune.config import Config
 from fxprune.context import Context, Decision, Shrunk
+from fxprune.decisions import cut_channels
 from fxprune.errors import ConfigError
+from fxprune.pipeline import chain, rewrite
 from fxprune.prunable import contexts_of, prunable
 from fxprune.report import Table
 from fxprune.stages import Stage, Stages

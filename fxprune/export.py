@@ -25,7 +25,6 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_structure, tree_unf
 
 import fxprune
 from fxprune import manifest
-from fxprune.backend import chain, rewrite
 from fxprune.capture import arguments, evaluating
 from fxprune.config import Config
 from fxprune.context import Context
@@ -37,6 +36,7 @@ from fxprune.lowering.attach import attach
 from fxprune.lowering.decompose import decompose
 from fxprune.lowering.tensorrt import Partition
 from fxprune.manifest import Manifest
+from fxprune.pipeline import chain, rewrite
 from fxprune.plan import Plan
 from fxprune.plan_file import encode
 from fxprune.report import Table

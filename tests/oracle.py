@@ -18,7 +18,7 @@ from torch._dynamo.utils import same
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxprune import backend
+from fxprune import backend, pipeline
 from fxprune.capture import capture, detect, detect_exported
 from fxprune.compiled import CompiledGraph
 from fxprune.config import Config
@@ -209,7 +209,7 @@ def rewritten(model: nn.Module, *inputs: Any, exact: Any = None, **options: Any)
     """
     (graph,) = capture(model, inputs)
     with torch.no_grad():
-        clone, context, changed = backend.rewrite(graph.gm, graph.inputs, Config(**{**FORCED, **options}))
+        clone, context, changed = pipeline.rewrite(graph.gm, graph.inputs, Config(**{**FORCED, **options}))
         packs = context.weights.appended()
         clone.recompile()
         clone.graph.lint()

@@ -20,8 +20,8 @@ PACKAGES = ("fxprune", "passes", "lowering")
 SOURCES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # the modules that may put passes, lowering and the vocabulary together
-COMBINERS = {f"fxprune.{name}" for name in ("apply", "backend", "capture", "cli", "doctor", "explain", "export", "prune")}
-COMBINERS.add("fxprune")  # registers the operators when the package is imported
+_COMBINE = ("apply", "backend", "capture", "cli", "doctor", "explain", "export", "pipeline", "prune")
+COMBINERS = {"fxprune", *(f"fxprune.{name}" for name in _COMBINE)}  # the package registers the operators when it is imported
 
 
 def _module(path: Path) -> str:

@@ -18,11 +18,12 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import fxprune
-from fxprune import backend, cost, staircase, target
+from fxprune import cost, staircase, target
 from fxprune.allocate import allocate, total
 from fxprune.capture import capture, detect
 from fxprune.config import Config
 from fxprune.context import Timing
+from fxprune.decisions import LAST_REPORTS
 from fxprune.errors import ConfigError, NothingToPrune, TargetNotReached
 from fxprune.match import Match
 from fxprune.plan import lookup
@@ -356,9 +357,9 @@ def test_a_target_inside_the_compile(quick: dict[str, Any]) -> None:
     model = mobile()
     fast = torch.compile(model, backend="hwprune", options={"target_speedup": 2.0, **quick})
     fxprune.register()
-    backend.LAST_REPORTS.clear()
+    LAST_REPORTS.clear()
     output = run(fast, image())
-    decided = backend.LAST_REPORTS[-1].decisions
+    decided = LAST_REPORTS[-1].decisions
     assert any(d.mask is not None and d.chosen for d in decided)
     masked = mobile()
     with torch.no_grad():
@@ -376,9 +377,9 @@ def test_a_target_inside_the_compile_leaves_what_prune_leaves(quick: dict[str, A
     model, tokens = integer_model(Tied()), integers(2, 5, low=0, high=47).long()
     before = model.head.weight.detach().clone()
     fast = torch.compile(model, backend="hwprune", options={"target_speedup": 2.0, **quick})
-    backend.LAST_REPORTS.clear()
+    LAST_REPORTS.clear()
     run(fast, tokens)
-    masked = {d.match.parameter for d in backend.LAST_REPORTS[-1].decisions if d.mask is not None}
+    masked = {d.match.parameter for d in LAST_REPORTS[-1].decisions if d.mask is not None}
     assert masked == {"middle.weight"}
     assert torch.equal(model.embedding.weight, before)
 

@@ -76,14 +76,14 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_verify_inside_compile_catches_a_wrong_rewrite(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fxprune import backend
+    from fxprune import pipeline
 
     def wrong(gm: torch.fx.GraphModule, ctx: Any) -> int:
         node = next(n for n in gm.graph.nodes if "tile_gemm" in str(n.target))
         node.update_arg(5, None)  # the bias is lost
         return 1
 
-    monkeypatch.setattr(backend, "FORWARD", (*backend.FORWARD, wrong))
+    monkeypatch.setattr(pipeline, "FORWARD", (*pipeline.FORWARD, wrong))
     fxprune.register()
     torch._dynamo.reset()
     fast = torch.compile(pruned(mlp(), rows()), backend="hwprune", options={**FORCED, "verify": True})

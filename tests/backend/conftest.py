@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fxprune
-from fxprune import backend
+from fxprune import pipeline
 
 fxprune.register()
 
@@ -23,4 +23,4 @@ def fresh_dynamo() -> Iterator[None]:
 @pytest.fixture
 def uncut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave every channel in the graph: where a test is about the choice of kernels, layers keep their shapes."""
-    monkeypatch.setattr(backend, "FORWARD", tuple(p for p in backend.FORWARD if p.__name__ != "shrink"))
+    monkeypatch.setattr(pipeline, "FORWARD", tuple(p for p in pipeline.FORWARD if p.__name__ != "shrink"))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import backend
+from fxprune.decisions import LAST_REPORTS
 from tests.oracle import FORCED, assert_exact, compiled, integer_model, integers, operators, rewritten, widened, zero_some
 from tests.toys import image, mlp, mobile, pruned, rows, run
 
@@ -188,7 +189,7 @@ def test_training_in_bfloat16_has_the_masked_models_gradients() -> None:
     for (name, a), b in zip(model.named_parameters(), twin.named_parameters(), strict=True):
         mask = b[1].detach() != 0 if "weight" in name else torch.ones_like(b[1], dtype=torch.bool)
         assert_exact(a.grad[mask], b[1].grad[mask], name, trusted=False)
-    assert all(d.chosen for d in backend.LAST_REPORTS[-1].decisions)
+    assert all(d.chosen for d in LAST_REPORTS[-1].decisions)
 
 
 @pytest.mark.parametrize("mode", ("bfloat16", "autocast"))
@@ -200,7 +201,7 @@ def test_through_inductor_and_measured(mode: str, freeze: bool) -> None:
     with mode_of(mode):
         dense, given = model(x), fast(x)
     assert rmse(given, exact) <= 1.25 * rmse(dense, exact)
-    decisions = backend.LAST_REPORTS[-1].decisions
+    decisions = LAST_REPORTS[-1].decisions
     assert all(d.timing.measured for d in decisions if d.timing) and any(d.chosen for d in decisions)
     torch._dynamo.reset()
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import backend
 from fxprune import gradients as gradients_module
+from fxprune.decisions import LAST_REPORTS
 from fxprune.errors import NoGradientPruned
 from fxprune.gradients import GradientTimes, gradient_clock, ratio_at
 from fxprune.ops import nm_mm
@@ -290,7 +291,7 @@ def test_a_fixed_ratio_reports_its_cost(dynamic: bool | None) -> None:
     assert [row["layer"] for row in rows] == ["0", "2", "5"]
     assert all(float(row["pruned us"]) > 0 and float(row["dense us"]) > 0 for row in rows)
     assert all(float(row["skipping zeros us"]) > 0 for row in rows)
-    choices = [layer.skips for layer in backend.LAST_REPORTS[-1].gradients]
+    choices = [layer.skips for layer in LAST_REPORTS[-1].gradients]
     assert [row["data gradient reads"] == "pruned, skipping zeros" for row in rows] == choices
 
 

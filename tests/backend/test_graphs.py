@@ -140,12 +140,12 @@ PLANTED = [ZeroDivisionError("planted"), VerificationError(stage="rewrite", what
 def test_a_failing_rewrite_runs_dense_and_says_so(
     error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from fxprune import backend
+    from fxprune import pipeline
 
     def broken(gm: Any, ctx: Any) -> int:
         raise error
 
-    monkeypatch.setattr(backend, "FORWARD", (*backend.FORWARD, broken))
+    monkeypatch.setattr(pipeline, "FORWARD", (*pipeline.FORWARD, broken))
     model = pruned(mlp(), rows())
     fast = compiled(model)
     assert_exact(run(fast.call, rows()), run(model, rows()))
@@ -157,11 +157,11 @@ def test_a_failing_rewrite_runs_dense_and_says_so(
 def test_a_failing_rewrite_raises_when_sparse_is_required(
     option: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fxprune import backend
+    from fxprune import pipeline
 
     def broken(gm: Any, ctx: Any) -> int:
         raise error
 
-    monkeypatch.setattr(backend, "FORWARD", (*backend.FORWARD, broken))
+    monkeypatch.setattr(pipeline, "FORWARD", (*pipeline.FORWARD, broken))
     with pytest.raises(Exception, match="planted"):
         run(compiled(pruned(mlp(), rows()), **{option: True}).call, rows())

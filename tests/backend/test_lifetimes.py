@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.backend import LAST_REPORTS
 from fxprune.compiled import CompiledGraph, Variant
+from fxprune.decisions import LAST_REPORTS
 from tests.oracle import Compiled, assert_exact, compiled
 from tests.toys import image, mlp, mobile, pruned, rows, run
 

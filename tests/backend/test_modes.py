@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import backend
+from fxprune.decisions import LAST_REPORTS
 from fxprune.plan import lookup
 from tests.oracle import FORCED, assert_exact, compiled, integer_model, integers
 from tests.toys import Tied, image, mlp, mobile, pruned, rows, run
@@ -66,7 +66,7 @@ def test_training_under_autocast_is_dense_with_a_reason() -> None:
             each(rows()).float().square().sum().backward()
     for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert_exact(a.grad, b.grad, name, most_zeros=1.0)
-    assert {d.reason for d in backend.LAST_REPORTS[-1].decisions} == {"autocast is on while gradients are needed"}
+    assert {d.reason for d in LAST_REPORTS[-1].decisions} == {"autocast is on while gradients are needed"}
 
 
 class Inside(nn.Module):

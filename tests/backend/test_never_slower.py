@@ -12,11 +12,11 @@ import torch
 from fxprune.lowering import codegen, measure
 from torch import nn
 
-from fxprune import backend
-from fxprune.backend import LAST_REPORTS, describe
+from fxprune import pipeline
 from fxprune.capture import capture
 from fxprune.config import Config
 from fxprune.context import Decision, Timing
+from fxprune.decisions import LAST_REPORTS, describe
 from tests.oracle import assert_exact, compiled, integer_model, integers, zero_some
 from tests.toys import image, mlp, mobile, pruned, rows, run
 
@@ -38,7 +38,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
             predict = __call__
 
-        monkeypatch.setattr(backend, "Measure", Fake)
+        monkeypatch.setattr(pipeline, "Measure", Fake)
 
     return use
 
@@ -75,7 +75,7 @@ def settings(model: nn.Module, x: torch.Tensor) -> dict[str, Any]:
     """What Inductor is told about the graph that it gets."""
     (graph,) = capture(model, (x,))
     with torch.no_grad():
-        clone, _, _ = backend.rewrite(graph.gm, graph.inputs, Config(min_speedup=1.02))
+        clone, _, _ = pipeline.rewrite(graph.gm, graph.inputs, Config(min_speedup=1.02))
     return codegen.patches(clone.graph, Config())
 
 

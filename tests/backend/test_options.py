@@ -17,7 +17,7 @@ import torch
 
 import fxprune
 from fxprune import dump
-from fxprune.backend import LAST_REPORTS
+from fxprune.decisions import LAST_REPORTS
 from fxprune.errors import ConfigError, RequireSparse, UnknownOption
 from tests.oracle import assert_exact, compiled
 from tests.toys import image, mlp, mobile, pruned, rows, run

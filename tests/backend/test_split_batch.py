@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import fxprune
-from fxprune import backend
+from fxprune import backend, pipeline
 from fxprune.compiled import CompiledGraph
 from fxprune.context import Timing
 from fxprune.match import Match
@@ -52,7 +52,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, micros: Callable[[Match, int], tuple[
             measured.append(match.geometry.x[0])
             return self.predict(match, mask)
 
-    monkeypatch.setattr(backend, "Measure", Fake)
+    monkeypatch.setattr(pipeline, "Measure", Fake)
     return measured
 
 

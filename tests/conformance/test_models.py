@@ -15,7 +15,7 @@ import zoo
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import backend
+from fxprune import backend, pipeline
 from fxprune.capture import Captured, capture, detect
 from fxprune.config import Config
 from tests.oracle import FORCED, assert_close_fp64, operators, widened
@@ -91,7 +91,7 @@ def test_without_zeros_nothing_is_rewritten(name: str) -> None:
         for a, b in zip(leaves(given), leaves(expected), strict=True):
             assert torch.equal(a, b)
         with torch.no_grad():
-            clone, _, changed = backend.rewrite(graph.gm, graph.inputs, Config(**{**FORCED, "min_speedup": 1.02}))
+            clone, _, changed = pipeline.rewrite(graph.gm, graph.inputs, Config(**{**FORCED, "min_speedup": 1.02}))
         assert not changed and not any("fxprune" in str(n.target) for n in clone.graph.nodes)
 
 
@@ -99,7 +99,7 @@ def test_without_zeros_nothing_is_rewritten(name: str) -> None:
 def test_one_image_runs_our_kernels_and_equals_masked_dense(name: str) -> None:
     (graph,) = capture(pruned(name), inputs(name, 1))
     with torch.no_grad():
-        clone, context, _ = backend.rewrite(graph.gm, graph.inputs, Config(**FORCED))
+        clone, context, _ = pipeline.rewrite(graph.gm, graph.inputs, Config(**FORCED))
     counts = {k: v for k, v in operators(clone).items() if k in KERNELS}
     assert counts == TABLE[name]["pruned"], f"{name}: {json.dumps(counts)}"
     left = [d.match.name for d in context.decisions if d.mask is not None and not d.chosen]

@@ -20,7 +20,7 @@ from fxprune.lowering.kernels.impl import Impl
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import backend
+from fxprune import pipeline
 from fxprune.match import Match
 from fxprune.sparsity import tile
 from tests.cuda.binding import COMPILED, in_place_of_the_cpus
@@ -67,7 +67,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(KernelTables, "candidates", lambda self, op: [i for i in impls if i.op == op])
     monkeypatch.setattr(Match, "on_gpu", property(lambda self: True))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # by default convolutions may use TF32
-    monkeypatch.setattr(backend, "_JOINS", tuple(join for join in backend._JOINS if join is not backend.form_regions))
+    monkeypatch.setattr(pipeline, "JOINS", tuple(join for join in pipeline.JOINS if join is not pipeline.form_regions))
     torch._dynamo.reset()
     with in_place_of_the_cpus() as ran:
         yield ran

@@ -33,6 +33,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fxprune
+from fxprune.decisions import LAST_REPORTS
 
 SCHEDULE = fxprune.CubicSchedule(0, 6, 2)
 
@@ -281,14 +282,14 @@ def masked_steps(
     result.plan.hold(optimizer)
     options = {"fallback": "eager", "autotune": "off", "min_speedup": 0.0, **more}
     call = torch.compile(wrapped, backend=fxprune.hwprune, options=options)
-    fxprune.backend.LAST_REPORTS.clear()
+    LAST_REPORTS.clear()
     for step in range(4):
         optimizer.zero_grad()
         (call(batch(step, rank, world)) - 1).square().mean().backward()
         if first is not None and step == 0:
             first.update({name: p.grad.clone() for name, p in model.named_parameters()})
         optimizer.step()
-    return [decision.chosen for context in fxprune.backend.LAST_REPORTS for decision in context.decisions]
+    return [decision.chosen for context in LAST_REPORTS for decision in context.decisions]
 
 
 def plan(rank: int, world: int, folder: Path) -> dict[str, Any]:
@@ -303,14 +304,14 @@ def split(rank: int, world: int, folder: Path) -> dict[str, Any]:
     """The same in graphs that DDP splits at its buckets: parts are compiled when they meet their weights."""
     model = Wide()
     chosen = masked_steps(model, lambda m: DistributedDataParallel(m, bucket_cap_mb=1), rank, world)
-    return {"weights": full(model), "chosen": chosen, "parts": len(fxprune.backend.LAST_REPORTS)}
+    return {"weights": full(model), "chosen": chosen, "parts": len(LAST_REPORTS)}
 
 
 def both(rank: int, world: int, folder: Path) -> dict[str, Any]:
     """Masks of a plan and pruned data gradients in the parts that DDP splits the graph into."""
     model = Wide()
     wrapped = lambda m: DistributedDataParallel(m, bucket_cap_mb=1)  # noqa: E731
-    return {**planned_and_pruned(model, wrapped, rank, world), "parts": len(fxprune.backend.LAST_REPORTS)}
+    return {**planned_and_pruned(model, wrapped, rank, world), "parts": len(LAST_REPORTS)}
 
 
 def planned_and_pruned(model: nn.Module, wrap: Any, rank: int, world: int) -> dict[str, Any]:

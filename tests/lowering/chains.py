@@ -12,7 +12,7 @@ from fxprune.lowering.region import form_regions
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxprune import backend
+from fxprune import pipeline
 from fxprune.capture import capture
 from fxprune.config import Config
 from fxprune.ops import region as ops
@@ -78,7 +78,7 @@ def formed(model: nn.Module, *inputs: Any, grad: bool = False) -> Formed:
     """Rewrite ``model``, form its regions, and compare the result with the captured graph bit for bit."""
     (graph,) = capture(model, inputs)
     with torch.set_grad_enabled(grad):
-        clone, context, _ = backend.rewrite(graph.gm, graph.inputs, Config(**FORCED))
+        clone, context, _ = pipeline.rewrite(graph.gm, graph.inputs, Config(**FORCED))
         count = form_regions(clone, context)
         packs = context.weights.appended()
     clone.recompile()

@@ -14,7 +14,7 @@ from fxprune.lowering.row_attention import row_attention
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxprune import backend, prune
+from fxprune import pipeline, prune
 from fxprune.capture import capture
 from fxprune.config import Config
 from tests.oracle import FORCED, copied, operators
@@ -151,8 +151,8 @@ def test_in_a_pruned_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     pruned = prune(model, (x,), sparsity=0.75).model
     (graph,) = capture(pruned, (x,))
     with torch.no_grad():
-        clone, context, _ = backend.rewrite(graph.gm, graph.inputs, Config(**{**FORCED, "autotune": "fast"}))
-        backend.chain(clone, context)
+        clone, context, _ = pipeline.rewrite(graph.gm, graph.inputs, Config(**{**FORCED, "autotune": "fast"}))
+        pipeline.chain(clone, context)
         packs = context.weights.appended()
         clone.recompile()
         given, expected = clone(*copied(graph.inputs), *packs), pruned(x)

@@ -13,7 +13,7 @@ from fxprune.lowering import library
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxprune import backend
+from fxprune import pipeline
 from fxprune.capture import capture
 from fxprune.config import Config
 from fxprune.context import Timing
@@ -75,8 +75,8 @@ def formed(model: nn.Module, *inputs: Any, **options: Any) -> GraphModule:
     """Rewrite ``model``; its result is as near to float64 as the model's own."""
     (graph,) = capture(model, inputs)
     with torch.no_grad():
-        clone, context, _ = backend.rewrite(graph.gm, graph.inputs, Config(**{**FORCED, **options}))
-        backend.chain(clone, context)
+        clone, context, _ = pipeline.rewrite(graph.gm, graph.inputs, Config(**{**FORCED, **options}))
+        pipeline.chain(clone, context)
         packs = context.weights.appended()
         clone.recompile()
         clone.graph.lint()
@@ -148,8 +148,8 @@ def test_what_is_no_such_attention_stays() -> None:
 def test_float32_stays() -> None:
     (graph,) = capture(half(Layer()).float(), (tokens().float(),))
     with torch.no_grad():
-        clone, context, _ = backend.rewrite(graph.gm, graph.inputs, Config(**FORCED))
-        backend.chain(clone, context)
+        clone, context, _ = pipeline.rewrite(graph.gm, graph.inputs, Config(**FORCED))
+        pipeline.chain(clone, context)
     assert codes(clone) == [] and "scaled_dot_product_attention" in operators(clone)
 
 
@@ -176,6 +176,6 @@ def test_a_layer_that_is_a_little_slower_alone_joins(slower: float, joins: bool,
 
         predict = __call__
 
-    monkeypatch.setattr(backend, "Measure", Fake)
+    monkeypatch.setattr(pipeline, "Measure", Fake)
     graph = formed(half(Encoder(Layer(), Layer())), tokens(), min_speedup=1.02)
     assert (codes(graph) == [2 * LAYER]) == joins

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import backend
 from fxprune.capture import capture, detect, detect_exported
 from fxprune.config import Config
+from fxprune.decisions import LAST_REPORTS
 from tests.oracle import FORCED
 from tests.sdgp import watched
 
@@ -76,14 +76,14 @@ def test_an_encoder_prunes_and_runs_sparse(name: str, dynamic: bool) -> None:
     result = fxprune.prune(model, tokens(), sparsity=0.75)
     assert {layer.name for layer in result.plan} == EVERY
     call = torch.compile(result.model, backend=fxprune.hwprune, options=FORCED)
-    backend.LAST_REPORTS.clear()
+    LAST_REPORTS.clear()
     with torch.no_grad():
         for batch in (4, 3):
             x = tokens(batch)
             if dynamic:
                 torch._dynamo.mark_dynamic(x, 0)
             torch.testing.assert_close(call(x), result.model(x), rtol=1e-4, atol=1e-5)
-    (decisions, *others) = [context.decisions for context in backend.LAST_REPORTS]
+    (decisions, *others) = [context.decisions for context in LAST_REPORTS]
     assert len(others) == (not dynamic)
     # what feeds relu alone loses channels, and with them the next layer's columns
     assert all(d.chosen or d.reason == "its zeros were cut out with their channels" for d in decisions)
@@ -126,11 +126,11 @@ def test_attention_equals_eager(name: str, train: bool) -> None:
     assert linear_layers(model, inputs) == layers
     result = fxprune.prune(model, inputs, sparsity=0.5)
     call = torch.compile(result.model, backend=fxprune.hwprune, options=FORCED)
-    backend.LAST_REPORTS.clear()
+    LAST_REPORTS.clear()
     with torch.set_grad_enabled(train):
         y, expected = call(**inputs), result.model(**inputs)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
-    assert any(decision.chosen for context in backend.LAST_REPORTS for decision in context.decisions)
+    assert any(decision.chosen for context in LAST_REPORTS for decision in context.decisions)
     if train:
         masked = [p for p in model.parameters() if p.dim() == 2]
         given = torch.autograd.grad(y.square().sum(), list(result.model.parameters()))
@@ -169,11 +169,11 @@ def test_the_pruner_reaches_an_encoder_and_holds_its_masks() -> None:
 
 def test_symbolic_numbers_say_why_it_stays_closed() -> None:
     model = fxprune.prune(Encoder().eval(), tokens(), sparsity=0.75).model
-    backend.LAST_REPORTS.clear()
+    LAST_REPORTS.clear()
     with torch.no_grad():
         call = torch.compile(model, backend=fxprune.hwprune, options=FORCED, dynamic=True)
         torch.testing.assert_close(call(tokens()), model(tokens()), rtol=1e-4, atol=1e-5)
-    refused = [refusal for context in backend.LAST_REPORTS for refusal in context.refused]
+    refused = [refusal for context in LAST_REPORTS for refusal in context.refused]
     assert len(refused) == 2 and all("dynamic=None" in refusal.reason for refusal in refused)
 
 

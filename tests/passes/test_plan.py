@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import backend
+from fxprune import pipeline
 from fxprune.context import Timing
+from fxprune.decisions import LAST_REPORTS
 from fxprune.match import Match
 from fxprune.plan import lookup
 from tests.oracle import Run, assert_exact, check, compiled, integer_model, integers, rewritten, zero_some
@@ -38,7 +39,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, times: Callable[[str], tuple[float, f
 
         predict = __call__
 
-    monkeypatch.setattr(backend, "Measure", Fake)
+    monkeypatch.setattr(pipeline, "Measure", Fake)
 
 
 def verdicts(run: Run) -> list[tuple[bool, str]]:
@@ -76,7 +77,7 @@ def test_layers_of_a_region_are_timed_with_an_image_a_thread(layers: int, monkey
 
         __call__ = staticmethod(measure)
 
-    monkeypatch.setattr(backend, "Measure", Fake)
+    monkeypatch.setattr(pipeline, "Measure", Fake)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     x = integers(6, 8, 6, 6, seed=7)
     run = check(separable()[:layers], x, min_speedup=1.02)
@@ -139,7 +140,7 @@ def test_autocast_to_another_dtype_stays_dense_with_the_reason() -> None:
     fast = compiled(separable())
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
         fast.call(X)
-    reasons = {d.reason for d in backend.LAST_REPORTS[-1].decisions}
+    reasons = {d.reason for d in LAST_REPORTS[-1].decisions}
     assert reasons == {"autocast is on for torch.float16, kernels are float32 or bfloat16"}
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fxprune import backend
+from fxprune import pipeline
 from fxprune.capture import capture, detect
 from fxprune.config import Config
 from tests.oracle import FORCED, Run, assert_same, detected, rewritten, tensors, widened, zero_some
@@ -157,7 +157,7 @@ def test_training_keeps_torchs_call() -> None:
     model = around(nn.LSTM, 8, 12).train()
     x = torch.randn(3, 2, 8)
     (graph,) = capture(model, (x,))
-    clone, ctx, changed = backend.rewrite(graph.gm, graph.inputs, Config(**FORCED, sparsity=0.5))
+    clone, ctx, changed = pipeline.rewrite(graph.gm, graph.inputs, Config(**FORCED, sparsity=0.5))
     assert not changed and all("no gradient" in d.reason for d in ctx.decisions) and len(ctx.decisions) == 2
     assert not any("rnn_steps" in str(n.target) for n in clone.graph.nodes)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import backend
+from fxprune.decisions import LAST_REPORTS
 from fxprune.gradients import gradient_clock
 from fxprune.ops import tile_gradients
 from fxprune.ops.nm_prune import FUNCTIONS
@@ -245,7 +245,7 @@ def test_first_layers_stay_dense() -> None:
     assert check(model, image(3)) == 1  # the input needs no gradient
     torch._dynamo.reset()
     assert check(model, image(3).requires_grad_()) == 1  # three channels
-    reasons = {row.name: row.reason for row in backend.LAST_REPORTS[-1].gradients}
+    reasons = {row.name: row.reason for row in LAST_REPORTS[-1].gradients}
     assert reasons == {"a": "a first layer: 3 input channels", "b": None}
 
 
@@ -301,7 +301,7 @@ def test_pruned_weights_and_pruned_gradients(sparse: bool, target: str, monkeypa
         with watched() as seen:
             gradients(model, compiled(model, "2:4", grad_target="dW"), x)
         assert sum(ops[PRUNE] for ops in seen.operators) == sum(seen.pruned) == 3
-    ran = backend.LAST_REPORTS[-1].decisions
+    ran = LAST_REPORTS[-1].decisions
     assert all(d.chosen for d in ran) and len(ran) == 3
 
 
