@@ -267,6 +267,3 @@ _EPILOG = """examples:
   hwprune prune model.py:build --speedup 2 -o pruned.pt --save-plan plan.json
   hwprune verify model.py:build --weights pruned.pt --plan plan.json
   hwprune export model.py:build --weights pruned.pt --plan plan.json -o model.pt2 --dynamic-batch"""
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -234,5 +234,5 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_as_a_program(root: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "fxprune.cli", "explain", "no"], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "fxprune", "explain", "no"], cwd=root, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("hwprune: ModelSpecError")
