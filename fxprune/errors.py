@@ -7,7 +7,7 @@ so tests and the documentation can rely on them.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class FxPruneWarning(UserWarning):
@@ -35,6 +35,17 @@ class NoGradientPruned(FxPruneWarning):
         super().__init__(
             f"NoGradientPruned: grad_sparsity={str(ratio)!r} prunes nothing in this graph: {layers or 'it holds no layer'}. "
             "Leave the option out, or compile a model whose convolutions and linear layers pass a gradient on."
+        )
+
+
+class NotScored(FxPruneWarning):
+    """Layers keep their masks in a pruning round, because no gradient reached them in the steps that score."""
+
+    def __init__(self, names: Sequence[str], window: int) -> None:
+        listed = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+        super().__init__(
+            f"NotScored: importance='taylor' saw no gradient of {listed} in the {window} steps before this round. What is "
+            "frozen or unused keeps the mask it has; to have no warning, name it in ignored_layers=."
         )
 
 

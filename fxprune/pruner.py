@@ -11,15 +11,17 @@ result = pruner.finalize()
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from glob import escape
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxprune.config import Config
-from fxprune.errors import ConfigError, StateMismatch, WrongOptimizer
+from fxprune.errors import ConfigError, NotScored, StateMismatch, WrongOptimizer
 from fxprune.hold import Holder, Places, shard, whole
 from fxprune.hold_steps import local
 from fxprune.importance import Measured, element_scores
@@ -48,6 +50,8 @@ class Pruner:
         that goes moves the tiles of those behind it, and rows of the old and the new tiles add up to more than was asked.
     importance: "magnitude", "l1", "l2", "random", a callable ``(name, weight) -> scores``, or "taylor": the sum of
         ``(gradient * weight)^2`` over the last ``window`` optimizer steps before each round (Molchanov et al., CVPR 2019).
+        A layer without gradients in them, frozen or unused, keeps its mask, with a
+        :class:`~fxprune.errors.NotScored` warning.
     growth: keep the values of pruned weights, so that :meth:`reselect` may bring some of them back. Without it what is
         pruned stays pruned.
 
@@ -247,7 +251,10 @@ class Pruner:
         """Choose masks for the sparsity of now, join them with those held, and write zeros."""
         config = replace(self._config, sparsity=self._now())
         if self._taylor:
-            config = replace(config, importance=self._scores.measured(self._window))
+            scores, unscored = self._scores.measured(self._window)
+            if unscored:
+                warnings.warn(NotScored(unscored, self._window), stacklevel=3)
+            config = replace(config, importance=scores, ignored_layers=(*config.ignored_layers, *map(escape, unscored)))
         matches = [self._live(match) for match in self._found]
         if self._pruned:
             masks_held = {name: pruned.mask for name, pruned in self._pruned.items()}

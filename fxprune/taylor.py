@@ -39,9 +39,7 @@ class TaylorScores:
             parameter = self._places[name]
             if id(parameter) not in mine or parameter.grad is None:
                 continue
-            score = self._scores.get(name)
-            if score is None:
-                score = self._scores[name] = torch.zeros_like(parameter, dtype=torch.float32)
+            score = self._scores[name] = self._score(name)
             parts = (local(score), local(parameter.grad), local(parameter))
             if scale is None and all(part.dtype == torch.float32 and part.is_cpu and part.is_contiguous() for part in parts):
                 fast.append(parts)
@@ -53,16 +51,34 @@ class TaylorScores:
         if fast:
             torch.ops.fxprune.add_squares(*map(list, zip(*fast, strict=True)))
 
-    def measured(self, window: int) -> Measured:
-        """Return the scores, the same on every rank. Raises :class:`~fxprune.errors.ConfigError` when one is missing."""
-        missing = [name for name in self._names if name not in self._scores]
-        if missing:
-            expected = f"a gradient for {missing[0]!r} in the {window} steps before a round"
+    def measured(self, window: int) -> tuple[Measured, list[str]]:
+        """Return the scores, and the names of those without: the same on every rank.
+
+        Raises :class:`~fxprune.errors.ConfigError` when there are none.
+        """
+        reached = self._reached()
+        if not reached:
+            expected = f"a gradient for {self._names[0]!r} or another layer in the {window} steps before a round"
             raise ConfigError(name="importance", given="taylor", expected=expected)
-        return Measured({name: _reduced(score) for name, score in self._scores.items()})
+        scores = {name: _reduced(self._score(name)) for name in reached}
+        return Measured(scores), [name for name in self._names if name not in scores]
 
     def clear(self) -> None:
         self._scores = {}
+
+    def _score(self, name: str) -> Tensor:
+        known = self._scores.get(name)
+        return torch.zeros_like(self._places[name], dtype=torch.float32) if known is None else known
+
+    def _reached(self) -> list[str]:
+        """Return the names that have a score on some rank."""
+        flags = [name in self._scores for name in self._names]
+        if _many():
+            device = local(self._places[self._names[0]]).device
+            here = torch.tensor(flags, dtype=torch.int32, device=device)
+            torch.distributed.all_reduce(here, torch.distributed.ReduceOp.MAX)
+            flags = here.bool().tolist()
+        return [name for name, reached in zip(self._names, flags, strict=True) if reached]
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: whole(score).clone() for name, score in self._scores.items()}
@@ -85,10 +101,14 @@ def _product(gradient: Tensor, weight: Tensor) -> Tensor:
     return gradient.float() * weight.float()
 
 
+def _many() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _reduced(score: Tensor) -> Tensor:
     """Return a score in full, averaged over the ranks."""
     total = whole(score)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _many():
         total = total.clone()
         torch.distributed.all_reduce(total)
         total /= torch.distributed.get_world_size()

@@ -79,6 +79,16 @@ def stale_optimizer() -> object:
     return pruner.step()
 
 
+def train_half() -> None:
+    model = mlp()
+    model[0].requires_grad_(False)
+    schedule = fxprune.OneShotSchedule(1)
+    pruner = fxprune.Pruner(model, rows(), sparsity=0.5, schedule=schedule, importance="taylor")
+    model(rows()).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    pruner.step()
+
+
 def train_one_layer() -> object:
     model = nn.Sequential(nn.Linear(4, 8))
     return torch.compile(model, backend=hwprune, options={**FORCED, "grad_sparsity": "2:4"})(torch.ones(2, 4))
@@ -202,6 +212,10 @@ WARNINGS: dict[str, tuple[Callable[[], object], str]] = {
     "NoGradientPruned": (
         train_one_layer,
         r"NoGradientPruned: grad_sparsity='2:4' prunes nothing in this graph: 0: dense, its input needs no gradient\. Leave",
+    ),
+    "NotScored": (
+        train_half,
+        r"NotScored: importance='taylor' saw no gradient of '0\.weight' in the 10 steps before .* round\. .* ignored_layers",
     ),
     "TargetNotReached": (
         lambda: fxprune.prune(mlp(), rows(), target_speedup=1000.0, fallback="eager", autotune="off"),

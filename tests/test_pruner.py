@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxprune
 from fxprune import CubicSchedule, IterativeSchedule, LinearSchedule, OneShotSchedule, Pruner, backend, hold, hold_steps
-from fxprune.errors import ConfigError, NothingToPrune, StateMismatch, UnknownLayer, WrongOptimizer
+from fxprune.errors import ConfigError, NothingToPrune, NotScored, StateMismatch, UnknownLayer, WrongOptimizer
 from fxprune.plan import lookup
 from tests.oracle import FORCED
 
@@ -454,6 +454,24 @@ def test_taylor_without_gradients_says_so() -> None:
     pruner = Pruner(model, rows(), sparsity=0.5, schedule=OneShotSchedule(1), importance="taylor")
     with pytest.raises(ConfigError, match=r"a gradient for '0\.weight'"):
         pruner.step()
+
+
+def test_taylor_leaves_what_had_no_gradient_as_it_is() -> None:
+    model = mlp()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = Pruner(model, rows(), sparsity=0.5, schedule=LinearSchedule(0, 4, 2), importance="taylor", window=2)
+    with pytest.warns(NotScored, match=r"no gradient of '0\.weight' in the 2 steps"):
+        train(model, optimizer, pruner, range(2))
+    others = set(held(model, pruner))
+    assert others and "0.weight" not in others and bool(model[0].weight.all())
+    model[0].requires_grad_(True)
+    model[2].requires_grad_(False)
+    was = pruner.state_dict()["masks"]["2.weight"]
+    with pytest.warns(NotScored, match="2\\.weight"):
+        train(model, optimizer, pruner, range(2, 4))
+    masks = held(model, pruner)
+    assert {"0.weight", *others} == set(masks) and torch.equal(masks["2.weight"], was)
 
 
 def test_a_progress_bar_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
