@@ -78,6 +78,10 @@ class Holder:
         """Notice steps of the optimizers of these parameters, also before anything is pruned."""
         self._watched = list(names)
 
+    def waits(self) -> bool:
+        """True when an optimizer that has some of our parameters stepped before, and lives: it may do so again."""
+        return any(map(self._has_some, self._optimizers))
+
     def before_step(self, call: Any) -> None:
         """Call ``call(optimizer)`` ahead of every optimizer step."""
         self._hooks.append(register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: call(optimizer)))
@@ -134,14 +138,17 @@ class Holder:
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         kept = self._mine.pop(id(optimizer), [])
         if not kept:
-            mine = _parameters(optimizer)
-            if not any(id(self._places[name]) in mine for name in self._watched):
+            if not self._has_some(optimizer):
                 self.foreign = True
                 return
             kept = self._kept_of(optimizer)
         self.touched = True
         self._optimizers.add(optimizer)
         self._steps.after(optimizer, kept)
+
+    def _has_some(self, optimizer: torch.optim.Optimizer) -> bool:
+        mine = _parameters(optimizer)
+        return any(id(self._places[name]) in mine for name in self._watched)
 
     def _kept_of(self, optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, Tensor]]:
         """Return those of :meth:`kept` that an optimizer has; the same list while they are the same."""

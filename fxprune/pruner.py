@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.config import Config
-from fxprune.errors import ConfigError, NotScored, StateMismatch, WrongOptimizer
+from fxprune.errors import ConfigError, NotScored, WrongOptimizer
 from fxprune.hold import Holder, Places, shard, whole
 from fxprune.hold_steps import local
 from fxprune.importance import Measured, element_scores
@@ -32,12 +32,12 @@ from fxprune.progress import ProgressBar
 from fxprune.prunable import contexts_of, prunable
 from fxprune.prune import PruneResult, masks, wished
 from fxprune.prune_report import achieved, table
+from fxprune.pruner_state import VERSION, check, layer
 from fxprune.schedules import OneShotSchedule, Schedule
 from fxprune.sparsity import get, refit
 from fxprune.taylor import TaylorScores, laid_out
 from fxprune.write import Decided
 
-_VERSION = 1
 _FLOOR = 1e-9  # of a layer's largest score: its square is still a number
 
 
@@ -95,7 +95,7 @@ class Pruner:
             # says why there is nothing to prune, unless n of n is asked
             masks(self._contexts, self._found, self._config)
         self._places = Places(model)
-        self._step = 0
+        self._step, self._final = 0, False
         self._scores = TaylorScores([m.parameter for m in self._matches], self._places, self._in_window)
         self._before: dict[str, Tensor] = {}  # growth: the values that pruned weights had
         self._pruned: dict[str, PrunedWeight] = {}
@@ -127,9 +127,13 @@ class Pruner:
     def step(self) -> bool:
         """Count a step, prune if the schedule has a round now, and hold the masks. Returns whether it pruned.
 
-        Raises :class:`~fxprune.errors.WrongOptimizer` when optimizers stepped and none of them has a parameter of ours.
+        Raises :class:`~fxprune.errors.WrongOptimizer` when optimizers stepped and none has a parameter of ours, nor had
+        one before that lives, and :class:`~fxprune.errors.ConfigError` after :meth:`finalize`.
         """
-        if self._matches and self._holder.foreign and not self._holder.touched:
+        if self._final:
+            expected = "no more steps: plan.hold(optimizer) of the result holds the zeros while training goes on"
+            raise ConfigError(name="step", given="a pruner after finalize()", expected=expected)
+        if self._matches and self._holder.foreign and not (self._holder.touched or self._holder.waits()):
             raise WrongOptimizer(count=len(self._matches), name=self._matches[0].parameter)
         self._step += 1
         due = self.schedule.is_round(self._step)
@@ -161,11 +165,10 @@ class Pruner:
     def apply(self, model: nn.Module) -> None:
         """Zero in another model of the same names, such as an average of the weights, what is pruned in this one."""
         others = dict(model.named_parameters(remove_duplicate=False))
-        missing = [name for name in self._pruned if name not in others]
-        if missing:
-            raise ConfigError(
-                name="model", given=f"no parameter {missing[0]!r}", expected="the parameters of the pruned model"
-            )
+        for name, pruned in self._pruned.items():
+            given = f"{name!r} of shape {tuple(others[name].shape)}" if name in others else f"no parameter {name!r}"
+            if name not in others or others[name].shape != pruned.mask.shape:
+                raise ConfigError(name="model", given=given, expected=f"{name!r} of shape {tuple(pruned.mask.shape)}")
         with torch.no_grad():
             for name, pruned in self._pruned.items():
                 local(others[name]).masked_fill_(shard(~pruned.mask, others[name]), 0)
@@ -174,6 +177,7 @@ class Pruner:
         """Stop, and attach the plan to the model, a plain dense one with zeros; returns what ``fxprune.prune`` does."""
         self._holder.project()
         self._holder.release()
+        self._final = True
         self._bar.close()
         for name, pruned in self._pruned.items():
             register(self._places[name], pruned)
@@ -183,28 +187,20 @@ class Pruner:
     def state_dict(self) -> dict[str, Any]:
         """Return plain tensors and values from which :meth:`load_state_dict` goes on bit for bit."""
         return {
-            "version": _VERSION,
+            "version": VERSION,
             "step": self._step,
             "masks": {name: pruned.mask.clone() for name, pruned in self._pruned.items()},
             "patterns": {name: pruned.pattern for name, pruned in self._pruned.items()},
             "structures": {name: self._structure(name).clone() for name in self._pruned},
             "granularity": {name: pruned.layer.tiling.granularity for name, pruned in self._pruned.items()},
-            "layers": {name: asdict(layer) for name, layer in self._layers.items()},
+            "layers": {name: asdict(planned) for name, planned in self._layers.items()},
             "scores": self._scores.state_dict(),
             "before": {name: whole(values).clone() for name, values in self._before.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state. Raises :class:`~fxprune.errors.StateMismatch` and changes nothing if it is another's."""
-        if state.get("version") != _VERSION:
-            raise StateMismatch(what="version", given=state.get("version"), expected=_VERSION)
-        for name, mask in state["masks"].items():
-            try:
-                shape = tuple(self._places[name].shape)
-            except KeyError:
-                raise StateMismatch(what="parameter", given=name, expected="a parameter of the model") from None
-            if tuple(mask.shape) != shape:
-                raise StateMismatch(what=f"mask of {name!r}", given=tuple(mask.shape), expected=shape)
+        check(state, self._places, self._growth)
         by_name = {m.parameter: m for m in self._matches}
         pruned = {}
         for name, mask in state["masks"].items():
@@ -212,14 +208,17 @@ class Pruner:
             structure = state["structures"][name].bool()
             matrix = structure.reshape(len(structure), -1) if match is None else match.matrix(structure)
             drops = match is None or match.geometry.groups == 1
-            layer = refit(matrix, width, match is not None and match.kind == "depthwise", drops)
-            pruned[name] = PrunedWeight(pattern, layer, mask.bool().clone())
-        self._step = int(state["step"])
-        self._pruned = pruned
-        self._layers = {name: _layer(fields) for name, fields in state["layers"].items()}
+            fitted = refit(matrix, width, match is not None and match.kind == "depthwise", drops)
+            pruned[name] = PrunedWeight(pattern, fitted, mask.bool().clone())
+        layers = {name: layer(fields) for name, fields in state["layers"].items()}
+        before = {name: laid_out(values, self._places[name]) for name, values in state["before"].items() if self._growth}
+        self._step, self._pruned, self._layers, self._before = int(state["step"]), pruned, layers, before
         self._scores.load_state_dict(state["scores"])
-        self._before = {name: laid_out(values, self._places[name]) for name, values in state["before"].items()}
         self._holder.set({name: found.mask for name, found in pruned.items()})
+
+    def __getstate__(self) -> Any:
+        expected = "state_dict(), loaded into a Pruner that was made for the other model"
+        raise ConfigError(name="pruner", given="a copy or a pickle of it, which would watch no optimizer", expected=expected)
 
     def _check(self, window: Any) -> None:
         names = [*self._config.pattern.values()] if isinstance(self._config.pattern, Mapping) else [self._config.pattern]
@@ -266,8 +265,8 @@ class Pruner:
             pruned = PrunedWeight(wish.pattern, wish.layer, mask)
             self._remember(wish.parameter, held, mask)
             self._pruned[wish.parameter] = pruned
-            if (layer := wish.layer_plan(pruned)) is not None:
-                self._layers[wish.parameter] = layer
+            if (planned := wish.layer_plan(pruned)) is not None:
+                self._layers[wish.parameter] = planned
         self._decided = decided
         self._scores.clear()
         self._holder.set({name: pruned.mask for name, pruned in self._pruned.items()})
@@ -320,9 +319,3 @@ class _Ranked(Measured):
         if mask is None:
             return scores.abs() if magnitudes else scores
         return torch.ops.fxprune.held_scores(scores.contiguous(), mask.to(scores.device).contiguous(), _FLOOR, magnitudes)
-
-
-def _layer(fields: Mapping[str, Any]) -> LayerPlan:
-    columns = fields["columns"]
-    listed = {"shape": tuple(fields["shape"]), "counts": tuple(fields["counts"])}
-    return LayerPlan(**{**fields, **listed, "columns": None if columns is None else tuple(columns)})

@@ -57,7 +57,7 @@ class TaylorScores:
         Raises :class:`~fxprune.errors.ConfigError` when there are none.
         """
         reached = self._reached()
-        if not reached:
+        if self._names and not reached:
             expected = f"a gradient for {self._names[0]!r} or another layer in the {window} steps before a round"
             raise ConfigError(name="importance", given="taylor", expected=expected)
         scores = {name: _reduced(self._score(name)) for name in reached}
@@ -73,7 +73,7 @@ class TaylorScores:
     def _reached(self) -> list[str]:
         """Return the names that have a score on some rank."""
         flags = [name in self._scores for name in self._names]
-        if _many():
+        if flags and _many():
             device = local(self._places[self._names[0]]).device
             here = torch.tensor(flags, dtype=torch.int32, device=device)
             torch.distributed.all_reduce(here, torch.distributed.ReduceOp.MAX)

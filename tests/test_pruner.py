@@ -18,54 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 import fxprune
 from fxprune import CubicSchedule, IterativeSchedule, LinearSchedule, OneShotSchedule, Pruner, backend, hold, hold_steps
-from fxprune.errors import ConfigError, NothingToPrune, NotScored, StateMismatch, UnknownLayer, WrongOptimizer
+from fxprune.errors import ConfigError, NothingToPrune, NotScored, UnknownLayer, WrongOptimizer
 from fxprune.plan import lookup
 from tests.oracle import FORCED
+from tests.pruning_loops import convs, held, image, mlp, rows, train
 
 FINAL = 0.75
-
-
-def mlp(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(24, 64), nn.GELU(), nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 8))
-
-
-def convs(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    layers = (nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.GELU(), nn.Conv2d(16, 16, 3, groups=16, padding=1))
-    return nn.Sequential(*layers, nn.Conv2d(16, 32, 1), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 8))
-
-
-def rows(step: int = 0) -> Tensor:
-    return torch.randn(16, 24, generator=torch.Generator().manual_seed(step))
-
-
-def image(step: int = 0) -> Tensor:
-    return torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(step))
-
-
-def train(
-    model: Any, optimizer: Any, pruner: Pruner | None, steps: range, data: Callable[[int], Tensor] = rows
-) -> list[float]:
-    losses = []
-    for step in steps:
-        optimizer.zero_grad()
-        loss = (model(data(step)) - 1).square().mean()
-        loss.backward()
-        optimizer.step()
-        if pruner is not None:
-            pruner.step()
-        losses.append(loss.item())
-    return losses
-
-
-def held(model: nn.Module, pruner: Pruner) -> dict[str, Tensor]:
-    """Check that the weights are zero where the pruner says, and nowhere else by a lot; return the masks."""
-    masks = pruner.state_dict()["masks"]
-    parameters = dict(model.named_parameters())
-    for name, mask in masks.items():
-        assert not parameters[name][~mask].any() and (parameters[name][mask] != 0).float().mean() > 0.95, name
-    return masks
 
 
 OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -231,46 +189,12 @@ def test_gradient_accumulation_and_checkpointing() -> None:
     assert pruner.sparsity["all"] == pytest.approx(FINAL, abs=0.02)
 
 
-@pytest.mark.parametrize("importance", ["magnitude", "taylor"])
-def test_a_run_resumes_bit_for_bit(importance: str) -> None:
-    def begin() -> tuple[nn.Module, torch.optim.Optimizer, Pruner]:
-        model = mlp()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        schedule = CubicSchedule(0, 12, 3)
-        return model, optimizer, Pruner(model, rows(), sparsity=FINAL, schedule=schedule, importance=importance, growth=True)
-
-    model, optimizer, pruner = begin()
-    train(model, optimizer, pruner, range(5))
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "pruner": pruner.state_dict()}, file)
-    train(model, optimizer, pruner, range(5, 15))
-    expected = pruner.finalize()
-
-    other, again, resumed = begin()
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
-    other.load_state_dict(state["model"])
-    again.load_state_dict(state["optimizer"])
-    resumed.load_state_dict(state["pruner"])
-    assert resumed.steps == 5
-    train(other, again, resumed, range(5, 15))
-    result = resumed.finalize()
-    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(a, b), name
-    assert result.plan.to_dict() == expected.plan.to_dict()
-    for a, b in zip(optimizer.state.values(), again.state.values(), strict=True):
-        assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_a_state_of_another_model_is_refused_and_nothing_changes() -> None:
-    model, other = mlp(), convs()
-    pruner, wrong = Pruner(model, rows(), sparsity=0.5), Pruner(other, image(), sparsity=0.5)
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(StateMismatch, match="cannot be loaded"):
-        pruner.load_state_dict(wrong.state_dict())
-    with pytest.raises(StateMismatch, match="version: got 9, expected 1"):
-        pruner.load_state_dict({"version": 9})
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+def test_nothing_to_score_is_nothing_missing() -> None:
+    model = mlp()
+    schedule = OneShotSchedule(1)
+    pruner = Pruner(model, rows(), sparsity=None, pattern="4:4", schedule=schedule, importance="taylor")
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), pruner, range(2))
+    assert len(pruner.finalize().plan) == 0
 
 
 def test_no_round_and_no_step_compiles() -> None:
@@ -366,6 +290,11 @@ def test_an_average_of_the_weights_can_be_zeroed() -> None:
     assert not average.module[0].weight[~mask].any()
     with pytest.raises(ConfigError, match="no parameter"):
         pruner.apply(nn.Linear(2, 2))
+    other = mlp()
+    other[2] = nn.Linear(3, 3)
+    with pytest.raises(ConfigError, match=r"'2\.weight' of shape \(3, 3\)"):
+        pruner.apply(other)
+    assert bool(other[0].weight.all())
 
 
 def test_an_optimizer_of_other_parameters_is_noticed() -> None:
@@ -375,6 +304,24 @@ def test_an_optimizer_of_other_parameters_is_noticed() -> None:
     model(rows()).sum().backward()
     stale.step()
     with pytest.raises(WrongOptimizer, match=r"holds none of the 3 parameters to prune \(such as '0\.weight'\)"):
+        pruner.step()
+
+
+def test_an_optimizer_of_ours_may_wait() -> None:
+    """Iterations in which only the other side of an adversarial pair steps."""
+    model, critic = mlp(), nn.Linear(8, 1)
+    pruner = Pruner(model, rows(), sparsity=0.5)
+    mine, other = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD(critic.parameters(), lr=0.1)
+    for step in range(6):
+        critic(model(rows(step))).square().mean().backward()
+        other.step()
+        if step % 3 == 0:
+            mine.step()
+        pruner.step()
+        held(model, pruner)
+    del mine
+    other.step()
+    with pytest.raises(WrongOptimizer):
         pruner.step()
 
 
