@@ -6,7 +6,7 @@
 
 Fires outside training, for constant tensors of one type, float32 or bfloat16; nothing else may read the layer's result.
 Its products then keep their residual add, and with it their chain. In bfloat16 scaled weights are rounded once, where the
-layer's result and the product of it were.
+layer's result and the product of it were. Under autocast a bfloat16 layer times a float32 scale is float32, and stays so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..context import Context
-from ..graph import argument, aten, is_call, mutation_between, name_of, shape, sole_user
+from ..graph import argument, aten, call, fake, is_call, mutation_between, name_of, replace, shape, sole_user
 from .match_conv import CONVOLUTIONS
 
 _VIEWS = ("reshape", "view", "unsqueeze")
@@ -84,6 +84,8 @@ def _fold(layer: Node, permute: Node | None, features: int, scale: Any, product:
     layer.update_arg(1, derived[0])
     if bias is not None:
         layer.update_arg(2, derived[1])
-    product.replace_all_uses_with(last)
-    product.graph.erase_node(product)
+    computed, wanted = fake(last), fake(product)
+    if computed is not None and wanted is not None and computed.dtype != wanted.dtype:
+        last = call(product, aten.to.dtype, last, wanted.dtype)
+    replace(product, last)
     return True

@@ -19,6 +19,7 @@ from ..match import Geometry, Match
 from ..weights import qualified_name
 
 CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default, aten.conv1d.padding)
+EMPTY = "its weight has no elements"
 _NEVER = {
     "conv3d": "there is no kernel for three-dimensional convolutions",
     "conv_transpose1d": "there is no kernel for transposed convolutions",
@@ -51,6 +52,8 @@ def convolution(node: Node, ctx: Context) -> Match | str:
     value, dims = ctx.weights.value(weight), shape(x)
     if value is None:
         return "its weight is computed in the graph"
+    if not value.numel():
+        return EMPTY
     if dims is None or len(dims) != value.dim():
         return "its input has no batch dimension"
     one = value.dim() == 3

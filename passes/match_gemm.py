@@ -35,7 +35,9 @@ def _linear(node: Node, ctx: Context) -> Match | None:
         return None
     weight, transposed = _weight(operand, stored_nk)
     value = ctx.weights.value(weight)
-    if value is None or value.dim() != 2 or not _activation(x, ctx) or not _bias_fits(bias, value, transposed):
+    if value is None or value.dim() != 2 or not value.numel():
+        return None
+    if not _activation(x, ctx) or not _bias_fits(bias, value, transposed):
         return None
     parameter = qualified_name(ctx.weights.origin(weight))
     return Match(

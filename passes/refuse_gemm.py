@@ -1,5 +1,5 @@
-"""Say why a product with a weight is no match: the weight is computed in the graph, is no matrix, or stands on the left,
-or the product is inside a transform of functorch.
+"""Say why a product with a weight is no match: the weight is computed in the graph, is no matrix, is empty, or stands on
+the left, or the product is inside a transform of functorch.
 
 linear(x, cat([wq, wk, wv]))   x @ w[H, K, N]   w @ x   einsum("bthd,hdo->bto", x, w)   vmap(linear)(x, w)
 """
@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from ..context import Context, Refusal
 from ..graph import TRANSPOSES, aten, is_call, name_of, shape, transformed
 from ..weights import qualified_name
+from .match_conv import EMPTY
 from .normalize_gemm import ADDED, BATCHED, EINSUM, einsum_operands
 
 _PRODUCTS = (*BATCHED, aten.linear.default, aten.mm.default, torch.mm, torch.matmul, operator.matmul, torch._C._nn.linear)
@@ -65,6 +66,8 @@ def _reason(node: Node, operand: Node, position: int, ctx: Context) -> str:
         return f"its weight is computed in the graph by {name_of(operand)}"
     if len(shape(operand) or ()) != 2:
         return f"its weight has {len(shape(operand) or ())} dimensions; a matrix is expected"
+    if 0 in (shape(operand) or ()):
+        return EMPTY
     if position == 0:
         return "the weight is the left factor of the product; x @ w and linear are matched"
     return f"{name_of(node)} with these operands is not matched"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -248,3 +249,21 @@ def test_what_was_not_asked_for_is_listed_as_left() -> None:
     model, x = small(Attention("split")), X
     result = fxprune.prune(model, x, sparsity=0.5, ignored_layers=("qkv",))
     assert left(result) == {"qkv": "left: not asked for"} and result.sparsity.keys() == {"all", "linear"}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("sizes", [(32, 64, 0), (0, 64, 8), (32, 0, 8)], ids=str)
+def test_a_layer_without_elements_is_left(sizes: tuple[int, ...]) -> None:
+    model = integer_model(nn.Sequential(*(nn.Linear(k, n) for k, n in pairwise(sizes)))).eval()
+    x = integers(2, sizes[0], seed=1)
+    with torch.no_grad():
+        model[0].weight[::2] = 0  # dead filters, so that channels would be cut
+        assert_exact(compiled(model).call(x), model(x))
+    if all(0 in layer.weight.shape for layer in model):
+        with pytest.raises(fxprune.errors.NothingToPrune, match="its weight has no elements"):
+            fxprune.prune(model, x, sparsity=0.5)
+    else:
+        result = fxprune.prune(model, x, sparsity=0.5)
+        assert list(left(result).values()) == ["left: its weight has no elements"]
+        with torch.no_grad():
+            assert_exact(compiled(result.model).call(x), result.model(x))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.oracle import assert_model, check, compiled, integer_model, integers, zero_some
+from tests.oracle import assert_exact, assert_model, check, compiled, integer_model, integers, zero_some
 
 X = integers(2, 8, 5, 6, seed=6)
 
@@ -57,6 +57,18 @@ POSITIVE: dict[str, Callable[..., Tensor]] = {
 def test_scale_folds(name: str, bias: bool) -> None:
     run = check(scaled(POSITIVE[name], bias), X)
     assert run.context.counts["fold_scale"] == 1 and run.ops["mul"] == 0
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+def test_under_autocast_the_product_stays_float32(name: str) -> None:
+    """A bfloat16 result times a float32 scale: the layer takes the scale, its result is cast."""
+    model = scaled(POSITIVE[name])
+    fast = compiled(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, given = model(X), fast.call(X)
+    assert given.dtype == expected.dtype == torch.float32
+    assert_exact(given, expected, name, most_zeros=0.8)
+    assert fast.contexts[0].counts["fold_scale"] == 1
 
 
 TWINS: dict[str, Callable[..., Tensor]] = {
