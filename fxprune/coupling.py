@@ -116,11 +116,11 @@ class Coupling:
         return None if slot is None else self._root(slot.space)
 
     def gemm(self, node: Node) -> Gemm | None:
-        """Read a convolution of one group or a linear layer with a constant weight."""
+        """Read a convolution of one group or a linear layer with a constant weight that is not empty."""
         if is_call(node, *_CONV):
             weight, groups = argument(node, "weight"), argument(node, "groups")
             value, bias = self.constant(weight), argument(node, "bias")
-            known = value is not None and (bias is None or self.constant(bias) is not None)
+            known = value is not None and value.numel() > 0 and (bias is None or self.constant(bias) is not None)
             return Gemm(node, weight, bias, 0, 1) if known and groups == 1 else None
         if is_call(node, aten.linear.default) and not node.kwargs:
             weight, bias, axes = node.args[1], (*node.args, None)[2], (0, 1)
@@ -132,7 +132,7 @@ class Coupling:
         else:
             return None
         value = self.constant(weight)
-        if value is None or value.dim() != 2:
+        if value is None or value.dim() != 2 or not value.numel():
             return None
         if bias is not None and (self.constant(bias) is None or shape(bias) != (value.shape[axes[0]],)):
             return None
