@@ -127,13 +127,13 @@ class Pruner:
     def step(self) -> bool:
         """Count a step, prune if the schedule has a round now, and hold the masks. Returns whether it pruned.
 
-        Raises :class:`~fxprune.errors.WrongOptimizer` when optimizers stepped and none has a parameter of ours, nor had
-        one before that lives, and :class:`~fxprune.errors.ConfigError` after :meth:`finalize`.
+        Raises :class:`~fxprune.errors.WrongOptimizer` when a parameter of ours needs gradients, optimizers stepped and
+        none has one of ours, nor had one before that lives, and :class:`~fxprune.errors.ConfigError` after :meth:`finalize`.
         """
         if self._final:
             expected = "no more steps: plan.hold(optimizer) of the result holds the zeros while training goes on"
             raise ConfigError(name="step", given="a pruner after finalize()", expected=expected)
-        if self._matches and self._holder.foreign and not (self._holder.touched or self._holder.waits()):
+        if self._holder.foreign and not (self._holder.touched or self._holder.waits()) and self._trains():
             raise WrongOptimizer(count=len(self._matches), name=self._matches[0].parameter)
         self._step += 1
         due = self.schedule.is_round(self._step)
@@ -242,6 +242,9 @@ class Pruner:
         match = next((m for m in self._matches if m.parameter == name), None)
         matrix = pruned.layer.mask
         return (matrix if match is None else match.restore(matrix)).reshape(pruned.mask.shape)
+
+    def _trains(self) -> bool:
+        return any(self._places[match.parameter].requires_grad for match in self._matches)
 
     def _in_window(self) -> bool:
         return any(self.schedule.is_round(self._step + ahead) for ahead in range(1, self._window + 1))

@@ -325,6 +325,17 @@ def test_an_optimizer_of_ours_may_wait() -> None:
         pruner.step()
 
 
+def test_a_frozen_body_needs_no_optimizer() -> None:
+    model, head = mlp().requires_grad_(False), nn.Linear(8, 3)
+    pruner = Pruner(model, rows(), sparsity=0.5)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    for step in range(2):
+        head(model(rows(step))).sum().backward()
+        optimizer.step()
+        pruner.step()
+        held(model, pruner)
+
+
 def test_a_model_that_moves_keeps_its_masks() -> None:
     model = mlp()
     pruner = Pruner(model, rows(), sparsity=0.5)
