@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fxprune.errors import ConfigError
 from fxprune.ops.nm_prune import FUNCTIONS, MOST
+from fxprune.ranks import rank_and_world
 from fxprune.report import Table
 
 TARGETS = ("dX", "dW", "both")
@@ -102,9 +103,7 @@ class GradientClock:
 
     def key(self, seed: int) -> Tensor:
         """Return int64 (3,): seed, step and call; every rank of a process group draws its own numbers."""
-        rank, world = 0, 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        rank, world = rank_and_world()
         call = self.call * world + rank
         self.call += 1
         return torch.tensor([seed, self.step, call])

@@ -100,9 +100,7 @@ class HeldSteps:
 
     def settle(self, optimizer: torch.optim.Optimizer, kept: Kept) -> None:
         """Zero what an optimizer keeps for parameters whose pruned elements are zero; the next step may count on it."""
-        moments = [(value, bits) for parameter, bits in kept for value in written(optimizer, parameter)[1:]]
-        with torch.no_grad():
-            clear(moments)
+        clear([(value, bits) for parameter, bits in kept for value in written(optimizer, parameter)[1:]])
         self._trust(optimizer, kept)
 
     def _trust(self, optimizer: torch.optim.Optimizer, kept: Kept) -> None:

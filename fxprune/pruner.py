@@ -32,7 +32,7 @@ from fxprune.progress import ProgressBar
 from fxprune.prunable import contexts_of, prunable
 from fxprune.prune import PruneResult, masks, wished
 from fxprune.prune_report import achieved, table
-from fxprune.pruner_state import VERSION, check, layer
+from fxprune.pruner_state import VERSION, check, saved_layer
 from fxprune.schedules import OneShotSchedule, Schedule
 from fxprune.sparsity import get, refit
 from fxprune.taylor import TaylorScores, laid_out
@@ -193,7 +193,7 @@ class Pruner:
             "patterns": {name: pruned.pattern for name, pruned in self._pruned.items()},
             "structures": {name: self._structure(name).clone() for name in self._pruned},
             "granularity": {name: pruned.layer.tiling.granularity for name, pruned in self._pruned.items()},
-            "layers": {name: asdict(planned) for name, planned in self._layers.items()},
+            "layers": {name: asdict(layer) for name, layer in self._layers.items()},
             "scores": self._scores.state_dict(),
             "before": {name: whole(values).clone() for name, values in self._before.items()},
         }
@@ -208,9 +208,9 @@ class Pruner:
             structure = state["structures"][name].bool()
             matrix = structure.reshape(len(structure), -1) if match is None else match.matrix(structure)
             drops = match is None or match.geometry.groups == 1
-            fitted = refit(matrix, width, match is not None and match.kind == "depthwise", drops)
-            pruned[name] = PrunedWeight(pattern, fitted, mask.bool().clone())
-        layers = {name: layer(fields) for name, fields in state["layers"].items()}
+            layer = refit(matrix, width, match is not None and match.kind == "depthwise", drops)
+            pruned[name] = PrunedWeight(pattern, layer, mask.bool().clone())
+        layers = {name: saved_layer(fields) for name, fields in state["layers"].items()}
         before = {name: laid_out(values, self._places[name]) for name, values in state["before"].items() if self._growth}
         self._step, self._pruned, self._layers, self._before = int(state["step"]), pruned, layers, before
         self._scores.load_state_dict(state["scores"])
@@ -268,8 +268,8 @@ class Pruner:
             pruned = PrunedWeight(wish.pattern, wish.layer, mask)
             self._remember(wish.parameter, held, mask)
             self._pruned[wish.parameter] = pruned
-            if (planned := wish.layer_plan(pruned)) is not None:
-                self._layers[wish.parameter] = planned
+            if (layer := wish.layer_plan(pruned)) is not None:
+                self._layers[wish.parameter] = layer
         self._decided = decided
         self._scores.clear()
         self._holder.set({name: pruned.mask for name, pruned in self._pruned.items()})

@@ -40,7 +40,7 @@ def check(state: Mapping[str, Any], places: Places, growth: bool) -> None:
                 raise StateMismatch(what=name, given="none", expected=expected)
 
 
-def layer(fields: Mapping[str, Any]) -> LayerPlan:
+def saved_layer(fields: Mapping[str, Any]) -> LayerPlan:
     """Return a layer's plan from its fields as they were saved."""
     columns = fields["columns"]
     listed = {"shape": tuple(fields["shape"]), "counts": tuple(fields["counts"])}

@@ -14,6 +14,7 @@ from fxprune.errors import ConfigError
 from fxprune.hold import Places, shard, whole
 from fxprune.hold_steps import local
 from fxprune.importance import Measured
+from fxprune.ranks import rank_and_world
 
 
 class TaylorScores:
@@ -73,7 +74,7 @@ class TaylorScores:
     def _reached(self) -> list[str]:
         """Return the names that have a score on some rank."""
         flags = [name in self._scores for name in self._names]
-        if flags and _many():
+        if flags and rank_and_world()[1] > 1:
             device = local(self._places[self._names[0]]).device
             here = torch.tensor(flags, dtype=torch.int32, device=device)
             torch.distributed.all_reduce(here, torch.distributed.ReduceOp.MAX)
@@ -101,15 +102,12 @@ def _product(gradient: Tensor, weight: Tensor) -> Tensor:
     return gradient.float() * weight.float()
 
 
-def _many() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def _reduced(score: Tensor) -> Tensor:
     """Return a score in full, averaged over the ranks."""
     total = whole(score)
-    if _many():
+    _, world = rank_and_world()
+    if world > 1:
         total = total.clone()
         torch.distributed.all_reduce(total)
-        total /= torch.distributed.get_world_size()
+        total /= world
     return total
