@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "caches.h"
 #include "check.h"
 #include "run.h"
 #include "run_bf16.h"
@@ -232,7 +233,7 @@ class RegionPlan {
       int64_t count = 0;
       for (const int64_t id : step.values_of())
         if (id >= 0) count += numbers(values_[id]);
-      if (count * static_cast<int64_t>(sizeof(T)) > kLateBytes) break;
+      if (count * static_cast<int64_t>(sizeof(T)) > of_l2(kLateBytes)) break;
       --late_;
     }
     for (size_t s = late_; s < tail_; ++s) {

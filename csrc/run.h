@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "caches.h"
 #include "fxprune/kernels.h"
 #include "geometry_cache.h"
 #include "parallel.h"
@@ -104,9 +105,10 @@ inline TileGrid feature_major_grid(const TileGemm& a, const Kernels& k, int64_t 
 // Row-major: the weights of a unit stay in L2 while rows stream by, and are read anew for each part
 // of the rows.
 inline TileGrid row_major_grid(const TileGemm& a, int64_t pool) {
-  constexpr int64_t kWeights = 200 * 1024, kRows = 512;
+  constexpr int64_t kRows = 512;
+  const int64_t most = of_l2(200 * 1024);  // numbers
   const int64_t weights = int64_t{a.tile_ptr[a.tiles]} * a.granularity;
-  TileGrid g{1, a.m, a.m, (a.m + kRows - 1) / kRows, (weights + kWeights - 1) / kWeights};
+  TileGrid g{1, a.m, a.m, (a.m + kRows - 1) / kRows, (weights + most - 1) / most};
   g.step = (a.m + g.length_parts - 1) / g.length_parts;
   if (pool > 1) g.tile_parts = std::max(g.tile_parts, 4 * pool / g.length_parts);
   g.tile_parts = std::clamp<int64_t>(g.tile_parts, 1, std::max<int64_t>(a.tiles, 1));
@@ -117,9 +119,8 @@ inline TileGrid row_major_grid(const TileGemm& a, int64_t pool) {
 inline TileGrid panel_grid(const TileGemm& a, bool feature_major, const Kernels& k, int64_t pool) {
   const int64_t unit = feature_major ? 1 : k.width;  // of length
   const int64_t vecs = (a.m + k.width - 1) / k.width, images = feature_major ? a.batch : 1;
-  constexpr int64_t kFloats = 256 * 1024;  // of a panel that stays in L2
   const int64_t most =
-      std::clamp<int64_t>(kFloats / std::max<int64_t>(a.k * k.width, 1), 4, kPanelVecs);
+      std::clamp<int64_t>(of_l2(256 * 1024) / std::max<int64_t>(a.k * k.width, 1), 4, kPanelVecs);
   TileGrid g{images, feature_major ? vecs : a.m, most * unit, 1, 1};
   g.length_parts = (g.length + g.step - 1) / g.step;
   g.step = ((g.length + g.length_parts - 1) / g.length_parts + unit - 1) / unit * unit;

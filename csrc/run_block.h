@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "caches.h"
 #include "fxprune/kernels.h"
 #include "parallel.h"
 #include "run.h"
@@ -29,13 +30,13 @@ struct FusedBlock {
 // Bands that a block is cut in: as many as keep one's values in L2, a multiple of the threads. 0
 // where too little is left of one beside the rows computed twice.
 inline int64_t block_bands(const FusedBlock& b, int64_t pool) {
-  constexpr int64_t kBand = 160 * 1024;  // floats of the values inside a band
+  const int64_t room = of_l2(160 * 1024);  // floats of the values inside a band
   constexpr int64_t kLeastVecs = 12, kLeastRows = 7;
   const DepthwiseTaps& d = b.depthwise;
   const int64_t width = kernels().width, length = band_length(d, width);
   const int64_t values = d.channels * (d.out_h * d.out_w + (b.conv ? d.height * d.width : 0));
   const int64_t most = length / (d.flat(width) ? kLeastVecs : kLeastRows);
-  const int64_t fit = (values + kBand - 1) / kBand;
+  const int64_t fit = (values + room - 1) / room;
   if (pool == 1) return std::max<int64_t>(1, std::min(fit, most));
   return std::min((fit + pool - 1) / pool, most / pool) * pool;
 }

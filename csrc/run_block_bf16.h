@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "caches.h"
 #include "run_bf16.h"
 #include "run_block.h"
 
@@ -13,11 +14,11 @@ namespace fxprune {
 // Bands that a block is cut in: as many as keep one's values in L2, a multiple of the threads. 0
 // where too little is left of one beside the rows computed twice.
 inline int64_t block_bands(const DepthwiseTapsBf16& d, int64_t pool) {
-  constexpr int64_t kBand = 256 * 1024;  // numbers of the depthwise result of a band
+  const int64_t room = of_l2(256 * 1024);  // numbers of the depthwise result of a band
   constexpr int64_t kLeastLines = 6, kLeastRows = 7;
   const int64_t width = depthwise_width(d, d.x), length = band_length(d, width);
   const int64_t most = length / (d.flat(width) ? kLeastLines : kLeastRows);
-  const int64_t fit = (d.channels * d.out_h * d.out_w + kBand - 1) / kBand;
+  const int64_t fit = (d.channels * d.out_h * d.out_w + room - 1) / room;
   if (pool == 1) return std::max<int64_t>(1, std::min(fit, most));
   return std::min((fit + pool - 1) / pool, most / pool) * pool;
 }

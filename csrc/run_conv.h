@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "caches.h"
 #include "fxprune/kernels.h"
 #include "geometry_cache.h"
 #include "parallel.h"
@@ -51,8 +52,9 @@ class ConvTables {
     const int64_t reach = rows_.reach(),
                   row = a->channels * a->row_planes * a->column_planes * a->pitch;
     // Rows that fit; of a small image more of them, because each band reads all weights anew.
-    const int64_t near = kNearCopy / sizeof(T) / std::max<int64_t>(row, 1) - reach,
-                  far = kCopy / sizeof(T) / std::max<int64_t>(row, 1) - reach;
+    const int64_t size = sizeof(T),
+                  near = of_l2(kNearCopy) / size / std::max<int64_t>(row, 1) - reach,
+                  far = of_l2(kCopy) / size / std::max<int64_t>(row, 1) - reach;
     const int64_t least = std::min<int64_t>(far, kBandPixels / std::max<int64_t>(a->pitch, 1));
     const int64_t fit = std::clamp<int64_t>(std::max(near, least), 1, a->out_h);
     a->bands = (a->out_h + fit - 1) / fit;

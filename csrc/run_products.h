@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "caches.h"
 #include "fxprune/kernels.h"
 #include "parallel.h"
 #include "run.h"
@@ -60,9 +61,9 @@ void run_product_of(const TileGemmOf<T>& product, const PartPlanes<T>& planes, P
 // between in L2, unless too little is left of one. Below 2, the two run one after the other.
 template <class T>
 int64_t product_blocks(const TileGemmOf<T>& first, int64_t pool) {
-  constexpr int64_t kBlock = 512 * 1024 / sizeof(T);  // numbers of the value between
-  constexpr int64_t kLeast = 96;                      // pixels
-  const int64_t fit = (first.n * first.m + kBlock - 1) / kBlock;
+  const int64_t room = of_l2(512 * 1024) / sizeof(T);  // numbers of the value between
+  constexpr int64_t kLeast = 96;                       // pixels
+  const int64_t fit = (first.n * first.m + room - 1) / room;
   return std::min((fit + pool - 1) / pool, first.m / kLeast / pool) * pool;
 }
 

@@ -175,7 +175,8 @@ def _form(match: Match, mask: torch.Tensor, planned: LayerMask | None, covers: b
     if match.kind == "depthwise" and planned is not None:
         return planned
     native = _native(match, ctx)
-    widths = [match.tile_width(g) for g in (native, 2 * native, 4 * native, 128)]
+    narrow = [native // 2] if match.kind in ("pointwise", "conv") else []
+    widths = [match.tile_width(g) for g in (*narrow, native, 2 * native, 4 * native, 128)]
     candidates = forms(mask, widths, planned, covers, _drops(match))
     if covers and _may_be_halved(match, ctx):
         candidates += filter(None, [halved(mask, match.tile_width(native), planned, _drops(match))])
@@ -186,7 +187,12 @@ def _form(match: Match, mask: torch.Tensor, planned: LayerMask | None, covers: b
         candidates.append(tile.keep_all(match.matrix_shape, match.tile_width(native)))
     if len(candidates) == 1 or match.recurrent is not None or _refusal(match, candidates[0], ctx):
         return candidates[0]
-    return min(candidates, key=lambda layer: ctx.measure(match, layer).sparse)
+    return min(candidates, key=lambda layer: ctx.measure(match, layer).sparse * _handicap(match, layer))
+
+
+def _handicap(match: Match, layer: LayerMask) -> float:
+    """What a form costs beyond its own time: single elements do not run as a part of a block of the network."""
+    return 1.25 if layer.tiling.granularity == 1 and match.kind == "pointwise" else 1.0
 
 
 def _may_be_halved(match: Match, ctx: Context) -> bool:

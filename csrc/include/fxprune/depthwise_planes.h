@@ -2,7 +2,8 @@
 //
 // flat:  stride 1 and equal planes of narrow rows; vectors run over the flattened plane.
 // rows:  vectors run along output rows, in blocks of kRows rows; a window row outside the image
-// reads a row of zeros. plain: any other stride along the row; scalar, it is no layer that occurs
+// reads a row of zeros. Where masked loads are dear, depthwise_padded.h does the same from a copy.
+// plain: any other stride along the row; scalar, it is no layer that occurs
 // in practice.
 #pragma once
 
@@ -12,6 +13,7 @@
 #include <utility>
 
 #include "fxprune/depthwise_lists.h"
+#include "fxprune/depthwise_padded.h"
 #include "fxprune/math.h"
 #include "fxprune/unroll.h"
 
@@ -205,6 +207,21 @@ void depthwise_taps(const DepthwiseTaps& a, const PlaneSpan& span) {
                     : a.stride_w == 1   ? &D::template rows<1>
                                         : &D::template rows<2>;
   const bool apart = a.vectorised() && !ends_in_registers(a.activation);
+  if constexpr (V::kMasksCost) {
+    if (PaddedDepthwise<V>::fits(a) && !a.flat(V::kWidth)) {
+      PaddedDepthwise<V> padded(a, begin, end, span.end - span.begin);
+      const int64_t x_pitch = a.height * a.width + a.x_gap, out_pitch = size + a.out_gap;
+      for (int64_t i = span.begin, here; i < span.end; i += here) {
+        const int64_t channel = i % a.channels;
+        here = std::min({padded.together(), span.end - i, a.channels - channel});
+        float* out = a.out + i * out_pitch;
+        padded.run(a.x + i * x_pitch, x_pitch, channel, here, out, out_pitch);
+        for (int64_t p = 0; p < here && apart; ++p)
+          activate<V>(a.activation, out + p * out_pitch + written, count);
+      }
+      return;
+    }
+  }
   for (int64_t i = span.begin; i < span.end; ++i) {
     const int64_t c = i % a.channels;
     const typename D::Plane plane = {&a,

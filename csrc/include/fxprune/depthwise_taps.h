@@ -38,10 +38,11 @@ struct DepthwiseShape {
   // Strides beyond 2 along a row have no vector kernel, and then neither sites nor zeros.
   bool vectorised() const { return stride_w <= 2; }
   // Output and input planes coincide: a tap is one constant offset in the flattened plane, and
-  // vectors may run across row ends. That pays while a row fills at most a vector or two poorly.
+  // vectors may run across row ends. That pays while a row fills at most a vector poorly, or two
+  // long ones.
   bool flat(int64_t vector_width) const {
     return stride_h == 1 && stride_w == 1 && out_h == height && out_w == width &&
-           width < 2 * vector_width;
+           width < (vector_width > 8 ? 2 : 1) * vector_width;
   }
 };
 

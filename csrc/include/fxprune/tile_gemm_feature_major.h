@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "fxprune/math.h"
@@ -74,24 +75,32 @@ struct FeatureMajor {
       FXPRUNE_UNROLL
       for (int v = 0; v < Vecs; ++v) acc[r][v] = start;
     }
-    for (int64_t i = 0; i < k; ++i, w += ldw) {
-      const float* row = x0 + row_of<S>(index, table, ldx, i);
-      if (S == Source::kFarRows) {
-        const float* later = x0 + index[std::min(i + kDistance, k - 1)] * ldx;
-        for (int v = 0; v < Vecs; ++v) __builtin_prefetch(later + v * kW);
-        __builtin_prefetch(later + Vecs * kW - 1);
-      }
-      if (S == Source::kTaps) __builtin_prefetch(ahead + i * line, 0, 2);
-      Reg x[Vecs];
-      FXPRUNE_UNROLL
-      for (int v = 0; v + 1 < Vecs; ++v) x[v] = V::load(row + v * kW);
-      x[Vecs - 1] = V::load(row + (Vecs - 1) * kW, tail);
-      FXPRUNE_UNROLL
-      for (int r = 0; r < Rows; ++r) {
-        const Reg weight = V::set1(w[r]);
+    const auto multiply = [&](auto whole) {
+      for (int64_t i = 0; i < k; ++i, w += ldw) {
+        const float* row = x0 + row_of<S>(index, table, ldx, i);
+        if (S == Source::kFarRows) {
+          const float* later = x0 + index[std::min(i + kDistance, k - 1)] * ldx;
+          for (int v = 0; v < Vecs; ++v) __builtin_prefetch(later + v * kW);
+          __builtin_prefetch(later + Vecs * kW - 1);
+        }
+        if (S == Source::kTaps) __builtin_prefetch(ahead + i * line, 0, 2);
+        Reg x[Vecs];
         FXPRUNE_UNROLL
-        for (int v = 0; v < Vecs; ++v) acc[r][v] = V::fma(weight, x[v], acc[r][v]);
+        for (int v = 0; v + 1 < Vecs; ++v) x[v] = V::load(row + v * kW);
+        const float* last = row + (Vecs - 1) * kW;
+        x[Vecs - 1] = whole ? V::load(last) : V::load(last, tail);
+        FXPRUNE_UNROLL
+        for (int r = 0; r < Rows; ++r) {
+          const Reg weight = V::set1(w[r]);
+          FXPRUNE_UNROLL
+          for (int v = 0; v < Vecs; ++v) acc[r][v] = V::fma(weight, x[v], acc[r][v]);
+        }
       }
+    };
+    if (V::kMasksCost && s.tail == kW) {
+      multiply(std::true_type());
+    } else {
+      multiply(std::false_type());
     }
     const int64_t ldr = s.ldr, ldo = s.ldo;
     constexpr int64_t kLast = (Vecs - 1) * kW;
@@ -210,6 +219,7 @@ struct FeatureMajor {
   }
 
   static constexpr int kMostEdge = kW >= 8 ? 2 : 0;
+  static constexpr int kEdgeRows = std::max(kRows, std::min(kW, 8));  // of a strip of such pixels
   // Pixels of an image computed by edge(): all, or those that follow its full vectors.
   static int64_t edge_pixels(int64_t m, int64_t granularity) {
     const int64_t most = std::min<int64_t>(kMostEdge, granularity);  // lanes are output features
@@ -233,7 +243,8 @@ struct FeatureMajor {
   // Calls f(strip, rows) for each strip of the span's tiles, then for each output feature that no
   // column covers, which is a strip without input features. `values` points at the weights of the
   // span's first tile. Fills `s` in place: a copy would wait for the results that are being stored.
-  template <class F>
+  // Rows: the most output features of a strip.
+  template <int Rows = kRows, class F>
   static void each_strip(const TileGemm& a, const TileSpan& span, const float* values, Strip& s,
                          const F& f) {
     const int64_t origin = a.tile_ptr[span.tile_begin];
@@ -242,10 +253,10 @@ struct FeatureMajor {
       s.index = a.index + start;
       s.k = a.tile_end[t] - start;
       s.ldw = width;
-      for (int64_t r = 0; r < width; r += kRows) {
+      for (int64_t r = 0; r < width; r += Rows) {
         s.w = values + (start - origin) * a.granularity + r;
         s.columns = a.columns + t * a.granularity + r;
-        f(s, static_cast<int>(std::min<int64_t>(kRows, width - r)));
+        f(s, static_cast<int>(std::min<int64_t>(Rows, width - r)));
       }
     }
     if (a.kept == a.n) return;
@@ -327,8 +338,9 @@ void tile_gemm_feature_major(const TileGemm& a, const TileSpan& span, float* scr
   if (edge > 0) {
     static constexpr auto kEdges = M::template edges<Source::kRows>();
     auto s = M::strip_at(a, span.image, a.m - edge, edge);
-    M::each_strip(a, span, values, s,
-                  [&](const typename M::Strip& strip, int rows) { kEdges[edge - 1](strip, rows); });
+    M::template each_strip<M::kEdgeRows>(
+        a, span, values, s,
+        [&](const typename M::Strip& strip, int rows) { kEdges[edge - 1](strip, rows); });
   }
 }
 

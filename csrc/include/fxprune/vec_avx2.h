@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include <array>
 #include <cstdint>
 
 #include "fxprune/bf16_portable.h"
@@ -10,12 +11,30 @@
 
 namespace fxprune {
 
+// For each set of lanes, a byte a lane: the numbers of its lanes in order (compress), or the rank
+// of every lane among them (expand).
+template <bool Compress>
+constexpr std::array<uint64_t, 256> lane_orders() {
+  std::array<uint64_t, 256> orders{};
+  for (unsigned set = 0; set < 256; ++set) {
+    unsigned rank = 0;
+    for (unsigned lane = 0; lane < 8; ++lane) {
+      if (!(set >> lane & 1)) continue;
+      const unsigned at = Compress ? rank : lane, is = Compress ? lane : rank;
+      orders[set] |= uint64_t{is} << 8 * at;
+      ++rank;
+    }
+  }
+  return orders;
+}
+
 struct Avx2 : PortableBf16<Avx2>, PortableLists<Avx2> {
   static constexpr int kWidth = 8;
   static constexpr int kAccumulators = 12;  // of 16 registers
   static constexpr int kTileRows = 4;
   static constexpr int kTileVecs = 3;
   static constexpr int kRowVecs = 2;
+  static constexpr bool kMasksCost = true;  // a masked load is dearer than a plain one
 
   using Reg = __m256;
   using Mask = __m256i;
@@ -23,9 +42,18 @@ struct Avx2 : PortableBf16<Avx2>, PortableLists<Avx2> {
   static Reg zero() { return _mm256_setzero_ps(); }
   static Reg set1(float a) { return _mm256_set1_ps(a); }
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
+  // Of which no compiler makes a call of memcpy, whatever the loop around does.
+  static Reg load_opaque(const float* p) {
+    Reg a = load(p);
+    __asm__("" : "+x"(a));
+    return a;
+  }
   static Reg load(const float* p, Mask m) { return _mm256_maskload_ps(p, m); }
   static void store(float* p, Reg a) { _mm256_storeu_ps(p, a); }
-  static void store(float* p, Mask m, Reg a) { _mm256_maskstore_ps(p, m, a); }
+  // m: of the first lanes, however many. A masked store is dozens of operations on many processors.
+  static void store(float* p, Mask m, Reg a) {
+    store_first(p, __builtin_popcount(_mm256_movemask_ps(_mm256_castsi256_ps(m))), a);
+  }
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
@@ -86,21 +114,17 @@ struct Avx2 : PortableBf16<Avx2>, PortableLists<Avx2> {
     }
   }
 
-  static Reg expand(const float* p, uint32_t b) {
-    alignas(32) float lanes[kWidth];
-    for (int i = 0; i < kWidth; ++i) lanes[i] = b >> i & 1 ? *p++ : 0.0f;
-    return load(lanes);
-  }
+  // p[0], p[1], ... in the lanes of b, in order; 0 elsewhere. Reads a whole vector.
+  static Reg expand(const float* p, uint32_t b) { return spread(load(p), b); }
   // The same, reading nothing but what it returns.
-  static Reg spread(const float* p, uint32_t b) { return expand(p, b); }
+  static Reg spread(const float* p, uint32_t b) {
+    return b == 0xFFu ? load(p) : spread(load(p, first(__builtin_popcount(b))), b);
+  }
   // Writes the lanes of b to p[0], p[1], ..., in order.
   static void compress(float* p, uint32_t b, Reg a) {
     if (b == 0xFFu) return store(p, a);
-    alignas(32) float lanes[kWidth];
-    store(lanes, a);
-    for (int i = 0; i < kWidth; ++i) {
-      if (b >> i & 1) *p++ = lanes[i];
-    }
+    static constexpr auto kOrders = lane_orders<true>();
+    store_first(p, __builtin_popcount(b), _mm256_permutevar8x32_ps(a, lanes_of(kOrders[b])));
   }
   static Mask bits(uint32_t b) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -110,12 +134,14 @@ struct Avx2 : PortableBf16<Avx2>, PortableLists<Avx2> {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n < 8 ? n : 8)), lane);
   }
+  // a in the lanes of m, 0 elsewhere.
+  static Reg keep(Reg a, Mask m) { return _mm256_and_ps(a, _mm256_castsi256_ps(m)); }
   static Reg load_even(const float* p, uint32_t b) {
-    const Reg low = _mm256_maskload_ps(p, bits(b));
-    const Reg high = _mm256_maskload_ps(p + 8, bits(b >> 8));
-    const __m256d mixed = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0x88));
-    return _mm256_castpd_ps(_mm256_permute4x64_pd(mixed, 0xD8));
+    return evens(_mm256_maskload_ps(p, bits(b)), _mm256_maskload_ps(p + 8, bits(b >> 8)));
   }
+  // The even and the odd lanes of two vectors that follow each other.
+  static Reg evens(Reg low, Reg high) { return in_order(_mm256_shuffle_ps(low, high, 0x88)); }
+  static Reg odds(Reg low, Reg high) { return in_order(_mm256_shuffle_ps(low, high, 0xDD)); }
 
   // ---- bfloat16: what PortableBf16 leaves ----
 
@@ -151,9 +177,36 @@ struct Avx2 : PortableBf16<Avx2>, PortableLists<Avx2> {
   static Reg dot(Pairs a, Pairs b, Reg c) { return fma(a.high, b.high, fma(a.low, b.low, c)); }
 
  private:
+  static Reg in_order(Reg mixed) {
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xD8));
+  }
   static Pairs apart(__m256i pairs) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)),
             _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(~0xFFFF)))};
+  }
+  static __m256i lanes_of(uint64_t order) {
+    return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(order)));
+  }
+  static Reg spread(Reg a, uint32_t b) {
+    static constexpr auto kOrders = lane_orders<false>();
+    const Reg placed = _mm256_permutevar8x32_ps(a, lanes_of(kOrders[b]));
+    return _mm256_and_ps(placed, _mm256_castsi256_ps(bits(b)));
+  }
+  // Writes the first n <= kWidth lanes.
+  static void store_first(float* p, int n, Reg a) {
+    if (n == kWidth) return store(p, a);
+    __m128 left = _mm256_castps256_ps128(a);
+    if (n & 4) {
+      _mm_storeu_ps(p, left);
+      left = _mm256_extractf128_ps(a, 1);
+      p += 4;
+    }
+    if (n & 2) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), left);
+      left = _mm_movehl_ps(left, left);
+      p += 2;
+    }
+    if (n & 1) _mm_store_ss(p, left);
   }
   static Reg power_of_two(__m256i n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));

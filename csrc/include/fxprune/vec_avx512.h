@@ -23,6 +23,7 @@ struct Avx512Vectors {
   static constexpr int kTileRows = 8;  // output features of a feature-major register tile
   static constexpr int kTileVecs = 3;  // pixel vectors of a feature-major register tile
   static constexpr int kRowVecs = 4;   // output-feature vectors of a row-major register tile
+  static constexpr bool kMasksCost = false;
 
   using Reg = __m512;
   using Mask = __mmask16;

@@ -15,6 +15,7 @@ struct Scalar : PortableBf16<Scalar>, PortableLists<Scalar> {
   static constexpr int kTileRows = 4;
   static constexpr int kTileVecs = 2;
   static constexpr int kRowVecs = 2;
+  static constexpr bool kMasksCost = false;
 
   typedef float Reg __attribute__((vector_size(16)));
   using Mask = uint32_t;
