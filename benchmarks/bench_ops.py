@@ -16,10 +16,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from machine import Gate
 from op_timing import Calls, arguments, measure, write
 from torch import Tensor
-
-PEAK = 240.0  # GF/s of fp32 multiply-adds per core
 
 
 @dataclass
@@ -140,6 +139,7 @@ def main() -> None:
     print(f"{'case':42} {'us':>9} {'GF/s':>7} {'peak':>6} {'dense us':>9} {'ratio':>6}  best dense")
     rows = []
     with torch.inference_mode():
+        peak = Gate().gflops()
         for name, (calls, flops) in cases():
             if not re.search(options.filter, name):
                 continue
@@ -147,7 +147,7 @@ def main() -> None:
             us = times.pop("ours")
             dense = min(times, key=lambda key: times[key])
             rate = flops / us * 1e-3
-            row = Row(name, us, rate, rate / (PEAK * options.threads), times[dense], dense, times[dense] / us)
+            row = Row(name, us, rate, rate / peak, times[dense], dense, times[dense] / us)
             rows.append(row)
             against = f"{row.dense_us:9.1f} {row.ratio:6.2f}  {dense}"
             print(f"{name:42} {us:9.1f} {rate:7.0f} {row.peak:6.1%} {against}", flush=True)

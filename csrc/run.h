@@ -84,14 +84,26 @@ inline void run_depthwise(const DepthwiseTaps& a, int64_t pool) {
   for_each_plane_span(a, pool, [&](const PlaneSpan& span) { k.depthwise_taps(a, span); });
 }
 
-// Feature-major: pixels are cut first. Where an image has too few of them, tiles are cut as well,
-// and then a unit takes every pixel of its image, so that its weights are read once.
+// Parts of a product's tiles whose weights stay in L2.
+template <class T>
+int64_t weight_parts(const TileGemmOf<T>& a) {
+  const int64_t bytes = int64_t{a.tile_ptr[a.tiles]} * a.granularity * sizeof(T);
+  return std::clamp<int64_t>(weight_parts(bytes), 1, std::max<int64_t>(a.tiles, 1));
+}
+
+// Feature-major: pixels are cut first. Where an image has too few of them and its input fits L2,
+// tiles are cut as well, and then a unit takes every pixel of its image, so that its weights are
+// read once.
 inline TileGrid feature_major_grid(const TileGemm& a, const Kernels& k, int64_t pool) {
   const int64_t vecs = (a.m + k.width - 1) / k.width;
   TileGrid g{a.batch, vecs, vecs, 1, 1};
-  if (pool == 1) return g;
   const int64_t blocks = (vecs + k.tile_vecs - 1) / k.tile_vecs;
-  if (a.batch * blocks >= 8 * pool) {
+  const bool near = a.k * a.m * int64_t{sizeof(float)} <= l2_bytes();  // one image's input
+  if (pool == 1) {
+    if (near) g.tile_parts = weight_parts(a);
+    return g;
+  }
+  if (a.batch * blocks >= (near ? 8 : 4) * pool) {
     const int64_t each = std::max<int64_t>(1, a.batch * blocks / (8 * pool));
     g.step = std::min(vecs, each * k.tile_vecs);
     g.length_parts = (vecs + g.step - 1) / g.step;

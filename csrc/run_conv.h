@@ -12,6 +12,7 @@
 #include "fxprune/kernels.h"
 #include "geometry_cache.h"
 #include "parallel.h"
+#include "run.h"
 
 namespace fxprune {
 
@@ -182,9 +183,9 @@ template <class T>
 void run_tile_conv(const TileConvOf<T>& a, int64_t pool) {
   static std::atomic<int64_t> calls{0};
   const int64_t call = ++calls, bands = a.batch * a.bands;
-  int64_t parts = 1;
+  int64_t parts = weight_parts(a);
   if (pool > 1 && bands < 4 * pool)
-    parts = std::clamp<int64_t>((4 * pool + bands - 1) / bands, 1, std::max<int64_t>(a.tiles, 1));
+    parts = std::clamp((4 * pool + bands - 1) / bands, parts, std::max<int64_t>(a.tiles, 1));
   for_each_unit(bands * parts, pool, [&](int64_t unit) {
     static thread_local HeldBand held;
     const int64_t part = unit % parts, image = unit / parts / a.bands,

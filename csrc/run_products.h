@@ -54,7 +54,9 @@ void run_product_of(const TileGemmOf<T>& product, const PartPlanes<T>& planes, P
   a.out_gap = product.ldo() - count;
   if (a.residual) a.residual = product.residual + pixels.begin;
   a.residual_gap = product.ldr() - count;
-  multiply(a, {0, 0, (count + block - 1) / block, 0, a.tiles});
+  const int64_t blocks = (count + block - 1) / block, parts = weight_parts(product);
+  for (int64_t p = 0; p < parts; ++p)
+    multiply(a, {0, 0, blocks, tile_cut(a, p, parts), tile_cut(a, p + 1, parts)});
 }
 
 // Blocks of pixels that a pair is cut in, a multiple of the threads: as many as keep the value

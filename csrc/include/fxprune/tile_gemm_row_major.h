@@ -22,6 +22,8 @@ template <class V>
 struct RowMajor {
   using Reg = typename V::Reg;
   static constexpr int kVecs = V::kRowVecs, kW = V::kWidth, kStrip = kVecs * kW, kMaxRows = 12;
+  // Of a single row there are sums for more features at once, which then are read as they lie.
+  static constexpr int kMostVecs = std::max(kVecs, std::min(V::kAccumulators, 64 / kW));
   static constexpr int rows_of(int vecs) { return std::min(V::kAccumulators / vecs, kMaxRows); }
 
   struct Strip {
@@ -96,7 +98,7 @@ struct RowMajor {
   }
 
   template <int... I>
-  static constexpr std::array<std::array<Kernel, kMaxRows>, kVecs> table(
+  static constexpr std::array<std::array<Kernel, kMaxRows>, sizeof...(I)> table(
       std::integer_sequence<int, I...>) {
     return {{row_table<I + 1>(std::make_integer_sequence<int, kMaxRows>())...}};
   }
@@ -171,7 +173,7 @@ struct RowMajor {
 
   // At most kMaxRows rows [begin, end).
   static void rows(const TileGemm& a, Piece* p, int64_t begin, int64_t end) {
-    static constexpr auto kKernels = table(std::make_integer_sequence<int, kVecs>());
+    static constexpr auto kKernels = table(std::make_integer_sequence<int, kMostVecs>());
     alignas(
         64) float sums[kMaxRows * kStrip + kW];  // expand() may load a vector from the last sum on
     Strip& s = p->strip;
@@ -219,16 +221,16 @@ void tile_gemm_row_major(const TileGemm& a, const TileSpan& span, float*) {
     M::pass(a, pieces, count, span.begin, span.end);
     count = 0;
   };
+  const int64_t most = span.end - span.begin == 1 ? M::kMostVecs * M::kW : M::kStrip;
   typename M::Strip s{};
   for (int64_t t = span.tile_begin; t < span.tile_end; ++t) {
     const int64_t start = a.tile_ptr[t], width = a.width(t);
     s.index = a.index + start;
     s.k = a.tile_ptr[t + 1] - start;
     s.ldw = width;
-    for (int64_t f = 0; f < width; f += M::kStrip) {
+    for (int64_t f = 0; f < width; f += most) {
       // A strip completes the features up to the next strip's first column.
-      const int64_t column = t * a.granularity + f,
-                    features = std::min<int64_t>(M::kStrip, width - f);
+      const int64_t column = t * a.granularity + f, features = std::min<int64_t>(most, width - f);
       const bool last = f + features == width && t + 1 == span.tile_end;
       const int64_t to = last ? end : a.columns[column + features];
       s.w = a.values + start * a.granularity + f;

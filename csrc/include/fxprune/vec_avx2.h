@@ -77,13 +77,10 @@ struct Avx2 : PortableBf16<Avx2>, PortableLists<Avx2> {
   static Reg highest(Reg a, Reg b) {
     return _mm256_blendv_ps(max(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   }
-  // a * 2^n for integral n in [-252, 254]. Two factors, because 2^n itself may not be
-  // representable.
+  // a * 2^n for integral n in [-126, 128]; 2^128 is infinity.
   static Reg scale(Reg a, Reg n) {
-    const __m256i whole = _mm256_cvtps_epi32(n);
-    const __m256i half = _mm256_srai_epi32(whole, 1);
-    return _mm256_mul_ps(_mm256_mul_ps(a, power_of_two(half)),
-                         power_of_two(_mm256_sub_epi32(whole, half)));
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return mul(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   }
 
   // How many of the first n <= kWidth integers are below `limit`.
@@ -207,9 +204,6 @@ struct Avx2 : PortableBf16<Avx2>, PortableLists<Avx2> {
       p += 2;
     }
     if (n & 1) _mm_store_ss(p, left);
-  }
-  static Reg power_of_two(__m256i n) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
   }
 };
 
