@@ -157,23 +157,26 @@ class PaddedDepthwise {
   // `rows` rows of the result from the copy.
   void compute(const float* copy, int64_t channel, int64_t rows, float* out) const {
     const float* weights = a_.weight + channel * a_.kernel();
-    Reg weight[kFew];
-    int64_t offset[kFew], count = 0;
+    FewTaps taps;
+    taps.bias = V::set1(a_.bias ? a_.bias[channel] : 0.0f);
+    int64_t count = 0;
     for (KeptTaps tap(a_, channel); tap; ++tap, ++count) {
       if (count == kFew) return many(copy, channel, rows, out);
-      weight[count] = V::set1(weights[*tap]);
-      offset[count] = offsets_[*tap];
+      taps.weight[count] = V::set1(weights[*tap]);
+      taps.offset[count] = offsets_[*tap];
     }
     using Taps = std::make_integer_sequence<int, kFew + 1>;
     static constexpr std::array<std::array<Few, kFew + 1>, 3> kKernels = {
         {table<0>(Taps()), table<1>(Taps()), table<2>(Taps())}};
     const int64_t vecs = (a_.out_w + kW - 1) / kW;
-    (this->*kKernels[vecs <= 2 ? vecs : 0][count])(
-        copy, weight, offset, V::set1(a_.bias ? a_.bias[channel] : 0.0f), rows, out);
+    (this->*kKernels[vecs <= 2 ? vecs : 0][count])(copy, taps, rows, out);
   }
 
-  using Few = void (PaddedDepthwise::*)(const float*, const Reg*, const int64_t*, Reg, int64_t,
-                                        float*) const;
+  struct FewTaps {
+    Reg weight[kFew], bias;
+    int64_t offset[kFew];
+  };
+  using Few = void (PaddedDepthwise::*)(const float*, const FewTaps&, int64_t, float*) const;
   template <int Vecs, int... I>
   static constexpr std::array<Few, sizeof...(I)> table(std::integer_sequence<int, I...>) {
     return {{&PaddedDepthwise::few<I, Vecs>...}};
@@ -182,12 +185,12 @@ class PaddedDepthwise {
   // Few taps: all weights and places are in registers, and vectors follow each other row by row. A
   // row's last vector writes beyond it, which the rows behind make good. Vecs: of a row, 0 for any.
   template <int Taps, int Vecs>
-  void few(const float* copy, const Reg* weights, const int64_t* offsets, Reg bias, int64_t rows,
-           float* out) const {
+  void few(const float* copy, const FewTaps& taps, int64_t rows, float* out) const {
     Reg weight[Taps + 1];
     int64_t offset[Taps + 1];
+    const Reg bias = taps.bias;
     FXPRUNE_UNROLL
-    for (int t = 0; t < Taps; ++t) weight[t] = weights[t], offset[t] = offsets[t];
+    for (int t = 0; t < Taps; ++t) weight[t] = taps.weight[t], offset[t] = taps.offset[t];
     const int64_t width = a_.out_w, last = (width - 1) / kW * kW, pitch = a_.stride_h * pitch_;
     int64_t exact = 0;  // rows at the end beyond which there would be too little room
     while (exact < rows && exact * width < last + kW - width) ++exact;
